@@ -1,0 +1,37 @@
+"""Learned fine-tuners for incongruous few-shot learning, and the universal perturbations that they craft."""
+
+from lft_jax import learners
+from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
+from lft_jax.fine_tune import fine_tune, fine_tune_step
+from lft_jax.meta import MetaState, MetaTrainer, clipped_adam, meta_trainer
+from lft_jax.oracles import zeroth_order_value_and_grad
+from lft_jax.rules import MomentumStart, Rule, coordinate_lstm, spatial_lstm
+from lft_jax.tasks.perturbation import AttackLoss
+from lft_jax.tasks.uap import UapFamily, uap_family
+from lft_jax.transform import LearnedFineTunerState, learned_fine_tuner
+
+__all__ = [
+    "AttackLoss",
+    "Episode",
+    "Estimate",
+    "LearnedFineTunerState",
+    "Learner",
+    "MetaState",
+    "MetaTrainer",
+    "MomentumStart",
+    "Oracle",
+    "Rule",
+    "TaskFamily",
+    "Trajectory",
+    "UapFamily",
+    "clipped_adam",
+    "coordinate_lstm",
+    "fine_tune",
+    "fine_tune_step",
+    "learned_fine_tuner",
+    "learners",
+    "meta_trainer",
+    "spatial_lstm",
+    "uap_family",
+    "zeroth_order_value_and_grad",
+]

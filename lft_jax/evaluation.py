@@ -1,0 +1,186 @@
+"""Comparing fine-tuners as PROTOCOL.md says: same tasks, tuned baselines, intervals over tasks, a ceiling."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax import baselines, oracles
+from lft_jax.base import Learner, PyTree, TaskFamily
+from lft_jax.baselines import Baseline, Setting
+from lft_jax.fine_tune import fine_tune
+from lft_jax.meta import run_task
+from lft_jax.tasks.perturbation import AttackLoss, perturb
+from lft_jax.tasks.uap import UapFamily
+
+
+@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "at", "batch_size"))
+def evaluate(
+    learner: Learner,
+    params: PyTree,
+    family: TaskFamily,
+    keys: jax.Array,
+    *,
+    num_steps: int,
+    at: tuple[int, ...],
+    batch_size: int = 10,
+) -> dict[str, jax.Array]:
+    """Fine-tunes on each task's support set and judges on its query set.
+
+    Args:
+      learner: what fine-tunes; only its `optimizer` and `start` matter here.
+      params: its meta-parameters.
+      family: the tasks.
+      keys: `[T]`, one a task: methods given the same keys get the same tasks.
+      num_steps: K.
+      at: the steps, 1 to K, after which to judge.
+      batch_size: tasks run side by side.
+
+    Returns:
+      `{metric: [T, len(at)]}`, the family's metrics, and `queries`, example evaluations used.
+    """
+    rows = np.asarray(at) - 1
+
+    def task(key):
+        episode, trajectory = run_task(learner, params, family, key, num_steps=num_steps)
+        thetas = jax.tree.map(lambda x: x[rows], trajectory.thetas)
+        metrics = jax.vmap(family.metrics, in_axes=(0, None))(thetas, episode.query)
+        return {**metrics, "queries": trajectory.queries[rows]}
+
+    return jax.lax.map(task, keys, batch_size=min(batch_size, len(keys)))
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def evaluate_fixed(theta: PyTree, family: TaskFamily, keys: jax.Array, *, batch_size: int = 10) -> dict[str, jax.Array]:
+    """`{metric: [T, 1]}`: one `theta` judged, as it is, on the query sets of the tasks that `evaluate` would draw."""
+
+    def task(key):
+        episode = family.sample(jax.random.split(key, 3)[0])
+        return {name: value[None] for name, value in family.metrics(theta, episode.query).items()}
+
+    return jax.lax.map(task, keys, batch_size=min(batch_size, len(keys)))
+
+
+class Tuned(NamedTuple):
+    """The outcome of a grid: the chosen setting and every setting's mean ASR on the tasks it was chosen on."""
+
+    setting: Setting
+    scores: list[tuple[Setting, float]]
+
+
+def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: int, batch_size: int = 10) -> Tuned:
+    """Runs the whole grid on (meta-validation) tasks and picks the setting of the best mean query ASR at step K."""
+    scores = []
+    for setting in baseline.grid:
+        metrics = evaluate(
+            baseline.learner,
+            setting.params,
+            dataclasses.replace(family, support_loss=setting.support_loss),
+            keys,
+            num_steps=num_steps,
+            at=(num_steps,),
+            batch_size=batch_size,
+        )
+        scores.append((setting, float(jnp.mean(metrics["asr"]))))
+    return Tuned(max(scores, key=lambda score: score[1])[0], scores)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean over tasks and the half-width of its 95% confidence interval (normal approximation), of `[T]` values."""
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()), math.inf
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def steps_to_reach(curve: Sequence[float], target: float) -> int | None:
+    """The first step (from 1) at which a mean-ASR curve `[K]` is at least `target`, or None."""
+    reached = np.flatnonzero(np.asarray(curve) >= target)
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+@functools.partial(jax.jit, static_argnames=("loss_kind", "target", "num_steps", "batch_size"))
+def _full_data_run(families, theta, key, step, *, loss_kind, target, num_steps, batch_size):
+    loss = AttackLoss(loss_kind, target=target)
+
+    def minibatch_oracle(theta, key):
+        def attack(family, key):
+            batch = family.batch(jax.random.randint(key, (batch_size,), 0, len(family.labels)))
+
+            def image_losses(thetas):
+                return loss(family.logits_fn(perturb(batch.images, thetas)), batch.labels)
+
+            return oracles.per_example_gradient(image_losses, num_examples=batch_size)(theta, key)
+
+        keys = jax.random.split(key, len(families))
+        estimates = [attack(family, k) for family, k in zip(families, keys, strict=True)]
+        mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(e.grads for e in estimates))
+        scale = families[0].constraint.scale(theta)
+        return estimates[0]._replace(grads=mean, extras={"scale": scale})
+
+    optimizer = baselines.make_baselines(families[0].constraint.norm)["pgd"].learner.optimizer(
+        {"step": step, "decay": 0.5, "final": 0.0}
+    )
+    project = families[0].project
+    return fine_tune(optimizer, minibatch_oracle, theta, key, num_steps=num_steps, project=project).thetas[-1]
+
+
+def full_data_uap(
+    families: Sequence[UapFamily],
+    judge: UapFamily,
+    key: jax.Array,
+    *,
+    num_steps: int = 300,
+    batch_size: int = 100,
+    steps: tuple[float, ...] = (0.1, 0.4),
+    targeted: bool = False,
+    num_judged: int = 1000,
+) -> tuple[jax.Array, list[dict]]:
+    """A UAP optimised on all images of the given families at once: the ceiling, or the transfer start.
+
+    With one family this is the *oracle* of PROTOCOL 5: the best of several losses and step sizes (and targeted at
+    each class too), chosen on `judge`'s images. With the families of several meta-training victims it is the
+    *transfer* start of PROTOCOL 2.
+
+    Args:
+      families: one or more, of the same image shape and constraint.
+      judge: whose images and victim choose among the runs.
+      key: for minibatches.
+      num_steps: of each run.
+      batch_size: images of each family in a step.
+      steps: first step sizes, in units of the constraint's scale; they fall linearly to 0.
+      targeted: also run once for each target class.
+      num_judged: at most so many of the judge's images are used.
+
+    Returns:
+      The perturbation `[H, W, C]`, and a record of all runs: loss, target, step, ASR on the judge's images.
+    """
+    families = tuple(families)
+    classes = range(len(families[0].counts)) if targeted else ()
+    runs = [(kind, None, step) for kind in ("cross_entropy", "hinge") for step in steps]
+    runs += [("cross_entropy", target, steps[0]) for target in classes]
+    batch = judge.batch(np.arange(min(num_judged, len(judge.labels))))
+    theta0 = jnp.zeros_like(families[0].init(key))
+    best, records = (-1.0, theta0), []
+    for kind, target, step in runs:
+        theta = _full_data_run(
+            families, theta0, key, step, loss_kind=kind, target=target, num_steps=num_steps, batch_size=batch_size
+        )
+        asr = float(jax.jit(_asr)(judge, theta, batch))
+        records.append({"loss": kind, "target": target, "step": step, "asr": asr})
+        best = max(best, (asr, theta), key=lambda pair: pair[0])
+    return best[1], records
+
+
+def _asr(family, theta, batch):
+    return family.metrics(theta, batch)["asr"]
+
+
+def gap_closed(asr: float, baseline: float, ceiling: float) -> float | None:
+    """The part of the few-shot gap that is closed (PROTOCOL 5), or None where there is no gap."""
+    return (asr - baseline) / (ceiling - baseline) if ceiling > baseline else None

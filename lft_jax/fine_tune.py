@@ -1,0 +1,92 @@
+"""The one inner loop: every optimizer, learned or hand-designed, fine-tunes here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lft_jax import base
+from lft_jax.base import Estimate, Oracle, Trajectory
+
+PyTree = Any
+
+
+def fine_tune_step(
+    optimizer: optax.GradientTransformation,
+    oracle: Oracle,
+    theta: PyTree,
+    state: PyTree,
+    key: jax.Array,
+    *,
+    progress: float | jax.Array,
+    project: Callable[[PyTree], PyTree] = lambda theta: theta,
+    second_order: bool = False,
+) -> tuple[PyTree, PyTree, Estimate]:
+    """One step: ask the oracle, update, project. Arguments as for `fine_tune`; `progress` is k/K.
+
+    Returns:
+      The new `theta`, the optimizer's new state, and the oracle's estimate at the old `theta`.
+    """
+    if second_order:
+        estimate = oracle(theta, key)
+    else:
+        estimate = jax.tree.map(jax.lax.stop_gradient, oracle(jax.lax.stop_gradient(theta), key))
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, state = optimizer.update(estimate.grads, state, theta, progress=progress, **estimate.extras)
+    return project(optax.apply_updates(theta, updates)), state, estimate
+
+
+def fine_tune(
+    optimizer: optax.GradientTransformation,
+    oracle: Oracle,
+    theta: PyTree,
+    key: jax.Array,
+    *,
+    num_steps: int,
+    project: Callable[[PyTree], PyTree] = lambda theta: theta,
+    second_order: bool = False,
+    remat: bool = False,
+) -> Trajectory:
+    """Fine-tunes `theta` for `num_steps` (K) steps in one `jax.lax.scan` (PAPER "The method").
+
+    Args:
+      optimizer: any optax transformation; it is given the oracle's extras and `progress` (k/K) as extra arguments.
+      oracle: `(theta, key) -> Estimate`.
+      theta: initial optimizee, any pytree of floating-point arrays.
+      key: split over the steps, for oracles that sample.
+      num_steps: K, at least 1.
+      project: applied after each step.
+      second_order: let derivatives flow through the oracle's answers. By default they are constants (as in
+        Andrychowicz et al. 2016), so that only the recurrence is differentiated through time and no derivative
+        of the model is taken inside the scan.
+      remat: recompute each step's intermediates in the backward pass instead of storing them.
+
+    Returns:
+      The trajectory.
+
+    Raises:
+      ValueError: if `num_steps` is below 1.
+    """
+    base.check_at_least("num_steps", num_steps, 1)
+
+    def step(carry, xs):
+        theta, state = carry
+        k, step_key = xs
+        theta, state, estimate = fine_tune_step(
+            optimizer,
+            oracle,
+            theta,
+            state,
+            step_key,
+            progress=k / num_steps,
+            project=project,
+            second_order=second_order,
+        )
+        return (theta, state), (theta, estimate.value, estimate.queries)
+
+    step = jax.checkpoint(step, prevent_cse=False) if remat else step
+    xs = (jnp.arange(num_steps, dtype=jnp.float32), jax.random.split(key, num_steps))
+    (_, state), (thetas, values, queries) = jax.lax.scan(step, (theta, optimizer.init(theta)), xs)
+    return Trajectory(thetas, values, jnp.cumsum(queries), state)

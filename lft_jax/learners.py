@@ -1,0 +1,81 @@
+"""What can be meta-learned: an update rule (LFT, L2O), or an initialization (MAML); and what is not learned at all."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from lft_jax.base import Learner, PyTree, TaskFamily
+from lft_jax.rules import Rule
+from lft_jax.transform import learned_fine_tuner
+
+
+def _family_start(params: PyTree, family: TaskFamily, key: jax.Array) -> PyTree:
+    del params
+    return family.init(key)
+
+
+def lft(rule: Rule, *, second_order: bool = False) -> Learner:
+    """Learned fine-tuner: the rule's weights, trained on the loss of the *query* examples (PAPER "LFT")."""
+    return _learned_rule("lft", rule, "query", second_order)
+
+
+def l2o(rule: Rule, *, second_order: bool = False) -> Learner:
+    """Learning to optimize: the rule's weights, trained on the loss of the *support* examples (PAPER "L2O")."""
+    return _learned_rule("l2o", rule, "support", second_order)
+
+
+def _learned_rule(name, rule, objective, second_order):
+    return Learner(
+        name=name,
+        init=lambda key, families: rule.init(key),
+        optimizer=lambda params: learned_fine_tuner(params, rule),
+        start=_family_start,
+        objective=objective,
+        second_order=second_order,
+    )
+
+
+def maml(inner_optimizer: optax.GradientTransformation, *, second_order: bool = True) -> Learner:
+    """MAML: an initialization shared by all tasks, fine-tuned by a hand-designed optimizer (PAPER "MAML").
+
+    Args:
+      inner_optimizer: fine-tunes; `optax.sgd(learning_rate)` in Finn et al. 2017.
+      second_order: the full meta-gradient; False drops the derivative of the inner gradients (first-order MAML).
+
+    Returns:
+      A learner whose `init` raises a ValueError unless all families have optimizees of the same shapes.
+    """
+
+    def init(key, families):
+        shapes = [jax.eval_shape(family.init, key) for family in families]
+        for shape in shapes[1:]:
+            if shape != shapes[0]:
+                raise ValueError(
+                    "maml needs congruous tasks: one initialization cannot serve optimizees of different shapes, "
+                    f"got {shapes[0]} and {shape}. Train one for each, or meta-learn the fine-tuner (lft)."
+                )
+        return families[0].init(key)
+
+    return Learner(
+        name="maml",
+        init=init,
+        optimizer=lambda params: inner_optimizer,
+        start=lambda params, family, key: family.project(params),
+        objective="query",
+        second_order=second_order,
+    )
+
+
+def fixed(name: str, make_optimizer: Callable[..., optax.GradientTransformation]) -> Learner:
+    """A hand-designed optimizer, for comparison: its hyperparameters stand where meta-parameters would.
+
+    Args:
+      name: as printed in tables.
+      make_optimizer: keyword arguments (which may be traced) -> transformation. `params` is a dict of these.
+    """
+
+    def init(key, families):
+        raise ValueError(f"{name} has nothing to meta-learn: its params are the keyword arguments of its optimizer.")
+
+    return Learner(name=name, init=init, optimizer=lambda params: make_optimizer(**params), start=_family_start)

@@ -1,0 +1,231 @@
+"""Meta-training: outer loss, meta-gradient, and the step that updates the meta-parameters.
+
+A meta-step is one pure, jitted function of the state. Each family contributes `tasks_per_family` tasks, vmapped;
+families that share a pytree structure and shapes (victims of one architecture on one source) are stacked and mapped
+over, so they share one compilation and one family's memory; the mean meta-gradients of all families are added.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lft_jax import base
+from lft_jax.base import Episode, Learner, TaskFamily, Trajectory
+from lft_jax.fine_tune import fine_tune
+
+PyTree = Any
+
+STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "uniform": np.ones_like,
+    "linear": lambda k: k,
+    "final": lambda k: (k == k[-1]).astype(k.dtype),
+}
+
+
+class MetaState(NamedTuple):
+    """All that a run is, besides its configuration: resuming from it continues with the same numbers.
+
+    Attributes:
+      params: the meta-parameters.
+      optimizer_state: of the meta-optimizer.
+      key: the run's key; each meta-step folds its number in.
+      step: `[]` int32, meta-steps done.
+    """
+
+    params: PyTree
+    optimizer_state: PyTree
+    key: jax.Array
+    step: jax.Array
+
+
+class MetaTrainer(NamedTuple):
+    """`init(key) -> MetaState`; `step(state) -> (MetaState, metrics)`, jitted and pure.
+
+    Metrics: `loss` `[]`, the outer loss; `family_loss` `[families]`; `final_loss` `[families]`, of the last
+    fine-tuning step alone; `grad_norm` `[]`, of the meta-gradient; `skipped` and `skipped_in_a_row` `[]` int32,
+    meta-steps whose meta-gradient was not finite, which leave the parameters as they were.
+    """
+
+    init: Callable[[jax.Array], MetaState]
+    step: Callable[[MetaState], tuple[MetaState, dict[str, jax.Array]]]
+
+
+def step_weights(name: str, num_steps: int) -> np.ndarray:
+    """`[K]`, the outer loss' weights w_k, summing to 1: "uniform", "linear" (w_k ~ k) or "final"."""
+    base.check_at_least("num_steps", num_steps, 1)
+    weights = STEP_WEIGHTS[base.check_name("step_weights", name, STEP_WEIGHTS)](np.arange(1.0, num_steps + 1))
+    return weights / weights.sum()
+
+
+def run_task(
+    learner: Learner, params: PyTree, family: TaskFamily, key: jax.Array, *, num_steps: int, remat: bool = False
+) -> tuple[Episode, Trajectory]:
+    """Samples one task and fine-tunes on its support set: what meta-training and evaluation have in common."""
+    key_sample, key_start, key_tune = jax.random.split(key, 3)
+    episode = family.sample(key_sample)
+    trajectory = fine_tune(
+        learner.optimizer(params),
+        family.oracle(episode.support),
+        learner.start(params, family, key_start),
+        key_tune,
+        num_steps=num_steps,
+        project=family.project,
+        second_order=learner.second_order,
+        remat=remat,
+    )
+    return episode, trajectory
+
+
+def outer_losses(
+    learner: Learner,
+    params: PyTree,
+    family: TaskFamily,
+    keys: jax.Array,
+    *,
+    num_steps: int,
+    steps: np.ndarray,
+    remat: bool = False,
+) -> jax.Array:
+    """`[T, len(steps)]`, the loss that the learner's objective asks for after each of `steps`, of `T` tasks.
+
+    All tasks and steps are scored in one batched call after the scan: with constant inner gradients only the
+    recurrence is differentiated through time.
+    """
+
+    def task(key):
+        return run_task(learner, params, family, key, num_steps=num_steps, remat=remat)
+
+    episodes, trajectories = jax.vmap(task)(keys)
+    data = episodes.query if learner.objective == "query" else episodes.support
+    thetas = jax.tree.map(lambda x: x[:, steps], trajectories.thetas)
+    return jax.vmap(jax.vmap(family.loss, in_axes=(0, None)))(thetas, data)
+
+
+def meta_trainer(
+    learner: Learner,
+    families: Sequence[TaskFamily],
+    *,
+    num_steps: int = 20,
+    tasks_per_family: int = 8,
+    meta_optimizer: optax.GradientTransformation,
+    weights: str = "uniform",
+    remat: bool = False,
+) -> MetaTrainer:
+    """Meta-trains a learner across families, which need not share shapes (incongruous tasks).
+
+    Args:
+      learner: from `lft_jax.learners`.
+      families: one or more buckets of tasks.
+      num_steps: K, fine-tuning steps of a task.
+      tasks_per_family: tasks of each family in a meta-step.
+      meta_optimizer: updates the meta-parameters; see `clipped_adam`.
+      weights: of the fine-tuning steps in the outer loss, see `step_weights`.
+      remat: trade time for memory, see `fine_tune`.
+
+    Raises:
+      ValueError: for no families, numbers below 1, or families that the learner cannot serve together.
+      TypeError: for a family that is not a registered pytree.
+    """
+    families = tuple(families)
+    if not families:
+        raise ValueError("families must hold at least one TaskFamily, got none.")
+    for family in families:
+        if not jax.tree.leaves(family) or jax.tree.structure(family).num_nodes == 1:
+            raise TypeError(
+                f"families: {type(family).__name__} is not a registered pytree with arrays; decorate it with "
+                "jax.tree_util.register_dataclass."
+            )
+    base.check_at_least("tasks_per_family", tasks_per_family, 1)
+    all_weights = step_weights(weights, num_steps)
+    steps = np.flatnonzero(all_weights)
+    final_weights = all_weights[steps]
+    groups, order = _group(families)
+    # Skipping is optax's; it would give in after max_consecutive_errors, which is for the caller to decide.
+    optimizer = optax.apply_if_finite(meta_optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
+
+    def family_loss(params, family, keys):
+        losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, remat=remat)
+        return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
+
+    def init(key):
+        key_init, key_run = jax.random.split(key)
+        params = learner.init(key_init, families)
+        return MetaState(params, optimizer.init(params), key_run, jnp.zeros((), jnp.int32))
+
+    @jax.jit
+    def step(state, groups):
+        losses, finals, total = [], [], jax.tree.map(jnp.zeros_like, state.params)
+        key = jax.random.fold_in(state.key, state.step)
+        for number, group in enumerate(groups):
+            keys = jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
+
+            def member_gradient(inputs, group=group):
+                member, member_keys = inputs
+                return jax.value_and_grad(family_loss, has_aux=True)(state.params, group.member(member), member_keys)
+
+            (group_losses, group_finals), grads = jax.lax.map(member_gradient, (group.stacked, keys))
+            total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
+            losses.append(group_losses)
+            finals.append(group_finals)
+        mean = jax.tree.map(lambda t: t / len(families), total)
+        updates, optimizer_state = optimizer.update(mean, state.optimizer_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        losses, finals = jnp.concatenate(losses)[order], jnp.concatenate(finals)[order]
+        metrics = {
+            "loss": jnp.mean(losses),
+            "family_loss": losses,
+            "final_loss": finals,
+            "grad_norm": optax.tree.norm(mean),
+            "skipped": optimizer_state.total_notfinite,
+            "skipped_in_a_row": optimizer_state.notfinite_count,
+        }
+        return MetaState(params, optimizer_state, state.key, state.step + 1), metrics
+
+    return MetaTrainer(init, lambda state: step(state, groups))
+
+
+def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float = 1.0) -> optax.GradientTransformation:
+    """The default meta-optimizer: Adam under a cosine schedule that ends at a tenth, gradients clipped by norm."""
+    schedule = optax.cosine_decay_schedule(learning_rate, num_meta_steps, alpha=0.1)
+    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(schedule))
+
+
+@jax.tree_util.register_pytree_node_class
+class _Group:
+    """Families of one structure: leaves that are the same array in all are kept once, the others are stacked."""
+
+    def __init__(self, shared, stacked, structure, size):
+        self.shared, self.stacked, self.structure, self.size = shared, stacked, structure, size
+
+    def member(self, stacked):
+        leaves = [s if s is not None else own for s, own in zip(self.shared, stacked, strict=True)]
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def tree_flatten(self):
+        return (self.shared, self.stacked), (self.structure, self.size)
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays):
+        return cls(*arrays, *static)
+
+
+def _group(families):
+    """Groups families that can be stacked; `order[i]` is the place of family i among the groups' members."""
+    members = {}
+    for index, family in enumerate(families):
+        leaves, structure = jax.tree.flatten(family)
+        shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        members.setdefault((structure, shapes), []).append((index, leaves))
+    groups, places = [], []
+    for (structure, _), group in members.items():
+        columns = list(zip(*(leaves for _, leaves in group), strict=True))
+        same = [all(leaf is column[0] for leaf in column) for column in columns]
+        shared = [column[0] if s else None for column, s in zip(columns, same, strict=True)]
+        stacked = [None if s else jnp.stack(column) for column, s in zip(columns, same, strict=True)]
+        groups.append(_Group(shared, stacked, structure, len(group)))
+        places += [index for index, _ in group]
+    return groups, np.argsort(places)

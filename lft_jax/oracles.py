@@ -1,0 +1,351 @@
+"""Gradient oracles: how a fine-tuner learns which way its loss falls, and what each answer costs in queries.
+
+======================  ======================================================================================
+`gradient`              one `jax.value_and_grad` of the loss
+`per_example_gradient`  the same, with the spread of the per-example gradients at no extra model cost
+`zeroth_order`          finite differences along random directions of a loss that is only evaluated, be it a JAX
+                        function or an opaque one (NumPy, PyTorch, a remote service)
+======================  ======================================================================================
+
+Finite differences are taken of a *batched* loss `thetas [n, ...] -> [n]`. Directions are drawn, tried and summed up
+in chunks; all that differs between a JAX loss and an opaque one is who loops over the chunks, `lax.scan` or Python::
+
+    seeds [n] --_probe--> directions, points --batched loss--> losses --_accumulate--> weighted sum of directions
+
+Letters in shape comments: `q` directions, `n` of them in one chunk, `S` examples, `d` coordinates of `theta`, all its
+leaves together.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive
+
+
+def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) -> Oracle:
+    """The gradient by automatic differentiation.
+
+    Args:
+      loss_fn: `theta -> []`, differentiable.
+      evaluations: examples that one call of `loss_fn` evaluates, at least 1: the queries of one answer.
+
+    Returns:
+      An oracle without extras, which ignores its key.
+
+    Raises:
+      ValueError: for `evaluations` below 1; when called, for a `theta` with leaves that are not floating-point.
+    """
+    _check_count("evaluations", evaluations)
+
+    def oracle(theta, key):
+        del key
+        value, grads = jax.value_and_grad(loss_fn)(_floats(theta))
+        return Estimate(value, grads, jnp.asarray(evaluations, jnp.int32), {})
+
+    return oracle
+
+
+def per_example_gradient(example_losses: Callable[[PyTree], jax.Array], *, num_examples: int) -> Oracle:
+    """The gradient of a mean over examples, and how much the examples disagree on it.
+
+    Every example gets its own copy of `theta`, as a universal perturbation does anyway when it is added to a batch
+    of images. One backward pass of the summed losses then leaves each example's gradient in its copy.
+
+    Args:
+      example_losses: `thetas -> [S]`, where `thetas` is like `theta` with a leading axis `[S]`. Loss s may depend on
+        copy s only (so no batch statistics inside).
+      num_examples: `S`, at least 1.
+
+    Returns:
+      An oracle whose value and grads are means over `S`, with the extra `spread` (like `theta`, not negative): the
+      population standard deviation of the per-example gradients. It ignores its key; an answer costs `S` queries.
+
+    Raises:
+      ValueError: for `num_examples` below 1; when called, for a `theta` with leaves that are not floating-point or
+        losses that are not `[S]`.
+    """
+    _check_count("num_examples", num_examples)
+
+    def oracle(theta, key):
+        del key
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_examples, *x.shape)), _floats(theta))
+
+        def summed(thetas):
+            losses = _check_losses("example_losses", example_losses(thetas), num_examples)
+            return jnp.sum(losses), losses
+
+        grads, losses = jax.grad(summed, has_aux=True)(copies)
+        mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
+        spread = jax.tree.map(lambda g: _safe_sqrt(jnp.var(g, axis=0)), grads)
+        return Estimate(jnp.mean(losses), mean, jnp.asarray(num_examples, jnp.int32), {"spread": spread})
+
+    return oracle
+
+
+def zeroth_order(
+    loss_fn: Callable[[PyTree], Any],
+    *,
+    num_directions: int = 20,
+    smoothing: float = 1e-3,
+    directions: str = "gaussian",
+    antithetic: bool = False,
+    evaluations: int = 1,
+    chunk_size: int | None = None,
+    opaque: bool = False,
+) -> Oracle:
+    """An estimate of the gradient from values of the loss alone.
+
+    With directions `u_i`, smoothing `mu` and `c = d / E|u|^2` (so that `E[c u u^T] = I`) the estimate is::
+
+        c / q * sum_i (f(theta + mu u_i) - f(theta)) / mu * u_i                     forward, the default
+        c / q * sum_i (f(theta + mu u_i) - f(theta - mu u_i)) / (2 mu) * u_i        antithetic
+
+    For a smooth loss its expectation is the gradient up to O(mu^2), or O(mu) for "coordinate" forward. Curvature
+    adds noise of size O(mu) to the forward form and none to the antithetic one. Differences are taken in the dtype of
+    the loss and have to stand out there: in float32 choose `mu` about 1e-3 (1e-6 fails). The points are rounded to
+    the dtype of `theta`: in bfloat16 keep `mu` well above `|theta| / 256`.
+
+    Args:
+      loss_fn: `theta -> []`, any floating-point dtype. It is evaluated under `jax.vmap` and never differentiated.
+      num_directions: `q`, at least 1.
+      smoothing: `mu`, above 0, in units of `theta`.
+      directions: what `u` is.
+        "gaussian": N(0, I).
+        "sphere": uniform on the unit sphere of the whole optimizee, over all leaves jointly; `c = d`. The step is
+        `mu` long, so coordinates move `sqrt(d)` times less than with "gaussian" or "rademacher" at the same `mu`.
+        "rademacher": -1 or 1 in each coordinate (SPSA).
+        "coordinate": axes, `q <= d` distinct ones at random; `c = d`. With `q = d` the estimate is the
+        deterministic finite-difference gradient.
+      antithetic: evaluate `theta + mu u` and `theta - mu u`, and not `theta`. The oracle's value is then the mean over
+        all these points, the best estimate there is without another query.
+      evaluations: examples that one evaluation of the loss costs, at least 1. An answer costs
+        `(q + 1) * evaluations` queries, or `2 * q * evaluations` if antithetic.
+      chunk_size: how many directions are in memory and evaluated together (if antithetic, twice as many points);
+        None for all. It changes the estimate by no more than rounding.
+      opaque: whether JAX cannot trace `loss_fn`. Then it is a *batched* loss, `thetas -> [n]`: it gets writable NumPy
+        arrays, like `theta` with a leading axis `[n]`, `n` at most the number of points in a chunk, and returns
+        anything that `np.asarray` takes. Such an oracle runs eagerly, not under jit, vmap or scan.
+
+    Returns:
+      An oracle without extras. Its grads have the dtypes of `theta`; sums are taken in at least float32.
+
+    Raises:
+      ValueError: for an argument out of range; when called, for a `theta` without coordinates or with leaves that
+        are not floating-point, a loss of another shape, more "coordinate" directions than coordinates, or an opaque
+        loss under a JAX transformation.
+
+    References:
+      Nesterov & Spokoiny (2017), Random gradient-free minimization of convex functions ("gaussian").
+      Flaxman, Kalai & McMahan (2005), Online convex optimization in the bandit setting ("sphere").
+      Spall (1992), Multivariate stochastic approximation using a simultaneous perturbation ("rademacher").
+    """
+    _check_count("num_directions", num_directions)
+    _check_count("evaluations", evaluations)
+    check_positive("smoothing", smoothing)
+    check_name("directions", directions, _DRAW)
+    if chunk_size is not None:
+        _check_count("chunk_size", chunk_size)
+    batched_loss, scan = (_on_numpy(loss_fn), _eager_scan) if opaque else (jax.vmap(loss_fn), jax.lax.scan)
+    chunk = min(chunk_size or num_directions, num_directions)
+    queries = (2 * num_directions if antithetic else num_directions + 1) * evaluations
+
+    def losses_at(points, count):
+        return _check_losses("loss_fn", batched_loss(points), count)
+
+    def oracle(theta, key):
+        theta = _floats(theta)
+        size = sum(x.size for x in jax.tree.leaves(theta))
+        seeds = _seeds(directions, key, num_directions, size)
+        base = None if antithetic else losses_at(jax.tree.map(lambda x: x[None], theta), 1)
+
+        def step(total, seeds):
+            count = len(seeds)
+            us, points = _probe(theta, seeds, smoothing, directions=directions, antithetic=antithetic)
+            if antithetic:
+                losses = losses_at(points, 2 * count)
+                plus, minus = losses[:count], losses[count:]
+                slopes, values = (plus - minus) / 2, (plus + minus) / 2
+            else:
+                values = losses_at(points, count)
+                slopes = values - base
+            return _accumulate(total, us, slopes, smoothing), values
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), theta)
+        total, values = _in_chunks(scan, step, zeros, seeds, chunk)
+        factor = (size if directions in _UNIT_LENGTH else 1) / num_directions
+        grads = jax.tree.map(lambda x, g: (factor * g).astype(x.dtype), theta, total)
+        value = jnp.mean(values) if antithetic else jnp.asarray(base[0])
+        return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
+
+    return oracle
+
+
+def zeroth_order_value_and_grad(
+    loss_fn: Callable[[PyTree], jax.Array],
+    *,
+    num_directions: int = 20,
+    smoothing: float = 1e-3,
+    directions: str = "gaussian",
+    antithetic: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]:
+    """Like `jax.value_and_grad(loss_fn)`, by finite differences: `(theta, key) -> (value [], grads like theta)`.
+
+    Arguments, estimates and errors are those of `zeroth_order`.
+    """
+    oracle = zeroth_order(
+        loss_fn,
+        num_directions=num_directions,
+        smoothing=smoothing,
+        directions=directions,
+        antithetic=antithetic,
+        chunk_size=chunk_size,
+    )
+    return lambda theta, key: oracle(theta, key)[:2]
+
+
+# Directions: `(seed, theta) -> u`, like `theta` but in at least float32.
+
+
+def _gaussian(key, theta):
+    leaves, treedef = jax.tree.flatten(theta)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten([jax.random.normal(k, x.shape, _wide(x)) for k, x in zip(keys, leaves, strict=True)])
+
+
+def _sphere(key, theta):
+    us = _gaussian(key, theta)
+    widest = max((u.dtype for u in jax.tree.leaves(us)), key=lambda dtype: dtype.itemsize)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(u)).astype(widest) for u in jax.tree.leaves(us)))
+    norm = jnp.maximum(norm, jnp.finfo(widest).tiny)  # one coordinate alone can be drawn as 0
+    return jax.tree.map(lambda u: u / norm.astype(u.dtype), us)
+
+
+def _rademacher(key, theta):
+    leaves, treedef = jax.tree.flatten(theta)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten([jax.random.rademacher(k, x.shape, _wide(x)) for k, x in zip(keys, leaves, strict=True)])
+
+
+def _coordinate(index, theta):
+    leaves, treedef = jax.tree.flatten(theta)
+    starts = np.cumsum([0, *(x.size for x in leaves)])[:-1].tolist()
+    us = [(jnp.arange(x.size) == index - start).reshape(x.shape) for x, start in zip(leaves, starts, strict=True)]
+    return treedef.unflatten([u.astype(_wide(x)) for u, x in zip(us, leaves, strict=True)])
+
+
+_DRAW = {"gaussian": _gaussian, "sphere": _sphere, "rademacher": _rademacher, "coordinate": _coordinate}
+_UNIT_LENGTH = ("sphere", "coordinate")  # |u| = 1; for the others E|u|^2 = d
+
+
+def _seeds(directions, key, num_directions, size):
+    """What the directions are drawn from, leading axis `[q]`: a key each, or the index of a coordinate."""
+    if size == 0:
+        raise ValueError("theta must have at least one coordinate, got none.")
+    if directions != "coordinate":
+        return jax.random.split(key, num_directions)
+    if num_directions > size:
+        raise ValueError(
+            f"num_directions must be at most {size}, the number of coordinates of theta, for "
+            f"directions='coordinate', got {num_directions!r}."
+        )
+    return jax.random.permutation(key, size)[:num_directions]
+
+
+@functools.partial(jax.jit, static_argnames=("directions", "antithetic"))
+def _probe(theta, seeds, smoothing, *, directions, antithetic):
+    """Directions `[n, ...]` and the points to try: `[n, ...]`, or `[2n, ...]` with the mirrored ones last."""
+    us = jax.vmap(_DRAW[directions], in_axes=(0, None))(seeds, theta)
+    us = jax.tree.map(lambda x, u: u.astype(x.dtype), theta, us)  # what is tried is what is summed up
+
+    def points(x, u):
+        x, step = x[None].astype(_wide(x)), smoothing * u.astype(_wide(x))
+        return jnp.concatenate([x + step, x - step]) if antithetic else x + step
+
+    return us, jax.tree.map(lambda x, u: points(x, u).astype(x.dtype), theta, us)
+
+
+@jax.jit
+def _accumulate(total, us, slopes, smoothing):
+    """`total + sum_i slopes_i / smoothing * u_i`, in the dtypes of `total`."""
+
+    def add(total, u):
+        # Not a matrix product: on accelerators those may round to fewer bits.
+        weights = (slopes.astype(total.dtype) / smoothing).reshape(-1, *(1,) * total.ndim)
+        return total + jnp.sum(weights * u.astype(total.dtype), axis=0)
+
+    return jax.tree.map(add, total, us)
+
+
+def _in_chunks(scan, step, total, seeds, chunk):
+    """Scans `step` over seeds `[q]`, `chunk` at a time, the last time what is left; outputs are joined to `[q]`."""
+    outputs = []
+    if len(seeds) > chunk:
+        whole = len(seeds) // chunk * chunk
+        total, output = scan(step, total, seeds[:whole].reshape(-1, chunk, *seeds.shape[1:]))
+        outputs.append(output.reshape(-1))
+        seeds = seeds[whole:]
+    if len(seeds):
+        total, output = step(total, seeds)
+        outputs.append(output)
+    return total, jnp.concatenate(outputs)
+
+
+def _eager_scan(step, total, chunks):
+    """`lax.scan` as a Python loop, for steps that cannot be traced."""
+    outputs = []
+    for chunk in chunks:
+        total, output = step(total, chunk)
+        outputs.append(output)
+    return total, np.stack(outputs)
+
+
+def _on_numpy(batched_loss):
+    """Calls an opaque loss with copies that it may write to. Its dtype is kept, float64 included."""
+
+    def on_numpy(points):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(points)):
+            raise ValueError("loss_fn is opaque: its oracle must be called eagerly, got a theta or key under tracing.")
+        return np.asarray(batched_loss(jax.tree.map(np.array, points)))
+
+    return on_numpy
+
+
+def _floats(theta):
+    """`theta` as JAX arrays. Raises a ValueError unless all are floating-point."""
+    theta = jax.tree.map(jnp.asarray, theta)
+    for path, x in jax.tree_util.tree_leaves_with_path(theta):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            name = "theta" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name} must be a floating-point array, got {x.dtype}.")
+    return theta
+
+
+def _wide(x):
+    """The dtype to compute in."""
+    return x.dtype if x.dtype.itemsize >= 4 else jnp.float32
+
+
+def _safe_sqrt(x):
+    """Square root whose gradient at 0 is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def _check_count(argument, value):
+    if not (isinstance(value, int | np.integer) and value >= 1):
+        raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}.")
+
+
+def _check_losses(argument, losses, count):
+    """Returns the losses of a batch if they are floating-point `[count]`."""
+    if losses.shape != (count,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(
+            f"{argument} must give one floating-point loss for each of {count} copies of theta, i.e. shape ({count},), "
+            f"got {losses.dtype}{list(losses.shape)}."
+        )
+    return losses

@@ -1,0 +1,210 @@
+"""Update rules: small recurrent networks that turn a gradient into an update, for arrays of any shape.
+
+A rule is a hashable description; its weights are the meta-parameters `params`. It is applied leaf by leaf with the
+same weights at every coordinate, so one set of weights serves every shape (PAPER, "The method"). Internally a leaf's
+coordinates trail and the network's channels lead, `[channels, *leaf.shape]`: matrix products with the long axis last.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lft_jax import base
+from lft_jax.features import FEATURES, Signal, unit_rms
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumStart:
+    """A strong hand-made update for the network to start from.
+
+    With it, the rule's update is `scale * (step * exp(a) * tanh(2 m / rms(m)) + b)`, where `a` and `b` are the
+    network's outputs (near 0 before meta-training) and `m` is the gradient's momentum: at first a soft sign step.
+
+    Attributes:
+      step: size of the step, as a fraction of the feasible set's scale; above 0.
+      decay: of the momentum, in [0, 1).
+    """
+
+    step: float = 0.6
+    decay: float = 0.5
+
+    def __post_init__(self):
+        base.check_positive("MomentumStart.step", self.step)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"MomentumStart.decay must be in [0, 1), got {self.decay!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A recurrent update rule: features -> optional 3x3 convolutions -> LSTM layers -> linear head.
+
+    Build one with `coordinate_lstm` or `spatial_lstm`.
+
+    Attributes:
+      hidden: units of each LSTM layer.
+      layers: number of LSTM layers.
+      features: names from `lft_jax.features.FEATURES`.
+      output_scale: factor on the network's output.
+      start: the hand-made update that the output is added to, or None: the output is the update.
+      maps: feature maps of each convolution; empty for a coordinatewise rule.
+    """
+
+    hidden: int
+    layers: int
+    features: tuple[str, ...]
+    output_scale: float
+    start: MomentumStart | None = None
+    maps: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        base.check_at_least("hidden", self.hidden, 1)
+        base.check_at_least("layers", self.layers, 1)
+        base.check_positive("output_scale", self.output_scale)
+        if not self.features:
+            raise ValueError(f"features must name at least one of {', '.join(FEATURES)}, got none.")
+        for name in self.features:
+            base.check_name("features", name, FEATURES)
+        for size in self.maps:
+            base.check_at_least("maps", size, 1)
+
+    @property
+    def num_features(self) -> int:
+        """Features of a coordinate."""
+        return sum(FEATURES[name].size for name in self.features)
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Draws the rule's weights, float32: LeCun-normal matrices, forget gates open, a head near 0."""
+        keys = iter(jax.random.split(key, len(self.maps) + self.layers + 1))
+
+        def dense(fan_out, fan_in, gain=1.0):
+            weight = jax.random.normal(next(keys), (fan_out, fan_in), jnp.float32) * (gain / math.sqrt(fan_in))
+            return {"weight": weight, "bias": jnp.zeros((fan_out,), jnp.float32)}
+
+        params = {"convolutions": [], "cells": []}
+        channels = self.num_features
+        for size in self.maps:
+            params["convolutions"].append(dense(size, 9 * channels))
+            channels = size
+        inputs = self.num_features + (channels if self.maps else 0)
+        for _ in range(self.layers):
+            cell = dense(4 * self.hidden, inputs + self.hidden)
+            cell["bias"] = cell["bias"].at[self.hidden : 2 * self.hidden].set(1.0)
+            params["cells"].append(cell)
+            inputs = self.hidden
+        params["head"] = dense(2 if self.start else 1, self.hidden, gain=0.1)
+        return params
+
+    def init_state(self, leaf: jax.Array) -> PyTree:
+        """The rule's state for one leaf, in the leaf's dtype."""
+        hidden = jnp.zeros((self.hidden, *leaf.shape), leaf.dtype)
+        return {
+            "features": tuple(FEATURES[name].init(leaf) for name in self.features),
+            "cells": tuple((hidden, hidden) for _ in range(self.layers)),
+            "momentum": jnp.zeros_like(leaf) if self.start else (),
+        }
+
+    def apply(self, params: PyTree, signal: Signal, state: PyTree) -> tuple[jax.Array, PyTree]:
+        """`(step, state)`: the step to *subtract* from the leaf, PAPER "The method", and the next state."""
+        columns, feature_states = [], []
+        for name, feature_state in zip(self.features, state["features"], strict=True):
+            column, feature_state = FEATURES[name].apply(signal, feature_state)
+            columns.append(column)
+            feature_states.append(feature_state)
+        inputs = jnp.concatenate(columns)
+        if self.maps:
+            maps = inputs
+            for convolution in params["convolutions"]:
+                maps = jax.nn.relu(_affine(convolution, _neighbours(maps)))
+            inputs = jnp.concatenate([inputs, maps])
+        cells = []
+        for cell, carry in zip(params["cells"], state["cells"], strict=True):
+            inputs, carry = _lstm(cell, inputs, carry)
+            cells.append(carry)
+        output = self.output_scale * _affine(params["head"], inputs)
+        state = {"features": tuple(feature_states), "cells": tuple(cells), "momentum": state["momentum"]}
+        if self.start is None:
+            return output[0], state
+        momentum = self.start.decay * state["momentum"] + signal.grad
+        direction = jnp.tanh(2 * unit_rms(momentum))
+        step = signal.scale * (self.start.step * jnp.exp(output[0]) * direction + output[1])
+        return step, {**state, "momentum": momentum}
+
+
+def coordinate_lstm(
+    hidden: int = 20,
+    layers: int = 2,
+    *,
+    features: str | tuple[str, ...] = "log_sign",
+    output_scale: float = 0.1,
+    start: MomentumStart | None = None,
+) -> Rule:
+    """The paper's coordinatewise recurrent rule (Andrychowicz et al. 2016: two LSTM layers of 20 units).
+
+    Args:
+      hidden: units of each layer.
+      layers: number of layers.
+      features: one name or several of `lft_jax.features.FEATURES`; "log_sign" is the paper's, "raw" that of ZO-L2L,
+        "adam" that of RNNProp.
+      output_scale: factor on the network's output (0.1 in the paper's appendix).
+      start: a hand-made update to start from; the output is then in units of the feasible set's scale.
+
+    Raises:
+      ValueError: for sizes below 1 or an unknown feature name.
+    """
+    names = (features,) if isinstance(features, str) else tuple(features)
+    return Rule(hidden, layers, names, output_scale, start)
+
+
+def spatial_lstm(
+    hidden: int = 20,
+    layers: int = 1,
+    *,
+    maps: tuple[int, ...] = (16, 16),
+    features: str | tuple[str, ...] = ("momentum", "spread", "constraint", "progress", "context"),
+    output_scale: float = 1.0,
+    start: MomentumStart | None = MomentumStart(),
+) -> Rule:
+    """A rule for images that sees each coordinate's neighbourhood: 3x3 convolutions, then LSTM layers (ours).
+
+    Leaves `[H, W]` and `[H, W, C]` are images, each channel convolved alike; any other leaf is taken as a line of
+    its coordinates. Works at every image size. Arguments as for `coordinate_lstm`; `maps` are the feature maps of
+    each convolution.
+    """
+    names = (features,) if isinstance(features, str) else tuple(features)
+    return Rule(hidden, layers, names, output_scale, start, tuple(maps))
+
+
+RULES = {"coordinate_lstm": coordinate_lstm, "spatial_lstm": spatial_lstm}
+
+
+def _affine(layer, x):
+    """`[in, ...] -> [out, ...]` by one matrix product, in the dtype of `x`."""
+    weight, bias = layer["weight"].astype(x.dtype), layer["bias"].astype(x.dtype)
+    return jnp.tensordot(weight, x, axes=1) + bias.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _lstm(cell, x, carry):
+    hidden, memory = carry
+    gates = _affine(cell, jnp.concatenate([x, hidden]))
+    write, forget, read, candidate = jnp.split(gates, 4)
+    memory = jax.nn.sigmoid(forget) * memory + jax.nn.sigmoid(write) * jnp.tanh(candidate)
+    hidden = jax.nn.sigmoid(read) * jnp.tanh(memory)
+    return hidden, (hidden, memory)
+
+
+def _neighbours(x):
+    """`[channels, *shape] -> [9 channels, *shape]`: the 3x3 neighbourhood of each pixel, zeros beyond the border.
+
+    A convolution is then a matrix product, whose gradients are fast inside `lax.scan` on every backend.
+    """
+    shape = x.shape[1:]
+    height, width = shape[:2] if len(shape) in (2, 3) else (1, math.prod(shape))
+    image = x.reshape(x.shape[0], height, width, -1)
+    padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifted).reshape(9 * x.shape[0], *shape)

@@ -1,0 +1,149 @@
+"""A meta-training run on disk: checkpoints, exact resume, metrics files, progress, and when to give up."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+from lft_jax import base, checkpoints
+from lft_jax.meta import MetaState, MetaTrainer
+
+PyTree = Any
+
+
+class MetaTrainingDiverged(RuntimeError):
+    """Too many meta-gradients in a row were not finite."""
+
+
+def meta_train(
+    trainer: MetaTrainer,
+    key: jax.Array,
+    workdir: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any],
+    num_meta_steps: int,
+    checkpoint_every: int = 100,
+    max_skipped_in_a_row: int = 20,
+    validate: Callable[[PyTree], Mapping[str, float]] | None = None,
+    progress: bool = True,
+) -> MetaState:
+    """Meta-trains in `workdir`, resuming from its last checkpoint if there is one.
+
+    A resumed run gives the same numbers as an uninterrupted one: all that it depends on is in the checkpoint.
+    Writes `config.json`, `checkpoints/`, `metrics.jsonl` (a line a meta-step) and TensorBoard event files.
+
+    Args:
+      trainer: from `lft_jax.meta_trainer`.
+      key: seed of the run.
+      workdir: folder of the run; created.
+      config: JSON-serialisable description of the run; must be what the workdir was begun with.
+      num_meta_steps: in all, those before a resume included.
+      checkpoint_every: meta-steps between checkpoints (and validations).
+      max_skipped_in_a_row: so many meta-gradients in a row that are not finite stop the run.
+      validate: `params -> {name: number}`, written beside the metrics.
+      progress: show a progress bar with the time left.
+
+    Raises:
+      ValueError: for a workdir that holds another configuration, and numbers below 1.
+      PermissionError: for a workdir that cannot be written.
+      MetaTrainingDiverged: see `max_skipped_in_a_row`.
+    """
+    for name, value in (("num_meta_steps", num_meta_steps), ("checkpoint_every", checkpoint_every)):
+        base.check_at_least(name, value, 1)
+    workdir = Path(workdir)
+    _claim(workdir, config)
+    state = trainer.init(key)
+    with checkpoints.Manager(workdir / "checkpoints") as manager:
+        state = manager.restore_latest(like=state)
+        start = int(state.step)
+        metrics_path = workdir / "metrics.jsonl"
+        _keep_before(metrics_path, start)
+        with (
+            open(metrics_path, "a", encoding="utf-8") as lines,
+            tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as board,
+            tqdm.tqdm(
+                total=num_meta_steps, initial=start, desc="meta-training", unit="step", disable=not progress
+            ) as bar,
+        ):
+            for step in range(start, num_meta_steps):
+                began = time.perf_counter()
+                state, metrics = trainer.step(state)
+                record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+                record = {"step": step, **record, "seconds": time.perf_counter() - began}
+                if record["skipped_in_a_row"] >= max_skipped_in_a_row:
+                    raise MetaTrainingDiverged(
+                        f"{record['skipped_in_a_row']} meta-gradients in a row were not finite, up to meta-step {step}; "
+                        f"the last good checkpoint is in {workdir / 'checkpoints'}. Try a lower meta learning rate, "
+                        "fewer fine-tuning steps, or a smaller output_scale."
+                    )
+                last = step + 1 == num_meta_steps
+                if last or (step + 1) % checkpoint_every == 0:
+                    manager.save(step + 1, state)
+                    if validate is not None:
+                        record |= validate(state.params)
+                lines.write(json.dumps(record) + "\n")
+                for name, value in record.items():
+                    if name != "step" and np.ndim(value) == 0:
+                        board.add_scalar(name, value, step)
+                bar.update()
+                bar.set_postfix(loss=f"{record['loss']:.4f}", skipped=record["skipped"], refresh=False)
+    return state
+
+
+def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], MetaState]) -> tuple[MetaState, dict]:
+    """The last state of a run and its configuration.
+
+    Args:
+      workdir: folder of the run.
+      like: `config -> MetaState` of the structure that the checkpoint should have.
+
+    Raises:
+      ValueError: if there is no run or no checkpoint, or it is of another structure.
+    """
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"workdir: {workdir} holds no run (no config.json); make one with experiments.meta_train.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    template = like(config)
+    with checkpoints.Manager(workdir / "checkpoints") as manager:
+        state = manager.restore_latest(like=template)
+    if not int(state.step):
+        raise ValueError(f"workdir: {workdir} holds no checkpoint yet.")
+    return state, config
+
+
+def _claim(workdir, config):
+    """Writes the configuration, or checks that the one there is the same."""
+    config = json.loads(json.dumps(config))  # as it reads back
+    path = workdir / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
+        if different:
+            changes = ", ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked for" for k in different)
+            raise ValueError(f"workdir: {workdir} holds a run of another configuration ({changes}).")
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PermissionError(f"workdir: {workdir} cannot be written ({error}); choose another.") from error
+
+
+def _keep_before(path, step):
+    """Drops the lines of meta-steps that will be run again (and a last line cut short by a crash)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] < step:
+            kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")

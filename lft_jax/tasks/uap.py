@@ -1,0 +1,211 @@
+"""Few-shot universal adversarial perturbations: one for all images of a task (PAPER "The application")."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax import base, oracles
+from lft_jax.base import Episode, Estimate, Oracle, TaskFamily
+from lft_jax.data import check_images_labels, class_table
+from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, margins, norm, perturb
+
+STARTS = ("zeros", "random")
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UapFamily(TaskFamily):
+    """UAP tasks on one image source against one victim. Build it with `uap_family`, which checks its arguments.
+
+    The losses, the oracle and the start can be changed with `dataclasses.replace`; the arrays are then shared.
+
+    Attributes:
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
+      labels: `[N]` int32.
+      table: `[classes, most]` int32, the rows of `images` of each class that episodes draw from, padded.
+      counts: `[classes]` int32, how many entries of each row of `table` count.
+      logits_fn: `images -> logits`, the victim.
+      attack_loss: the objective, what the outer loss and the metrics are made of.
+      support_loss: what is minimised on the support images.
+      constraint: the ball or the penalty.
+      ways: classes of a task.
+      shots: support images a class.
+      queries: query images a class.
+      start: "zeros", or "random": uniform in the constraint's scale.
+      estimator: None for exact gradients, or `(loss_fn, *, evaluations) -> Oracle`, for instance
+        `functools.partial(lft_jax.oracles.zeroth_order, num_directions=20)`.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    table: jax.Array
+    counts: jax.Array
+    logits_fn: Callable[[jax.Array], jax.Array]
+    attack_loss: AttackLoss
+    support_loss: AttackLoss
+    constraint: Constraint
+    ways: int = dataclasses.field(metadata=_STATIC)
+    shots: int = dataclasses.field(metadata=_STATIC)
+    queries: int = dataclasses.field(metadata=_STATIC)
+    start: str = dataclasses.field(default="zeros", metadata=_STATIC)
+    estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
+
+    def sample(self, key: jax.Array) -> Episode:
+        """Draws classes, then disjoint support and query images of each: `Batch`es of ways * shots, ways * queries."""
+        key_classes, key_images = jax.random.split(key)
+        enough = self.counts >= self.shots + self.queries
+        # The largest of uniform scores are a sample without replacement, also where some entries are barred.
+        scores = jnp.where(enough, jax.random.uniform(key_classes, self.counts.shape), -1)
+        classes = jax.lax.top_k(scores, self.ways)[1]
+        real = jnp.arange(self.table.shape[1])[None] < self.counts[classes][:, None]
+        scores = jnp.where(real, jax.random.uniform(key_images, real.shape), -1)
+        columns = jax.lax.top_k(scores, self.shots + self.queries)[1]
+        rows = jnp.take_along_axis(self.table[classes], columns, axis=1)
+        return Episode(self.batch(rows[:, : self.shots].ravel()), self.batch(rows[:, self.shots :].ravel()))
+
+    def batch(self, rows: jax.Array) -> Batch:
+        """The images of the given rows `[n]`, in [0, 1]."""
+        return Batch(_unit_range(self.images[rows]), self.labels[rows])
+
+    def init(self, key: jax.Array) -> jax.Array:
+        """`[H, W, C]`, the initial perturbation."""
+        dtype = self.images.dtype if jnp.issubdtype(self.images.dtype, jnp.floating) else jnp.float32
+        theta = jnp.zeros(self.images.shape[1:], dtype)
+        if self.start == "zeros":
+            return theta
+        scale = self.constraint.scale(theta)
+        return self.project(scale * jax.random.uniform(key, theta.shape, dtype, -1, 1))
+
+    def oracle(self, support: Batch) -> Oracle:
+        """The gradient of the support loss, with the extras that a rule for perturbations can use."""
+
+        def image_losses(theta):
+            return self.support_loss(self.logits_fn(perturb(support.images, theta)), support.labels)
+
+        if self.estimator is None:
+            attack = oracles.per_example_gradient(image_losses, num_examples=len(support.labels))
+        else:
+            attack = self.estimator(lambda theta: jnp.mean(image_losses(theta)), evaluations=len(support.labels))
+        context = jnp.stack([jnp.mean(support.images, 0), jnp.std(support.images, 0)])
+
+        def oracle(theta, key):
+            estimate = attack(theta, key)
+            extras = {**estimate.extras, "scale": self.constraint.scale(theta), "context": context}
+            # The penalty does not touch the victim: its gradient is always exact.
+            cost, pull = jax.value_and_grad(self.constraint.cost)(theta)
+            return Estimate(estimate.value + cost, estimate.grads + pull, estimate.queries, extras)
+
+        return oracle
+
+    def loss(self, theta: jax.Array, data: Batch) -> jax.Array:
+        """`[]`, the mean attack loss over the images plus the penalty, if any."""
+        losses = self.attack_loss(self.logits_fn(perturb(data.images, theta)), data.labels)
+        return jnp.mean(losses) + self.constraint.cost(theta)
+
+    def project(self, theta: jax.Array) -> jax.Array:
+        """Onto the ball; the identity under a penalty."""
+        return self.constraint.project(theta)
+
+    def metrics(self, theta: jax.Array, data: Batch) -> dict[str, jax.Array]:
+        """Attack success rate over the images that are right when clean, and the perturbation's size.
+
+        Returns:
+          `asr` and `clean_accuracy` in [0, 1] (`asr` is 0 if no image is right when clean), `margin` (mean logit of
+          the label above the largest other), `loss`, and the norms `l1`, `l2`, `linf`.
+        """
+        right = jnp.argmax(self.logits_fn(data.images), -1) == data.labels
+        if self.attack_loss.target is not None:
+            right &= data.labels != self.attack_loss.target
+        logits = self.logits_fn(perturb(data.images, theta))
+        success = self.attack_loss.success(logits, data.labels) & right
+        return {
+            "asr": jnp.sum(success) / jnp.maximum(jnp.sum(right), 1),
+            "clean_accuracy": jnp.mean(right),
+            "margin": jnp.mean(margins(logits, data.labels)),
+            "loss": jnp.mean(self.attack_loss(logits, data.labels)) + self.constraint.cost(theta),
+            **{kind: norm(theta, kind) for kind in ("l1", "l2", "linf")},
+        }
+
+
+def uap_family(
+    images: np.ndarray,
+    labels: np.ndarray,
+    victim_logits_fn: Callable[[jax.Array], jax.Array],
+    *,
+    ways: int = 10,
+    shots: int = 1,
+    queries: int = 5,
+    norm: str = "linf",
+    epsilon: float | None = None,
+    penalty: float | None = None,
+    loss: str | AttackLoss = "hinge",
+    support_loss: str | AttackLoss | None = None,
+    start: str = "zeros",
+    estimator: Callable[..., Oracle] | None = None,
+) -> UapFamily:
+    """A family of UAP tasks: `ways` classes, `shots` support and `queries` query images of each, one victim.
+
+    Args:
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1]; kept on the device as they are.
+      labels: `[N]` integers from 0.
+      victim_logits_fn: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`. A `jax.tree_util.Partial` whose
+        arguments are its weights lets victims of one architecture share a compilation.
+      ways: classes of a task.
+      shots: support images a class.
+      queries: query images a class, disjoint from the support images.
+      norm: "linf" or "l2" with `epsilon`, "l1" or "l2" with `penalty`.
+      epsilon: radius of the ball, in units of the image range.
+      penalty: weight of the norm in the loss.
+      loss: the objective, a kind of `AttackLoss` or one of those.
+      support_loss: what is minimised on the support images; the objective if None.
+      start: "zeros" or "random".
+      estimator: None for exact gradients, or `(loss_fn, *, evaluations) -> Oracle`.
+
+    Raises:
+      ValueError: for images outside [0, 1], labels out of range, a class with fewer than shots + queries images,
+        fewer than `ways` classes, and names or numbers out of range.
+    """
+    for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
+        base.check_at_least(name, value, 1)
+    base.check_name("start", start, STARTS)
+    constraint = Constraint(norm, epsilon, penalty).check()
+    attack_loss = _attack_loss(loss)
+    support_loss = attack_loss if support_loss is None else _attack_loss(support_loss)
+    if not isinstance(victim_logits_fn, jax.tree_util.Partial):
+        victim_logits_fn = jax.tree_util.Partial(victim_logits_fn)
+    check_images_labels(images, labels)
+    num_classes = jax.eval_shape(lambda x: victim_logits_fn(_unit_range(x)), images[:1]).shape[-1]
+    check_images_labels(images, labels, num_classes)
+    for name, used in (("loss", attack_loss), ("support_loss", support_loss)):
+        if used.target is not None and not 0 <= used.target < num_classes:
+            raise ValueError(f"{name}: target {used.target} is not one of the victim's {num_classes} classes.")
+    images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
+    table, counts = _drawn_classes(labels, attack_loss.target, shots + queries)
+    if np.sum(counts > 0) < ways:
+        raise ValueError(f"ways: {ways} classes a task were asked for, but the labels have only {np.sum(counts > 0)}.")
+    arrays = [jnp.asarray(x) for x in (images, labels, table, counts)]
+    return UapFamily(
+        *arrays, victim_logits_fn, attack_loss, support_loss, constraint, ways, shots, queries, start, estimator
+    )
+
+
+def _attack_loss(loss):
+    return (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
+
+
+def _drawn_classes(labels, target, needed):
+    table, counts = class_table(labels, int(labels.max()) + 1)
+    if target is not None and target < len(counts):
+        counts = np.where(np.arange(len(counts)) == target, 0, counts).astype(np.int32)
+    for label, count in enumerate(counts):
+        if 0 < count < needed:
+            raise ValueError(f"shots + queries: class {label} has {count} images, fewer than the {needed} asked for.")
+    return table, counts
+
+
+def _unit_range(images):
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

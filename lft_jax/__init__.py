@@ -1,10 +1,12 @@
 """Learned fine-tuners for incongruous few-shot learning, and the universal perturbations that they craft."""
 
 from lft_jax import learners
+from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
 from lft_jax.fine_tune import fine_tune, fine_tune_step
 from lft_jax.meta import MetaState, MetaTrainer, clipped_adam, meta_trainer
 from lft_jax.oracles import zeroth_order_value_and_grad
+from lft_jax.pretrained import list_pretrained, load_pretrained
 from lft_jax.rules import MomentumStart, Rule, coordinate_lstm, spatial_lstm
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import UapFamily, uap_family
@@ -24,14 +26,19 @@ __all__ = [
     "TaskFamily",
     "Trajectory",
     "UapFamily",
+    "UniversalPerturbation",
+    "attack_success_rate",
     "clipped_adam",
     "coordinate_lstm",
     "fine_tune",
     "fine_tune_step",
     "learned_fine_tuner",
     "learners",
+    "list_pretrained",
+    "load_pretrained",
     "meta_trainer",
     "spatial_lstm",
     "uap_family",
+    "universal_perturbation",
     "zeroth_order_value_and_grad",
 ]

@@ -4,6 +4,7 @@ Each is a `Learner` whose `params` are its hyperparameters, traced: a whole grid
 sizes are in units of the constraint's scale (epsilon, for an linf ball), except SGD's, which multiplies raw gradients.
 """
 
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -124,15 +125,11 @@ def make_baselines(norm: str) -> dict[str, Baseline]:
     }
 
 
-def from_start(baseline: Baseline, name: str) -> Learner:
-    """The baseline's optimizer from a given start: its params are `{"theta": start, **hyperparameters}`."""
-
-    def optimizer(params: PyTree) -> optax.GradientTransformation:
-        return baseline.learner.optimizer({key: value for key, value in params.items() if key != "theta"})
-
-    return Learner(
-        name=name,
-        init=baseline.learner.init,
-        optimizer=optimizer,
-        start=lambda params, family, key: family.project(params["theta"]),
+def from_start(baseline: Baseline, theta: PyTree) -> Baseline:
+    """The baseline, started from `theta` instead of the family's start."""
+    learner = dataclasses.replace(
+        baseline.learner,
+        name=f"{baseline.learner.name} from a start",
+        start=lambda params, family, key: family.project(theta),
     )
+    return baseline._replace(learner=learner)

@@ -19,7 +19,6 @@ from lft_jax.tasks.perturbation import AttackLoss, perturb
 from lft_jax.tasks.uap import UapFamily
 
 
-@functools.partial(jax.jit, static_argnames=("learner", "num_steps", "at", "batch_size"))
 def evaluate(
     learner: Learner,
     params: PyTree,
@@ -44,6 +43,17 @@ def evaluate(
     Returns:
       `{metric: [T, len(at)]}`, the family's metrics, and `queries`, example evaluations used.
     """
+    # All but how it fine-tunes is dropped, so that LFT and L2O of one rule share a compilation.
+    learner = Learner("", _nothing_to_learn, learner.optimizer, learner.start)
+    return _evaluate(learner, params, family, keys, num_steps, tuple(at), min(batch_size, len(keys)))
+
+
+def _nothing_to_learn(key, families):
+    raise ValueError("this learner is only evaluated.")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _evaluate(learner, params, family, keys, num_steps, at, batch_size):
     rows = np.asarray(at) - 1
 
     def task(key):
@@ -52,7 +62,7 @@ def evaluate(
         metrics = jax.vmap(family.metrics, in_axes=(0, None))(thetas, episode.query)
         return {**metrics, "queries": trajectory.queries[rows]}
 
-    return jax.lax.map(task, keys, batch_size=min(batch_size, len(keys)))
+    return jax.lax.map(task, keys, batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -64,6 +74,13 @@ def evaluate_fixed(theta: PyTree, family: TaskFamily, keys: jax.Array, *, batch_
         return {name: value[None] for name, value in family.metrics(theta, episode.query).items()}
 
     return jax.lax.map(task, keys, batch_size=min(batch_size, len(keys)))
+
+
+@functools.partial(jax.jit, static_argnames=("learner", "num_steps"))
+def first_perturbation(learner: Learner, params: PyTree, family: TaskFamily, key: jax.Array, num_steps: int) -> PyTree:
+    """The final `theta` of the task that `evaluate` would draw from `key`."""
+    _, trajectory = run_task(learner, params, family, key, num_steps=num_steps)
+    return jax.tree.map(lambda x: x[-1], trajectory.thetas)
 
 
 class Tuned(NamedTuple):

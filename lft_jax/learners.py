@@ -1,5 +1,6 @@
 """What can be meta-learned: an update rule (LFT, L2O), or an initialization (MAML); and what is not learned at all."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,11 +26,17 @@ def l2o(rule: Rule, *, second_order: bool = False) -> Learner:
     return _learned_rule("l2o", rule, "support", second_order)
 
 
+@functools.cache
+def _rule_optimizer(rule):
+    # One function object for each rule, so that programs compiled for it are found again.
+    return lambda params: learned_fine_tuner(params, rule)
+
+
 def _learned_rule(name, rule, objective, second_order):
     return Learner(
         name=name,
         init=lambda key, families: rule.init(key),
-        optimizer=lambda params: learned_fine_tuner(params, rule),
+        optimizer=_rule_optimizer(rule),
         start=_family_start,
         objective=objective,
         second_order=second_order,

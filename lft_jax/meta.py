@@ -105,6 +105,15 @@ def outer_losses(
     return jax.vmap(jax.vmap(family.loss, in_axes=(0, None)))(thetas, data)
 
 
+def init_state(
+    learner: Learner, families: Sequence[TaskFamily], meta_optimizer: optax.GradientTransformation, key: jax.Array
+) -> MetaState:
+    """The state that a run begins with. Learners of update rules need no families for it."""
+    key_init, key_run = jax.random.split(key)
+    params = learner.init(key_init, tuple(families))
+    return MetaState(params, _skipping(meta_optimizer).init(params), key_run, jnp.zeros((), jnp.int32))
+
+
 def meta_trainer(
     learner: Learner,
     families: Sequence[TaskFamily],
@@ -144,17 +153,11 @@ def meta_trainer(
     steps = np.flatnonzero(all_weights)
     final_weights = all_weights[steps]
     groups, order = _group(families)
-    # Skipping is optax's; it would give in after max_consecutive_errors, which is for the caller to decide.
-    optimizer = optax.apply_if_finite(meta_optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
+    optimizer = _skipping(meta_optimizer)
 
     def family_loss(params, family, keys):
         losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, remat=remat)
         return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
-
-    def init(key):
-        key_init, key_run = jax.random.split(key)
-        params = learner.init(key_init, families)
-        return MetaState(params, optimizer.init(params), key_run, jnp.zeros((), jnp.int32))
 
     @jax.jit
     def step(state, groups):
@@ -185,6 +188,9 @@ def meta_trainer(
         }
         return MetaState(params, optimizer_state, state.key, state.step + 1), metrics
 
+    def init(key):
+        return init_state(learner, families, meta_optimizer, key)
+
     return MetaTrainer(init, lambda state: step(state, groups))
 
 
@@ -192,6 +198,11 @@ def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float =
     """The default meta-optimizer: Adam under a cosine schedule that ends at a tenth, gradients clipped by norm."""
     schedule = optax.cosine_decay_schedule(learning_rate, num_meta_steps, alpha=0.1)
     return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(schedule))
+
+
+def _skipping(optimizer):
+    # Skipping is optax's; it would give in after max_consecutive_errors, which is for the caller to decide.
+    return optax.apply_if_finite(optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -154,31 +154,27 @@ def zeroth_order(
     chunk = min(chunk_size or num_directions, num_directions)
     queries = (2 * num_directions if antithetic else num_directions + 1) * evaluations
 
-    def losses_at(points, count):
-        return _check_losses("loss_fn", batched_loss(points), count)
+    def losses_at(points):
+        return _check_losses("loss_fn", batched_loss(points), len(jax.tree.leaves(points)[0]))
 
     def oracle(theta, key):
-        theta = _floats(theta)
-        size = sum(x.size for x in jax.tree.leaves(theta))
-        seeds = _seeds(directions, key, num_directions, size)
-        base = None if antithetic else losses_at(jax.tree.map(lambda x: x[None], theta), 1)
+        flat, unflatten = _flatten(theta)
+        seeds = _seeds(directions, key, num_directions, flat.size)
+        base = None if antithetic else losses_at(unflatten(flat[None]))
 
         def step(total, seeds):
-            count = len(seeds)
-            us, points = _probe(theta, seeds, smoothing, directions=directions, antithetic=antithetic)
+            us, points = _probe(flat, seeds, smoothing, directions=directions, antithetic=antithetic)
+            values = losses_at(unflatten(points))
             if antithetic:
-                losses = losses_at(points, 2 * count)
-                plus, minus = losses[:count], losses[count:]
+                plus, minus = values[: len(seeds)], values[len(seeds) :]
                 slopes, values = (plus - minus) / 2, (plus + minus) / 2
             else:
-                values = losses_at(points, count)
                 slopes = values - base
             return _accumulate(total, us, slopes, smoothing), values
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), theta)
-        total, values = _in_chunks(scan, step, zeros, seeds, chunk)
-        factor = (size if directions in _UNIT_LENGTH else 1) / num_directions
-        grads = jax.tree.map(lambda x, g: (factor * g).astype(x.dtype), theta, total)
+        total, values = _in_chunks(scan, step, jnp.zeros_like(flat), seeds, chunk)
+        factor = (flat.size if directions in _UNIT_LENGTH else 1) / num_directions
+        grads = jax.tree.map(lambda g: g[0], unflatten(factor * total[None]))
         value = jnp.mean(values) if antithetic else jnp.asarray(base[0])
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
 
@@ -209,44 +205,30 @@ def zeroth_order_value_and_grad(
     return lambda theta, key: oracle(theta, key)[:2]
 
 
-# Directions: `(seed, theta) -> u`, like `theta` but in at least float32.
+def _gaussian(key, size, dtype):
+    return jax.random.normal(key, (size,), dtype)
 
 
-def _gaussian(key, theta):
-    leaves, treedef = jax.tree.flatten(theta)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([jax.random.normal(k, x.shape, _wide(x)) for k, x in zip(keys, leaves, strict=True)])
+def _sphere(key, size, dtype):
+    u = _gaussian(key, size, dtype)
+    return u / jnp.maximum(jnp.sqrt(jnp.sum(u**2)), jnp.finfo(dtype).tiny)  # one coordinate alone can be 0
 
 
-def _sphere(key, theta):
-    us = _gaussian(key, theta)
-    widest = max((u.dtype for u in jax.tree.leaves(us)), key=lambda dtype: dtype.itemsize)
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(u)).astype(widest) for u in jax.tree.leaves(us)))
-    norm = jnp.maximum(norm, jnp.finfo(widest).tiny)  # one coordinate alone can be drawn as 0
-    return jax.tree.map(lambda u: u / norm.astype(u.dtype), us)
+def _rademacher(key, size, dtype):
+    return jax.random.rademacher(key, (size,), dtype)
 
 
-def _rademacher(key, theta):
-    leaves, treedef = jax.tree.flatten(theta)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([jax.random.rademacher(k, x.shape, _wide(x)) for k, x in zip(keys, leaves, strict=True)])
+def _coordinate(index, size, dtype):
+    return (jnp.arange(size) == index).astype(dtype)
 
 
-def _coordinate(index, theta):
-    leaves, treedef = jax.tree.flatten(theta)
-    starts = np.cumsum([0, *(x.size for x in leaves)])[:-1].tolist()
-    us = [(jnp.arange(x.size) == index - start).reshape(x.shape) for x, start in zip(leaves, starts, strict=True)]
-    return treedef.unflatten([u.astype(_wide(x)) for u, x in zip(us, leaves, strict=True)])
-
-
+#: `(seed, d, dtype) -> u [d]`.
 _DRAW = {"gaussian": _gaussian, "sphere": _sphere, "rademacher": _rademacher, "coordinate": _coordinate}
 _UNIT_LENGTH = ("sphere", "coordinate")  # |u| = 1; for the others E|u|^2 = d
 
 
 def _seeds(directions, key, num_directions, size):
     """What the directions are drawn from, leading axis `[q]`: a key each, or the index of a coordinate."""
-    if size == 0:
-        raise ValueError("theta must have at least one coordinate, got none.")
     if directions != "coordinate":
         return jax.random.split(key, num_directions)
     if num_directions > size:
@@ -258,28 +240,19 @@ def _seeds(directions, key, num_directions, size):
 
 
 @functools.partial(jax.jit, static_argnames=("directions", "antithetic"))
-def _probe(theta, seeds, smoothing, *, directions, antithetic):
-    """Directions `[n, ...]` and the points to try: `[n, ...]`, or `[2n, ...]` with the mirrored ones last."""
-    us = jax.vmap(_DRAW[directions], in_axes=(0, None))(seeds, theta)
-    us = jax.tree.map(lambda x, u: u.astype(x.dtype), theta, us)  # what is tried is what is summed up
-
-    def points(x, u):
-        x, step = x[None].astype(_wide(x)), smoothing * u.astype(_wide(x))
-        return jnp.concatenate([x + step, x - step]) if antithetic else x + step
-
-    return us, jax.tree.map(lambda x, u: points(x, u).astype(x.dtype), theta, us)
+def _probe(flat, seeds, smoothing, *, directions, antithetic):
+    """Directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
+    us = jax.vmap(lambda seed: _DRAW[directions](seed, flat.size, flat.dtype))(seeds)
+    plus, minus = flat[None] + smoothing * us, flat[None] - smoothing * us
+    return us, jnp.concatenate([plus, minus]) if antithetic else plus
 
 
 @jax.jit
 def _accumulate(total, us, slopes, smoothing):
-    """`total + sum_i slopes_i / smoothing * u_i`, in the dtypes of `total`."""
-
-    def add(total, u):
-        # Not a matrix product: on accelerators those may round to fewer bits.
-        weights = (slopes.astype(total.dtype) / smoothing).reshape(-1, *(1,) * total.ndim)
-        return total + jnp.sum(weights * u.astype(total.dtype), axis=0)
-
-    return jax.tree.map(add, total, us)
+    """`total + sum_i slopes_i / smoothing * u_i`, `[d]`."""
+    weights = slopes.astype(total.dtype) / smoothing
+    # Not a matrix product, which accelerators may round to fewer bits.
+    return total + jnp.sum(weights[:, None] * us, axis=0)
 
 
 def _in_chunks(scan, step, total, seeds, chunk):
@@ -326,9 +299,21 @@ def _floats(theta):
     return theta
 
 
-def _wide(x):
-    """The dtype to compute in."""
-    return x.dtype if x.dtype.itemsize >= 4 else jnp.float32
+def _flatten(theta):
+    """`theta` as one vector `[d]` in its widest dtype, at least float32, and the way back for batches `[n, d]`."""
+    leaves, treedef = jax.tree.flatten(_floats(theta))
+    if not any(x.size for x in leaves):
+        raise ValueError("theta must have at least one coordinate, got none.")
+    dtype = max((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize)
+    dtype = dtype if dtype.itemsize >= 4 else jnp.float32
+    ends = np.cumsum([x.size for x in leaves]).tolist()
+
+    def unflatten(batch):
+        pieces = [batch[:, end - x.size : end] for x, end in zip(leaves, ends, strict=True)]
+        pieces = [piece.reshape(len(batch), *x.shape).astype(x.dtype) for piece, x in zip(pieces, leaves, strict=True)]
+        return treedef.unflatten(pieces)
+
+    return jnp.concatenate([x.astype(dtype).reshape(-1) for x in leaves]), unflatten
 
 
 def _safe_sqrt(x):

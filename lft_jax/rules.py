@@ -182,6 +182,21 @@ def spatial_lstm(
 RULES = {"coordinate_lstm": coordinate_lstm, "spatial_lstm": spatial_lstm}
 
 
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
+    """A JSON-serialisable description of the rule, for configurations and cards."""
+    return dataclasses.asdict(rule)
+
+
+def rule_from_dict(description: dict[str, Any]) -> Rule:
+    """The rule that `rule_to_dict` described; raises a ValueError for unknown or missing entries."""
+    known = {field.name for field in dataclasses.fields(Rule)}
+    if description.keys() != known:
+        raise ValueError(f"a rule is described by {sorted(known)}, got {sorted(description)}.")
+    start = description["start"] and MomentumStart(**description["start"])
+    lists = {name: tuple(description[name]) for name in ("features", "maps")}
+    return Rule(**{**description, **lists, "start": start})
+
+
 def _affine(layer, x):
     """`[in, ...] -> [out, ...]` by one matrix product, in the dtype of `x`."""
     weight, bias = layer["weight"].astype(x.dtype), layer["bias"].astype(x.dtype)

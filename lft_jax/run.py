@@ -79,7 +79,7 @@ def meta_train(
                 record = {"step": step, **record, "seconds": time.perf_counter() - began}
                 if record["skipped_in_a_row"] >= max_skipped_in_a_row:
                     raise MetaTrainingDiverged(
-                        f"{record['skipped_in_a_row']} meta-gradients in a row were not finite, up to meta-step {step}; "
+                        f"{record['skipped_in_a_row']} meta-gradients in a row, up to step {step}, were not finite; "
                         f"the last good checkpoint is in {workdir / 'checkpoints'}. Try a lower meta learning rate, "
                         "fewer fine-tuning steps, or a smaller output_scale."
                     )

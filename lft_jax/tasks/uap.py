@@ -69,7 +69,7 @@ class UapFamily(TaskFamily):
 
     def batch(self, rows: jax.Array) -> Batch:
         """The images of the given rows `[n]`, in [0, 1]."""
-        return Batch(_unit_range(self.images[rows]), self.labels[rows])
+        return Batch(unit_range(self.images[rows]), self.labels[rows])
 
     def init(self, key: jax.Array) -> jax.Array:
         """`[H, W, C]`, the initial perturbation."""
@@ -90,16 +90,7 @@ class UapFamily(TaskFamily):
             attack = oracles.per_example_gradient(image_losses, num_examples=len(support.labels))
         else:
             attack = self.estimator(lambda theta: jnp.mean(image_losses(theta)), evaluations=len(support.labels))
-        context = jnp.stack([jnp.mean(support.images, 0), jnp.std(support.images, 0)])
-
-        def oracle(theta, key):
-            estimate = attack(theta, key)
-            extras = {**estimate.extras, "scale": self.constraint.scale(theta), "context": context}
-            # The penalty does not touch the victim: its gradient is always exact.
-            cost, pull = jax.value_and_grad(self.constraint.cost)(theta)
-            return Estimate(estimate.value + cost, estimate.grads + pull, estimate.queries, extras)
-
-        return oracle
+        return constrained_oracle(attack, self.constraint, support.images)
 
     def loss(self, theta: jax.Array, data: Batch) -> jax.Array:
         """`[]`, the mean attack loss over the images plus the penalty, if any."""
@@ -111,24 +102,57 @@ class UapFamily(TaskFamily):
         return self.constraint.project(theta)
 
     def metrics(self, theta: jax.Array, data: Batch) -> dict[str, jax.Array]:
-        """Attack success rate over the images that are right when clean, and the perturbation's size.
+        """See `attack_metrics`."""
+        clean, attacked = self.logits_fn(data.images), self.logits_fn(perturb(data.images, theta))
+        return attack_metrics(clean, attacked, data.labels, theta, self.attack_loss, self.constraint)
 
-        Returns:
-          `asr` and `clean_accuracy` in [0, 1] (`asr` is 0 if no image is right when clean), `margin` (mean logit of
-          the label above the largest other), `loss`, and the norms `l1`, `l2`, `linf`.
-        """
-        right = jnp.argmax(self.logits_fn(data.images), -1) == data.labels
-        if self.attack_loss.target is not None:
-            right &= data.labels != self.attack_loss.target
-        logits = self.logits_fn(perturb(data.images, theta))
-        success = self.attack_loss.success(logits, data.labels) & right
-        return {
-            "asr": jnp.sum(success) / jnp.maximum(jnp.sum(right), 1),
-            "clean_accuracy": jnp.mean(right),
-            "margin": jnp.mean(margins(logits, data.labels)),
-            "loss": jnp.mean(self.attack_loss(logits, data.labels)) + self.constraint.cost(theta),
-            **{kind: norm(theta, kind) for kind in ("l1", "l2", "linf")},
-        }
+
+def constrained_oracle(attack: Oracle, constraint: Constraint, support_images: jax.Array) -> Oracle:
+    """An oracle of the attack loss, with the penalty, if any, and the extras `scale` and `context` added."""
+    context = jnp.stack([jnp.mean(support_images, 0), jnp.std(support_images, 0)])
+
+    def oracle(theta, key):
+        estimate = attack(theta, key)
+        extras = {**estimate.extras, "scale": constraint.scale(theta), "context": context}
+        # The penalty does not touch the victim: its gradient is always exact.
+        cost, pull = jax.value_and_grad(constraint.cost)(theta)
+        return Estimate(estimate.value + cost, estimate.grads + pull, estimate.queries, extras)
+
+    return oracle
+
+
+def attack_metrics(
+    clean_logits: jax.Array,
+    logits: jax.Array,
+    labels: jax.Array,
+    theta: jax.Array,
+    loss: AttackLoss,
+    constraint: Constraint,
+) -> dict[str, jax.Array]:
+    """Attack success rate over the images that are right when clean, and the perturbation's size.
+
+    Args:
+      clean_logits: `[N, classes]` of the clean images.
+      logits: `[N, classes]` of the perturbed images.
+      labels: `[N]`.
+      theta: `[H, W, C]`, the perturbation.
+      loss: the objective; if it has a target, images of the target class do not count.
+      constraint: whose penalty, if any, is part of the loss.
+
+    Returns:
+      `asr` and `clean_accuracy` in [0, 1] (`asr` is 0 if no image is right when clean), `margin` (mean logit of the
+      label above the largest other), `loss`, and the norms `l1`, `l2`, `linf`.
+    """
+    right = jnp.argmax(clean_logits, -1) == labels
+    counted = right if loss.target is None else right & (labels != loss.target)
+    success = loss.success(logits, labels) & counted
+    return {
+        "asr": jnp.sum(success) / jnp.maximum(jnp.sum(counted), 1),
+        "clean_accuracy": jnp.mean(right),
+        "margin": jnp.mean(margins(logits, labels)),
+        "loss": jnp.mean(loss(logits, labels)) + constraint.cost(theta),
+        **{kind: norm(theta, kind) for kind in ("l1", "l2", "linf")},
+    }
 
 
 def uap_family(
@@ -178,7 +202,7 @@ def uap_family(
     if not isinstance(victim_logits_fn, jax.tree_util.Partial):
         victim_logits_fn = jax.tree_util.Partial(victim_logits_fn)
     check_images_labels(images, labels)
-    num_classes = jax.eval_shape(lambda x: victim_logits_fn(_unit_range(x)), images[:1]).shape[-1]
+    num_classes = jax.eval_shape(lambda x: victim_logits_fn(unit_range(x)), images[:1]).shape[-1]
     check_images_labels(images, labels, num_classes)
     for name, used in (("loss", attack_loss), ("support_loss", support_loss)):
         if used.target is not None and not 0 <= used.target < num_classes:
@@ -207,5 +231,6 @@ def _drawn_classes(labels, target, needed):
     return table, counts
 
 
-def _unit_range(images):
+def unit_range(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [0, 1]; floating-point images as they are."""
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

@@ -1,0 +1,98 @@
+"""What the binaries share: where a number came from, and the task families of stored victims."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lft_jax import comparison, tasks
+from lft_jax.data import load_source
+from lft_jax.victims import Victim, load_victim
+
+#: Radius of the linf ball by source, in units of the image range: near where a full-data UAP fools four in five
+#: images of small victims.
+DEFAULT_EPSILON = {"digits": 0.25, "mnist_5k": 0.3, "mnist": 0.3, "cifar10": 0.05}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """The tasks of a run, whatever the source.
+
+    Attributes:
+      ways, shots, queries: see `lft_jax.uap_family`.
+      norm: "linf" or "l2" (balls).
+      epsilon: radius by source; sources that it does not name take `DEFAULT_EPSILON`.
+      loss: the objective, of the query images.
+      support_loss: of the support images.
+      start: "zeros" or "random".
+    """
+
+    ways: int = 10
+    shots: int = 1
+    queries: int = 5
+    norm: str = "linf"
+    epsilon: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    loss: str = "hinge"
+    support_loss: str = "cross_entropy"
+    start: str = "zeros"
+
+
+def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
+    """The UAP tasks of a stored victim on one split of its source."""
+    name = victim.card["source"]
+    source = load_source(name, split, data_dir=data_dir)
+    epsilon = config.epsilon.get(name, DEFAULT_EPSILON.get(name))
+    if epsilon is None:
+        raise ValueError(f"epsilon: no radius is known for source {name!r}; give one.")
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"epsilon": epsilon}
+    return tasks.uap_family(source.images, source.labels, victim.logits_fn, **options)
+
+
+def make_target(path: str, seen: bool, config: TaskConfig, data_dir: str | None = None) -> comparison.Target:
+    """A stored victim as a target of `lft_jax.comparison`."""
+    victim = load_victim(path)
+    families = [make_family(victim, split, config, data_dir) for split in ("train", "validation", "test")]
+    return comparison.Target(victim.card["source"], Path(path).name, seen, *families)
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes a results file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def provenance(seeds: Sequence[int]) -> dict[str, Any]:
+    """Command, commit, versions, device and seeds, for a results file (PROTOCOL 7)."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    module = Path(sys.argv[0]).stem
+    return {
+        "command": " ".join(["python", "-m", f"experiments.{module}", *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "seeds": list(seeds),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _commit():
+    def git(*arguments):
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return f"{commit or 'unknown'}{' + uncommitted changes' if git('status', '--porcelain') else ''}"

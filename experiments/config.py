@@ -1,0 +1,93 @@
+"""A binary's configuration is one frozen dataclass; this makes its flags, and reads it back from them.
+
+Flags are defined when a binary runs, not when it is imported, so several binaries can be imported side by side.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a configuration: its default, its help text, and the values it may have."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def required(help: str) -> Any:
+    """A field that must be given as a flag."""
+    return dataclasses.field(metadata={"help": help, "choices": None})
+
+
+def main(config_type: type, run: Callable[[Any], Any]) -> None:
+    """Defines the flags of `config_type`, parses the command line, and calls `run` with the configuration."""
+    define_flags(config_type, flags.FLAGS)
+
+    def from_flags(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        try:
+            run(read_flags(config_type, flags.FLAGS))
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+    app.run(from_flags)
+
+
+def define_flags(config_type: type, values: flags.FlagValues) -> None:
+    """Defines one flag for each field of a configuration."""
+    for field in dataclasses.fields(config_type):
+        name, help, default = field.name, field.metadata["help"], field.default
+        kind = _kind(config_type, field)
+        if field.metadata["choices"]:
+            flags.DEFINE_enum(name, default, field.metadata["choices"], help, flag_values=values)
+        elif kind is bool:
+            flags.DEFINE_bool(name, default, help, flag_values=values)
+        elif kind is int:
+            flags.DEFINE_integer(name, default, help, flag_values=values)
+        elif kind is float:
+            flags.DEFINE_float(name, default, help, flag_values=values)
+        elif typing.get_origin(kind) is tuple:
+            text = None if default is dataclasses.MISSING else ",".join(map(str, default))
+            flags.DEFINE_list(name, text, help, flag_values=values)
+        else:
+            flags.DEFINE_string(name, None if default is dataclasses.MISSING else default, help, flag_values=values)
+        if default is dataclasses.MISSING:
+            flags.mark_flag_as_required(name, flag_values=values)
+
+
+def read_flags(config_type: type, values: flags.FlagValues) -> Any:
+    """The configuration that the parsed flags describe."""
+    given = {}
+    for field in dataclasses.fields(config_type):
+        value, kind = values[field.name].value, _kind(config_type, field)
+        if typing.get_origin(kind) is tuple:
+            element = typing.get_args(kind)[0]
+            try:
+                value = tuple(element(part) for part in value or ())
+            except ValueError:
+                raise ValueError(f"--{field.name}: expected a list of {element.__name__}, got {value}.") from None
+        given[field.name] = value
+    return config_type(**given)
+
+
+def pairs(argument: str, entries: Sequence[str]) -> dict[str, float]:
+    """`("digits=0.2", ...)` -> `{"digits": 0.2, ...}`; raises a ValueError that names the argument."""
+    found = {}
+    for entry in entries:
+        name, _, number = entry.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise ValueError(f"{argument}: expected name=number, got {entry!r}.") from None
+    return found
+
+
+def _kind(config_type, field):
+    kind = typing.get_type_hints(config_type)[field.name]
+    if isinstance(kind, types.UnionType):  # X | None
+        kind = next(argument for argument in typing.get_args(kind) if argument is not type(None))
+    return kind

@@ -1,0 +1,103 @@
+r"""Compares meta-learned fine-tuners with tuned baselines on unseen tasks, as a results file, a table and two figures.
+
+  python -m experiments.evaluate --learned=runs/lft,runs/l2o --output=results/compare.json \
+    --victims=runs/victims/digits_small_cnn_9,runs/victims/mnist_5k_lenet_9
+
+Victims that a learned method was meta-trained on are marked as seen. Several seeds of one method (runs that differ
+only in --seed) become one row. Baselines are tuned on meta-validation tasks of each victim.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import common, config, figures, meta_train, tables
+from lft_jax import comparison
+from lft_jax.victims import load_victim
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    learned: tuple[str, ...] = config.required("Folders of meta-training runs (experiments.meta_train).")
+    victims: tuple[str, ...] = config.required("Folders of the victims to attack.")
+    output: str = config.required("Results file to write, .json; the table and the figures are put beside it.")
+    at: tuple[int, ...] = config.option((1, 2, 5, 10, 20), "Fine-tuning steps to judge; the last one is K.")
+    num_tasks: int = config.option(100, "Meta-test tasks.")
+    num_validation: int = config.option(50, "Meta-validation tasks, on which the baselines are tuned.")
+    methods: tuple[str, ...] = config.option(comparison.Protocol.methods, "Hand-designed baselines to tune.")
+    transfer: bool = config.option(True, "Also the transfer start: a UAP of the meta-training victims of that source.")
+    oracle_steps: int = config.option(300, "Steps of each full-data run.")
+    oracle_targeted: bool = config.option(False, "Seek the full-data UAP for each target class too.")
+    task_seed: int = config.option(0, "Seed of the tasks.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+def evaluate(flags: Config) -> dict:
+    """Runs the comparison that the flags describe and writes its files; returns the results."""
+    runs = [meta_train.load_learned(workdir) for workdir in flags.learned]
+    seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
+    tasks_config = meta_train.tasks_of(runs[0][0])
+    for of, _ in runs[1:]:
+        if meta_train.tasks_of(of) != tasks_config:
+            raise ValueError(f"learned: {of.workdir} was meta-trained on other tasks than {runs[0][0].workdir}.")
+    protocol = comparison.Protocol(
+        num_steps=flags.at[-1],
+        at=flags.at,
+        num_tasks=flags.num_tasks,
+        num_validation=flags.num_validation,
+        methods=flags.methods,
+        oracle_steps=flags.oracle_steps,
+        oracle_targeted=flags.oracle_targeted,
+        seed=flags.task_seed,
+    )
+    output, rows = Path(flags.output), []
+    for path in flags.victims:
+        target = common.make_target(path, Path(path).resolve() in seen, tasks_config, flags.data_dir)
+        learned = _methods(runs, target.source)
+        transfer = _transfer_families(runs, target.source, tasks_config, flags) if flags.transfer else []
+        new, perturbations = comparison.compare(target, learned, protocol, transfer_from=transfer, report=print)
+        rows += new
+        name = f"{output.stem}_{target.victim}.png"
+        figures.perturbed_images(target, perturbations, output.with_name(name))
+    results = {
+        "tasks": dataclasses.asdict(tasks_config),
+        "protocol": dataclasses.asdict(protocol),
+        "meta_training": [{k: v for k, v in dataclasses.asdict(of).items() if k != "data_dir"} for of, _ in runs],
+        "rows": rows,
+        "provenance": common.provenance([of.seed for of, _ in runs]),
+    }
+    common.write_json(output, results)
+    output.with_suffix(".md").write_text(tables.comparison_table(rows), encoding="utf-8")
+    figures.asr_against_step(rows, output.with_suffix(".png"))
+    print("\n" + tables.comparison_table(rows))
+    print(f"wrote {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
+    return results
+
+
+def _methods(runs, source):
+    """The learned methods that can attack a source: every update rule, and the initializations made for it."""
+    grouped: dict[str, comparison.Learned] = {}
+    for flags, learned in runs:
+        sources = {load_victim(path).card["source"] for path in flags.victims}
+        if flags.learner == "maml" and source not in sources:
+            continue
+        if flags.learner in grouped:
+            grouped[flags.learner].params.extend(learned.params)
+        else:
+            grouped[flags.learner] = comparison.Learned(learned.learner, list(learned.params))
+    return grouped
+
+
+def _transfer_families(runs, source, tasks_config, flags):
+    paths = dict.fromkeys(path for of, _ in runs for path in of.victims)
+    victims = [load_victim(path) for path in paths]
+    return [
+        common.make_family(victim, "train", tasks_config, flags.data_dir)
+        for victim in victims
+        if victim.card["source"] == source
+    ]
+
+
+if __name__ == "__main__":
+    config.main(Config, evaluate)

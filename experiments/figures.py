@@ -1,0 +1,105 @@
+"""The figures of a comparison."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from lft_jax import comparison
+from lft_jax.tasks.perturbation import perturb
+
+#: Methods drawn, in order, with their colours; the rest are in the table.
+COLOURS = {
+    "pgd (untuned)": "#bbbbbb",
+    "pgd": "#4477aa",
+    "momentum_pgd": "#66ccee",
+    "adam": "#ccbb44",
+    "uap_sgd": "#aa3377",
+    "maml": "#997700",
+    "l2o": "#228833",
+    "lft": "#cc3311",
+    "oracle": "#000000",
+}
+
+
+def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """One panel a target: mean query ASR against the fine-tuning step, with 95% bands."""
+    targets = list(dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows))
+    columns = min(3, len(targets))
+    lines = -(-len(targets) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(targets) :]:
+        axis.axis("off")
+    for axis, (source, victim, seen) in zip(axes.flat, targets, strict=False):
+        for row in rows:
+            if (row["source"], row["victim"]) != (source, victim) or row["method"] not in COLOURS:
+                continue
+            colour = COLOURS[row["method"]]
+            if row["method"] == "oracle":
+                axis.axhline(row["asr"][-1], color=colour, linestyle=":", label="oracle (all images)")
+                continue
+            at, asr, width = (np.asarray(row[name], float) for name in ("at", "asr", "asr_interval"))
+            axis.plot(at, asr, color=colour, marker="o", markersize=3, label=row["method"])
+            axis.fill_between(at, asr - width, asr + width, color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=f"{victim} ({'seen' if seen else 'unseen'} victim)", xlabel="fine-tuning step", ylim=(0, None))
+        axis.set_xticks(next(row for row in rows if row["victim"] == victim)["at"])
+        axis.grid(alpha=0.3)
+    for line in axes:
+        line[0].set_ylabel("query attack success rate")
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
+    )
+    _save(figure, path)
+
+
+def perturbed_images(
+    target: comparison.Target, perturbations: Mapping[str, np.ndarray], path: Path, num_images: int = 6
+) -> None:
+    """A row a perturbation: the perturbation, then perturbed test images with the victim's answers.
+
+    Titles are the victim's answers, red where the attack succeeded; the first row is clean.
+    """
+    labels = np.asarray(target.test.labels)
+    picked = [int(np.flatnonzero(labels == c)[0]) for c in np.unique(labels)[:num_images]]
+    batch = target.test.batch(np.asarray(picked))
+    rows = {"clean": np.zeros_like(next(iter(perturbations.values()))), **perturbations}
+    figure, axes = plt.subplots(
+        len(rows),
+        len(picked) + 1,
+        figsize=(1.25 * (len(picked) + 1), 1.5 * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
+    limit = max(float(np.abs(theta).max()) for theta in perturbations.values())
+    for line, (name, theta) in zip(axes, rows.items(), strict=True):
+        images = np.asarray(perturb(batch.images, theta))
+        answers = np.argmax(np.asarray(target.test.logits_fn(images)), -1)
+        show(line[0], theta / (2 * limit) + 0.5)
+        line[0].set_ylabel(name)
+        for axis, image, answer, label in zip(line[1:], images, answers, np.asarray(batch.labels), strict=True):
+            show(axis, image)
+            axis.set_title(f"{label} -> {answer}", fontsize=9, color="tab:red" if answer != label else "black")
+    axes[0, 0].set_title("perturbation", fontsize=9)
+    figure.suptitle(f"{target.source}, victim {target.victim} (label -> answer)", fontsize=10)
+    _save(figure, path)
+
+
+def show(axis, image: np.ndarray) -> None:
+    """Draws one image `[H, W, C]` in [0, 1] without ticks."""
+    axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

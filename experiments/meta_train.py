@@ -1,0 +1,147 @@
+r"""Meta-trains a fine-tuner on stored victims, which may differ in architecture, image size and source.
+
+One set of meta-parameters for all of them:
+
+  python -m experiments.meta_train --workdir=runs/lft \
+    --victims=runs/victims/digits_small_cnn_0,runs/victims/mnist_5k_lenet_0 --epsilon=digits=0.25,mnist_5k=0.3
+
+Run it again to resume. Make victims with experiments.train_victim.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from experiments import common, config
+from lft_jax import baselines, comparison, evaluation, learners, meta, rules, run, tasks
+from lft_jax.base import Learner
+from lft_jax.features import FEATURES
+from lft_jax.victims import load_victim
+
+LEARNERS = ("lft", "l2o", "maml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    victims: tuple[str, ...] = config.required("Folders of the victims to meta-train on, a family of tasks each.")
+    workdir: str = config.required("Folder of the run: configuration, checkpoints, metrics. Resumed if it exists.")
+    learner: str = config.option(
+        "lft", "What is learned: an update rule on query images (lft) or support images (l2o), or a start.", LEARNERS
+    )
+    rule: str = config.option("spatial_lstm", "Update rule (lft, l2o).", tuple(rules.RULES))
+    features: tuple[str, ...] = config.option(
+        (), f"What the rule sees; its default if empty. Of {', '.join(FEATURES)}."
+    )
+    hidden: int = config.option(20, "Units of each LSTM layer.")
+    layers: int = config.option(1, "LSTM layers.")
+    start: str = config.option(
+        "momentum", "Hand-made update that the rule's output is added to, or none.", ("momentum", "none")
+    )
+    start_step: float = config.option(0.6, "Step of that update, in units of epsilon.")
+    start_decay: float = config.option(0.5, "Momentum of that update.")
+    output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
+    inner_step: float = config.option(0.2, "Step of the inner PGD of maml, in units of epsilon.")
+    ways: int = config.option(10, "Classes of a task.")
+    shots: int = config.option(1, "Support images a class.")
+    queries: int = config.option(5, "Query images a class.")
+    norm: str = config.option("linf", "Norm of the ball.", ("linf", "l2"))
+    epsilon: tuple[str, ...] = config.option((), "Radius by source, as source=radius,...; sources have defaults.")
+    loss: str = config.option("hinge", "Loss of the query images.", ("hinge", "cross_entropy"))
+    support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
+    task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
+    num_steps: int = config.option(20, "Fine-tuning steps of a task (K).")
+    weights: str = config.option("uniform", "Weights of the steps in the outer loss.", tuple(meta.STEP_WEIGHTS))
+    tasks_per_family: int = config.option(2, "Tasks of each victim in a meta-step.")
+    meta_steps: int = config.option(1000, "Meta-steps.")
+    meta_learning_rate: float = config.option(3e-3, "Peak learning rate of the meta-optimizer, Adam.")
+    seed: int = config.option(0, "Seed of the run.")
+    second_order: bool = config.option(False, "Differentiate through the inner gradients too.")
+    remat: bool = config.option(False, "Recompute instead of store, for less memory.")
+    checkpoint_every: int = config.option(100, "Meta-steps between checkpoints, and validations.")
+    validation_tasks: int = config.option(20, "Meta-validation tasks of each victim; 0 for none.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+def tasks_of(flags: Config) -> common.TaskConfig:
+    """The tasks that the flags describe."""
+    names = {field.name for field in dataclasses.fields(common.TaskConfig)} - {"epsilon", "start"}
+    epsilon = config.pairs("epsilon", flags.epsilon)
+    return common.TaskConfig(epsilon=epsilon, start=flags.task_start, **{name: getattr(flags, name) for name in names})
+
+
+def learner_of(flags: Config) -> Learner:
+    """The learner that the flags describe."""
+    if flags.learner == "maml":
+        inner = baselines.make_baselines(flags.norm)["pgd"].learner.optimizer({"step": flags.inner_step})
+        return learners.maml(inner, second_order=flags.second_order)
+    options: dict[str, Any] = {"features": flags.features} if flags.features else {}
+    if flags.output_scale is not None:
+        options["output_scale"] = flags.output_scale
+    options["start"] = rules.MomentumStart(flags.start_step, flags.start_decay) if flags.start == "momentum" else None
+    rule = rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
+    return getattr(learners, flags.learner)(rule, second_order=flags.second_order)
+
+
+def families_of(flags: Config, split: str) -> list[tasks.UapFamily]:
+    """One family of tasks for each victim."""
+    return [common.make_family(load_victim(path), split, tasks_of(flags), flags.data_dir) for path in flags.victims]
+
+
+def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
+    """The meta-optimizer that the flags describe."""
+    return meta.clipped_adam(flags.meta_learning_rate, flags.meta_steps)
+
+
+def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
+    """A stored run: its flags, its learner and its meta-parameters."""
+    flags = None
+
+    def like(stored):
+        nonlocal flags
+        lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+        flags = Config(**{**stored, **lists, "workdir": workdir})
+        families = families_of(flags, "train")[:1] if flags.learner == "maml" else ()
+        return meta.init_state(learner_of(flags), families, meta_optimizer_of(flags), jax.random.key(0))
+
+    state, _ = run.load_run(workdir, like)
+    return flags, comparison.Learned(learner_of(flags), [state.params])
+
+
+def meta_train(flags: Config) -> meta.MetaState:
+    """Runs, or resumes, the meta-training that the flags describe."""
+    learner = learner_of(flags)
+    trainer = meta.meta_trainer(
+        learner,
+        families_of(flags, "train"),
+        num_steps=flags.num_steps,
+        tasks_per_family=flags.tasks_per_family,
+        meta_optimizer=meta_optimizer_of(flags),
+        weights=flags.weights,
+        remat=flags.remat,
+    )
+    families = families_of(flags, "validation") if flags.validation_tasks else []
+    keys = jax.random.split(jax.random.key(flags.seed), max(flags.validation_tasks, 1))
+
+    def validate(params):
+        options = {"num_steps": flags.num_steps, "at": (flags.num_steps,)}
+        asr = [float(evaluation.evaluate(learner, params, f, keys, **options)["asr"].mean()) for f in families]
+        return {"validation_asr": sum(asr) / len(asr), "validation_asr_by_victim": asr}
+
+    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("workdir", "data_dir")}
+    return run.meta_train(
+        trainer,
+        jax.random.key(flags.seed),
+        flags.workdir,
+        config=stored,
+        num_meta_steps=flags.meta_steps,
+        checkpoint_every=flags.checkpoint_every,
+        validate=validate if families else None,
+    )
+
+
+if __name__ == "__main__":
+    config.main(Config, meta_train)

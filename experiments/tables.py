@@ -1,0 +1,42 @@
+"""Results as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table a target: query ASR (percent, 95% interval over tasks) after each judged step, by method."""
+    targets = dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows)
+    return "\n".join(_target_table(target, [r for r in rows if r["victim"] == target[1]]) for target in targets)
+
+
+def _target_table(target, rows):
+    source, victim, seen = target
+    at = rows[0]["at"]
+    lines = [
+        f"**{source}**, victim `{victim}` ({'seen' if seen else 'not seen'} in meta-training), "
+        f"clean accuracy {100 * rows[0]['clean_accuracy']:.1f}%",
+        "",
+        "| query ASR, % | " + " | ".join(f"K = {k}" for k in at) + " | minus tuned PGD | gap closed | l2 | linf |",
+        "|---" * (len(at) + 5) + "|",
+    ]
+    for row in rows:
+        cells = [
+            f"{100 * asr:.1f} ± {_percent(width)}" for asr, width in zip(row["asr"], row["asr_interval"], strict=True)
+        ]
+        if row["method"] in ("oracle", "transfer"):  # not fine-tuned: the same at every step
+            cells = [""] * (len(cells) - 1) + cells[-1:]
+        mean, width = row["difference_to_tuned_pgd"]
+        gap = row["gap_closed"]
+        cells += [
+            f"{100 * mean:+.1f} ± {_percent(width)}",
+            "" if gap is None else f"{100 * gap:.0f}%",
+            f"{row['l2']:.2f}",
+            f"{row['linf']:.3f}",
+        ]
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _percent(width):
+    return "?" if width is None else f"{100 * width:.1f}"

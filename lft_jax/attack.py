@@ -1,0 +1,211 @@
+"""The front door for a universal perturbation of one's own model: a few images in, one perturbation out."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lft_jax import base, oracles
+from lft_jax.data import check_images_labels
+from lft_jax.fine_tune import fine_tune_step
+from lft_jax.pretrained import load_pretrained
+from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
+from lft_jax.tasks.uap import attack_metrics, constrained_oracle, unit_range
+from lft_jax.transform import learned_fine_tuner
+
+ORACLES = ("gradient", "query")
+_IMAGES_PER_CALL = 1024  # of an opaque model, at most (but for one pair of directions, if that is more)
+
+
+class UniversalPerturbation(NamedTuple):
+    """What `universal_perturbation` found.
+
+    Attributes:
+      perturbation: `[H, W, C]` numpy, to be added to images in [0, 1] (and the sum clipped to [0, 1]).
+      history: `{name: [steps done] numpy}` after each step, on the images given: `loss`, `asr`, `margin`,
+        `clean_accuracy`, the norms `l1`, `l2`, `linf` of the perturbation, and `queries`, image evaluations so far.
+    """
+
+    perturbation: np.ndarray
+    history: dict[str, np.ndarray]
+
+
+def universal_perturbation(
+    logits_fn: Callable[[Any], Any],
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    epsilon: float,
+    norm: str = "linf",
+    steps: int = 20,
+    optimizer: str | optax.GradientTransformation = "uap-linf",
+    oracle: str = "gradient",
+    loss: str | AttackLoss = "cross_entropy",
+    num_directions: int = 10,
+    smoothing: float = 1e-2,
+    max_queries: int | None = None,
+    key: jax.Array | None = None,
+    callback: Callable[[dict[str, float]], bool | None] | None = None,
+) -> UniversalPerturbation:
+    """One perturbation that fools a classifier on every image, fine-tuned on a few.
+
+    The steps run from a Python loop of one jitted step, which on CPU is faster than a `lax.scan` for models whose
+    convolutions are slow inside one, and lets a run report and stop.
+
+    Args:
+      logits_fn: images `[N, H, W, C]` in [0, 1] -> *logits* (not probabilities) `[N, classes]`. With
+        `oracle="gradient"` a differentiable JAX function; with "query" any function of numpy arrays.
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
+      labels: `[N]` integers: the true classes.
+      epsilon: radius of the ball, in units of the image range (8 / 255, say).
+      norm: "linf" or "l2".
+      steps: K, fine-tuning steps at most.
+      optimizer: name of a pretrained rule (`lft_jax.list_pretrained()`), path of a stored one, or any optax
+        transformation.
+      oracle: "gradient", or "query": `logits_fn` is only called, never differentiated.
+      loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
+      num_directions: random (Rademacher) directions of a zeroth-order estimate (`oracle="query"`), each tried both
+        ways: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the history.
+      smoothing: of a zeroth-order estimate, in units of the image range.
+      max_queries: image evaluations at most; the run ends before a step that would exceed it. None for no bound.
+      key: of the zeroth-order directions; `jax.random.key(0)` if None.
+      callback: called after each step with the history's last entries (and `step`, from 1); stops the run if it
+        returns True.
+
+    Raises:
+      ValueError: for images outside [0, 1] or NaN, no images, labels out of range, epsilon <= 0, steps < 1, unknown
+        names, logits of the wrong shape, or `max_queries` too small for one step.
+
+    References:
+      PAPER "The application".
+    """
+    base.check_at_least("steps", steps, 1)
+    base.check_name("oracle", oracle, ORACLES)
+    check_images_labels(images, labels)
+    constraint = Constraint(norm, epsilon).check()
+    loss = (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
+    tx = optax.with_extra_args_support(_stored(optimizer) if isinstance(optimizer, str) else optimizer)
+    batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
+    logits_fn = _as_partial(logits_fn) if oracle == "gradient" else _on_numpy(logits_fn)
+    clean = logits_fn(batch.images)
+    if clean.ndim != 2 or len(clean) != len(batch.labels):
+        raise ValueError(f"logits_fn must return logits [{len(batch.labels)}, classes], got shape {clean.shape}.")
+    check_images_labels(images, labels, clean.shape[-1])
+    num_images = len(batch.labels)
+    if oracle == "gradient":
+        step, cost = functools.partial(_gradient_step, logits_fn, tx), num_images
+    else:
+        estimate = functools.partial(
+            oracles.zeroth_order,
+            num_directions=num_directions,
+            smoothing=smoothing,
+            directions="rademacher",
+            antithetic=True,
+            evaluations=num_images,
+            chunk_size=max(1, _IMAGES_PER_CALL // (2 * num_images)),
+            opaque=True,
+        )
+        jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+        step, cost = functools.partial(_query_step, logits_fn, jitted, estimate), (2 * num_directions + 1) * num_images
+    if max_queries is not None and max_queries < cost:
+        raise ValueError(f"max_queries: one step costs {cost} image evaluations, got only {max_queries}.")
+
+    key = jax.random.key(0) if key is None else key
+    theta = jnp.zeros(batch.images.shape[1:], batch.images.dtype)
+    state, history, queries = tx.init(theta), [], 0
+    for k in range(steps):
+        if max_queries is not None and queries + cost > max_queries:
+            break
+        step_key, progress = jax.random.fold_in(key, k), jnp.float32(k / steps)
+        theta, state, metrics = step(loss, constraint, batch, clean, theta, state, step_key, progress)
+        queries += cost
+        history.append({**{name: float(value) for name, value in metrics.items()}, "queries": queries})
+        if callback is not None and callback({"step": k + 1, **history[-1]}):
+            break
+    columns = {name: np.asarray([entry[name] for entry in history]) for name in history[0]}
+    return UniversalPerturbation(np.asarray(theta), columns)
+
+
+def attack_success_rate(
+    logits_fn: Callable[[Any], Any],
+    images: np.ndarray,
+    labels: np.ndarray,
+    perturbation: np.ndarray,
+    *,
+    target: int | None = None,
+    batch_size: int = 256,
+) -> float:
+    """The share, in [0, 1], of the images right when clean that the perturbation fools; NaN if none is right.
+
+    Args:
+      logits_fn: images `[N, H, W, C]` in [0, 1] -> logits `[N, classes]`; JAX or not.
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
+      labels: `[N]` integers.
+      perturbation: `[H, W, C]`.
+      target: count images taken for this class (those of the class itself are left out) instead of all mistakes.
+      batch_size: images per call.
+
+    Raises:
+      ValueError: for bad images or labels, or a perturbation of another shape.
+    """
+    check_images_labels(images, labels)
+    if np.shape(perturbation) != np.shape(images)[1:]:
+        raise ValueError(f"perturbation must be {np.shape(images)[1:]}, got {np.shape(perturbation)}.")
+    loss, call = AttackLoss(target=target), _on_numpy(logits_fn)
+    fooled = counted = 0
+    for first in range(0, len(labels), batch_size):
+        batch = unit_range(jnp.asarray(images[first : first + batch_size]))
+        truth = jnp.asarray(np.asarray(labels[first : first + batch_size]), jnp.int32)
+        logits = call(perturb(batch, jnp.asarray(perturbation, batch.dtype)))
+        count = jnp.argmax(call(batch), -1) == truth
+        count = count if target is None else count & (truth != target)
+        fooled += int(jnp.sum(loss.success(logits, truth) & count))
+        counted += int(jnp.sum(count))
+    return fooled / counted if counted else float("nan")
+
+
+@functools.lru_cache(maxsize=16)
+def _stored(name):
+    try:
+        return learned_fine_tuner(*load_pretrained(name))
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from error
+
+
+def _as_partial(logits_fn):
+    return logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
+
+
+def _on_numpy(logits_fn):
+    """Calls any function with numpy images and gives its logits back to JAX."""
+    return lambda images: jnp.asarray(np.asarray(logits_fn(np.asarray(images))), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gradient_step(logits_fn, tx, loss, constraint, batch, clean, theta, state, key, progress):
+    def image_losses(thetas):
+        return loss(logits_fn(perturb(batch.images, thetas)), batch.labels)
+
+    attack = oracles.per_example_gradient(image_losses, num_examples=len(batch.labels))
+    return _step(logits_fn, tx, attack, loss, constraint, batch, clean, theta, state, key, progress)
+
+
+def _query_step(logits_fn, tx, estimate, loss, constraint, batch, clean, theta, state, key, progress):
+    def losses_at(thetas):
+        images = perturb(batch.images[None], jnp.asarray(thetas)[:, None])
+        logits = logits_fn(images.reshape(-1, *batch.images.shape[1:]))
+        losses = loss(logits, jnp.tile(batch.labels, len(thetas)))
+        return jnp.mean(losses.reshape(len(thetas), -1), axis=1)
+
+    return _step(logits_fn, tx, estimate(losses_at), loss, constraint, batch, clean, theta, state, key, progress)
+
+
+def _step(logits_fn, tx, attack, loss, constraint, batch, clean, theta, state, key, progress):
+    oracle = constrained_oracle(attack, constraint, batch.images)
+    theta, state, _ = fine_tune_step(tx, oracle, theta, state, key, progress=progress, project=constraint.project)
+    logits = logits_fn(perturb(batch.images, theta))
+    return theta, state, attack_metrics(clean, logits, batch.labels, theta, loss, constraint)

@@ -1,0 +1,209 @@
+"""One table of PROTOCOL.md: methods side by side on the same unseen tasks against one victim."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lft_jax import base, baselines, evaluation
+from lft_jax.base import Learner, PyTree
+from lft_jax.tasks.uap import UapFamily
+
+#: What the paired differences and the steps-to-reach are measured against.
+REFERENCE = "pgd"
+
+
+class Target(NamedTuple):
+    """Who is attacked.
+
+    Attributes:
+      source: image source.
+      victim: name of the victim.
+      seen: whether the victim was in meta-training.
+      train: its tasks on the images that the full-data oracle may use.
+      validation: its tasks on meta-validation images, which choose hyperparameters.
+      test: its tasks on images that nothing was chosen on.
+    """
+
+    source: str
+    victim: str
+    seen: bool
+    train: UapFamily
+    validation: UapFamily
+    test: UapFamily
+
+
+class Learned(NamedTuple):
+    """A meta-learned method: its learner and its meta-parameters of each meta-training seed."""
+
+    learner: Learner
+    params: Sequence[PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How much is measured.
+
+    Attributes:
+      num_steps: K.
+      at: the steps that are judged, ascending, the last one K.
+      num_tasks: meta-test tasks.
+      num_validation: meta-validation tasks that the grids are run on.
+      methods: baselines to tune, of `lft_jax.baselines.make_baselines`.
+      oracle_steps: steps of each full-data run.
+      oracle_targeted: whether the full-data UAP is also sought for each target class.
+      batch_size: tasks run side by side.
+      seed: of the tasks.
+    """
+
+    num_steps: int = 20
+    at: tuple[int, ...] = (1, 2, 5, 10, 20)
+    num_tasks: int = 100
+    num_validation: int = 50
+    methods: tuple[str, ...] = ("pgd", "momentum_pgd", "sgd", "adam", "uap_sgd")
+    oracle_steps: int = 300
+    oracle_targeted: bool = False
+    batch_size: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_steps", "num_tasks", "num_validation", "oracle_steps", "batch_size"):
+            base.check_at_least(name, getattr(self, name), 1)
+        if not self.at or list(self.at) != sorted(set(self.at)) or self.at[0] < 1 or self.at[-1] != self.num_steps:
+            raise ValueError(f"at must ascend from at least 1 to num_steps = {self.num_steps}, got {self.at}.")
+        for name in (REFERENCE, *self.methods):
+            base.check_name("methods", name, baselines.make_baselines("linf"))
+
+
+def compare(
+    target: Target,
+    learned: Mapping[str, Learned],
+    protocol: Protocol,
+    *,
+    transfer_from: Sequence[UapFamily] = (),
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Tunes the baselines on the target's validation tasks and runs every method once on its test tasks.
+
+    Args:
+      target: who is attacked.
+      learned: the meta-learned methods.
+      protocol: how much is measured.
+      transfer_from: meta-training families of the same shape, for the transfer start (as it is, and fine-tuned by the
+        best tuned baseline, itself tuned from that start); none for no such rows.
+      report: called with a line of progress.
+
+    Returns:
+      The rows, JSON-serialisable, and each learned method's and the oracle's perturbation for the first task,
+      `{method: [H, W, C]}`.
+    """
+    key_tasks, key_validation, key_oracle, key_transfer = jax.random.split(jax.random.key(protocol.seed), 4)
+    keys = jax.random.split(key_tasks, protocol.num_tasks)
+    keys_validation = jax.random.split(key_validation, protocol.num_validation)
+    options = {"num_steps": protocol.num_steps, "batch_size": protocol.batch_size}
+    runs: dict[str, tuple[list[dict[str, np.ndarray]], dict[str, Any]]] = {}
+
+    def run(name, learner, params, family, **notes):
+        metrics = [
+            jax.tree.map(np.asarray, evaluation.evaluate(learner, p, family, keys, at=protocol.at, **options))
+            for p in params
+        ]
+        runs[name] = (metrics, notes)
+        report(f"{target.source}/{target.victim}: {name} {np.mean([m['asr'][:, -1] for m in metrics]):.3f}")
+
+    candidates = []
+    table = baselines.make_baselines(target.test.constraint.norm)
+    for name in dict.fromkeys((REFERENCE, *protocol.methods)):
+        baseline = table[name]
+        tuned = evaluation.tune(baseline, target.validation, keys_validation, **options)
+        for label, setting in ((name, tuned.setting), (f"{name} (untuned)", baseline.default)):
+            family = dataclasses.replace(target.test, support_loss=setting.support_loss)
+            notes = {"setting": _setting(setting), "settings_tried": len(baseline.grid)}
+            run(label, baseline.learner, [setting.params], family, **notes)
+        candidates.append((max(score for _, score in tuned.scores), baseline))
+
+    if transfer_from:
+        theta, _ = evaluation.full_data_uap(
+            transfer_from, transfer_from[0], key_transfer, num_steps=protocol.oracle_steps
+        )
+        runs["transfer"] = ([_repeat(theta, target, keys, protocol)], {"victims": len(transfer_from)})
+        best = max(candidates, key=lambda pair: pair[0])[1]
+        started = baselines.from_start(best, theta)
+        tuned = evaluation.tune(started, target.validation, keys_validation, **options)
+        family = dataclasses.replace(target.test, support_loss=tuned.setting.support_loss)
+        notes = {"setting": _setting(tuned.setting), "settings_tried": len(started.grid), "by": best.learner.name}
+        run("transfer, fine-tuned", started.learner, [tuned.setting.params], family, **notes)
+
+    for name, method in learned.items():
+        run(name, method.learner, method.params, target.test)
+
+    theta, records = evaluation.full_data_uap(
+        [target.train],
+        target.validation,
+        key_oracle,
+        num_steps=protocol.oracle_steps,
+        targeted=protocol.oracle_targeted,
+    )
+    runs["oracle"] = ([_repeat(theta, target, keys, protocol)], {"runs": records})
+    pictures = {
+        name: np.asarray(
+            evaluation.first_perturbation(m.learner, m.params[0], target.test, keys[0], protocol.num_steps)
+        )
+        for name, m in learned.items()
+    }
+    pictures["oracle"] = np.asarray(theta)
+    return _rows(target, runs, protocol), pictures
+
+
+def _setting(setting):
+    return {**setting.params, **dataclasses.asdict(setting.support_loss)}
+
+
+def _repeat(theta, target, keys, protocol):
+    metrics = evaluation.evaluate_fixed(theta, target.test, keys, batch_size=protocol.batch_size)
+    return {name: np.repeat(np.asarray(value), len(protocol.at), axis=1) for name, value in metrics.items()}
+
+
+def _rows(target, runs, protocol):
+    def per_task(name):
+        return np.mean([metrics["asr"] for metrics in runs[name][0]], axis=0)  # [T, len(at)], mean over seeds
+
+    reference = per_task(REFERENCE)
+    goal = reference[:, -1].mean()
+    tuned = [per_task(name)[:, -1].mean() for name in protocol.methods]
+    tuned += [per_task(name)[:, -1].mean() for name in ("transfer", "transfer, fine-tuned") if name in runs]
+    ceiling = per_task("oracle")[:, -1].mean()
+    rows = []
+    for name, (metrics, notes) in runs.items():
+        asr = per_task(name)
+        means, widths = zip(*(evaluation.mean_interval(column) for column in asr.T), strict=True)
+        difference = evaluation.mean_interval(asr[:, -1] - reference[:, -1])
+        reached = evaluation.steps_to_reach(means, goal)
+        rows.append(
+            {
+                "source": target.source,
+                "victim": target.victim,
+                "seen_victim": target.seen,
+                "method": name,
+                "at": list(protocol.at),
+                "asr": list(means),
+                "asr_interval": [_finite(width) for width in widths],
+                "difference_to_tuned_pgd": [_finite(x) for x in difference],
+                "steps_to_tuned_pgd": None if reached is None else protocol.at[reached - 1],
+                "gap_closed": evaluation.gap_closed(means[-1], max(tuned), ceiling),
+                "clean_accuracy": float(np.mean([m["clean_accuracy"][:, -1] for m in metrics])),
+                **{n: float(np.mean([m[n][:, -1] for m in metrics])) for n in ("l1", "l2", "linf")},
+                "seeds": len(metrics),
+                "seed_asr": [float(m["asr"][:, -1].mean()) for m in metrics],
+                "task_asr": np.round(asr[:, -1], 4).tolist(),
+                **notes,
+            }
+        )
+    return rows
+
+
+def _finite(x):
+    return x if math.isfinite(x) else None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from experiments import common, config, figures, meta_train, tables
 from lft_jax import comparison
+from lft_jax.data import load_source
 from lft_jax.victims import load_victim
 
 
@@ -59,7 +60,8 @@ def evaluate(flags: Config) -> dict:
         new, perturbations = comparison.compare(target, learned, protocol, transfer_from=transfer, report=print)
         rows += new
         name = f"{output.stem}_{target.victim}.png"
-        figures.perturbed_images(target, perturbations, output.with_name(name))
+        test = load_source(target.source, "test", data_dir=flags.data_dir)
+        figures.attack(target.test.logits_fn, test, perturbations, output.with_name(name))
     results = {
         "tasks": dataclasses.asdict(tasks_config),
         "protocol": dataclasses.asdict(protocol),

@@ -1,17 +1,20 @@
 """The figures of a comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lft_jax import comparison
+from lft_jax.data import ImageSource
 from lft_jax.tasks.perturbation import perturb
+from lft_jax.tasks.uap import unit_range
 
 #: Methods drawn, in order, with their colours; the rest are in the table.
 COLOURS = {
@@ -60,35 +63,33 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def perturbed_images(
-    target: comparison.Target, perturbations: Mapping[str, np.ndarray], path: Path, num_images: int = 6
+def attack(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    source: ImageSource,
+    perturbations: Mapping[str, np.ndarray],
+    path: Path,
+    num_images: int = 6,
 ) -> None:
-    """A row a perturbation: the perturbation, then perturbed test images with the victim's answers.
+    """A line a perturbation: the perturbation, then perturbed images with the victim's answers.
 
-    Titles are the victim's answers, red where the attack succeeded; the first row is clean.
+    Titles are "label -> answer", red where the answer is wrong; the first line is clean.
     """
-    labels = np.asarray(target.test.labels)
-    picked = [int(np.flatnonzero(labels == c)[0]) for c in np.unique(labels)[:num_images]]
-    batch = target.test.batch(np.asarray(picked))
-    rows = {"clean": np.zeros_like(next(iter(perturbations.values()))), **perturbations}
-    figure, axes = plt.subplots(
-        len(rows),
-        len(picked) + 1,
-        figsize=(1.25 * (len(picked) + 1), 1.5 * len(rows)),
-        squeeze=False,
-        layout="constrained",
-    )
-    limit = max(float(np.abs(theta).max()) for theta in perturbations.values())
-    for line, (name, theta) in zip(axes, rows.items(), strict=True):
-        images = np.asarray(perturb(batch.images, theta))
-        answers = np.argmax(np.asarray(target.test.logits_fn(images)), -1)
+    labels = np.asarray(source.labels)
+    picked = np.asarray([np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:num_images]])
+    clean = unit_range(jnp.asarray(source.images[picked]))
+    lines = {"clean": np.zeros(clean.shape[1:], clean.dtype), **perturbations}
+    size = (1.25 * (len(picked) + 1), 1.5 * len(lines))
+    figure, axes = plt.subplots(len(lines), len(picked) + 1, figsize=size, squeeze=False, layout="constrained")
+    limit = max(float(np.abs(theta).max()) for theta in perturbations.values()) or 1.0
+    for line, (name, theta) in zip(axes, lines.items(), strict=True):
+        images = perturb(clean, jnp.asarray(theta))
+        answers = np.argmax(np.asarray(logits_fn(images)), -1)
         show(line[0], theta / (2 * limit) + 0.5)
         line[0].set_ylabel(name)
-        for axis, image, answer, label in zip(line[1:], images, answers, np.asarray(batch.labels), strict=True):
+        for axis, image, answer, label in zip(line[1:], np.asarray(images), answers, labels[picked], strict=True):
             show(axis, image)
             axis.set_title(f"{label} -> {answer}", fontsize=9, color="tab:red" if answer != label else "black")
     axes[0, 0].set_title("perturbation", fontsize=9)
-    figure.suptitle(f"{target.source}, victim {target.victim} (label -> answer)", fontsize=10)
     _save(figure, path)
 
 

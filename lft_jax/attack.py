@@ -12,10 +12,9 @@ import optax
 from lft_jax import base, oracles
 from lft_jax.data import check_images_labels
 from lft_jax.fine_tune import fine_tune_step
-from lft_jax.pretrained import load_pretrained
+from lft_jax.pretrained import load_fine_tuner
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.uap import attack_metrics, constrained_oracle, unit_range
-from lft_jax.transform import learned_fine_tuner
 
 ORACLES = ("gradient", "query")
 _IMAGES_PER_CALL = 1024  # of an opaque model, at most (but for one pair of directions, if that is more)
@@ -69,9 +68,11 @@ def universal_perturbation(
       oracle: "gradient", or "query": `logits_fn` is only called, never differentiated.
       loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
       num_directions: random (Rademacher) directions of a zeroth-order estimate (`oracle="query"`), each tried both
-        ways: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the history.
+        ways: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the history. (With
+        `oracle="gradient"` it costs 2.)
       smoothing: of a zeroth-order estimate, in units of the image range.
-      max_queries: image evaluations at most; the run ends before a step that would exceed it. None for no bound.
+      max_queries: image evaluations at most, the one of each clean image at the beginning included; the run ends
+        before a step that would exceed it. None for no bound.
       key: of the zeroth-order directions; `jax.random.key(0)` if None.
       callback: called after each step with the history's last entries (and `step`, from 1); stops the run if it
         returns True.
@@ -88,16 +89,15 @@ def universal_perturbation(
     check_images_labels(images, labels)
     constraint = Constraint(norm, epsilon).check()
     loss = (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
-    tx = optax.with_extra_args_support(_stored(optimizer) if isinstance(optimizer, str) else optimizer)
+    tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
     logits_fn = _as_partial(logits_fn) if oracle == "gradient" else _on_numpy(logits_fn)
-    clean = logits_fn(batch.images)
-    if clean.ndim != 2 or len(clean) != len(batch.labels):
-        raise ValueError(f"logits_fn must return logits [{len(batch.labels)}, classes], got shape {clean.shape}.")
+    clean = _check_logits(logits_fn(batch.images), batch.labels)
     check_images_labels(images, labels, clean.shape[-1])
+    loss.check(clean.shape[-1])
     num_images = len(batch.labels)
     if oracle == "gradient":
-        step, cost = functools.partial(_gradient_step, logits_fn, tx), num_images
+        step, cost = functools.partial(_gradient_step, logits_fn, tx), 2 * num_images
     else:
         estimate = functools.partial(
             oracles.zeroth_order,
@@ -111,12 +111,13 @@ def universal_perturbation(
         )
         jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
         step, cost = functools.partial(_query_step, logits_fn, jitted, estimate), (2 * num_directions + 1) * num_images
-    if max_queries is not None and max_queries < cost:
-        raise ValueError(f"max_queries: one step costs {cost} image evaluations, got only {max_queries}.")
+    queries = num_images  # the clean images
+    if max_queries is not None and max_queries < queries + cost:
+        raise ValueError(f"max_queries: one step takes {queries + cost} image evaluations, got only {max_queries}.")
 
     key = jax.random.key(0) if key is None else key
     theta = jnp.zeros(batch.images.shape[1:], batch.images.dtype)
-    state, history, queries = tx.init(theta), [], 0
+    state, history = tx.init(theta), []
     for k in range(steps):
         if max_queries is not None and queries + cost > max_queries:
             break
@@ -160,7 +161,8 @@ def attack_success_rate(
     for first in range(0, len(labels), batch_size):
         batch = unit_range(jnp.asarray(images[first : first + batch_size]))
         truth = jnp.asarray(np.asarray(labels[first : first + batch_size]), jnp.int32)
-        logits = call(perturb(batch, jnp.asarray(perturbation, batch.dtype)))
+        logits = _check_logits(call(perturb(batch, jnp.asarray(perturbation, batch.dtype))), truth)
+        loss.check(logits.shape[-1])
         count = jnp.argmax(call(batch), -1) == truth
         count = count if target is None else count & (truth != target)
         fooled += int(jnp.sum(loss.success(logits, truth) & count))
@@ -168,12 +170,15 @@ def attack_success_rate(
     return fooled / counted if counted else float("nan")
 
 
-@functools.lru_cache(maxsize=16)
 def _stored(name):
     try:
-        return learned_fine_tuner(*load_pretrained(name))
+        return load_fine_tuner(name)
     except ValueError as error:
         raise ValueError(f"optimizer: {error}") from error
+
+
+#: Wrapped once each, so that the programs compiled for an optimizer are found again.
+_extra_args = functools.lru_cache(maxsize=16)(optax.with_extra_args_support)
 
 
 def _as_partial(logits_fn):
@@ -181,8 +186,14 @@ def _as_partial(logits_fn):
 
 
 def _on_numpy(logits_fn):
-    """Calls any function with numpy images and gives its logits back to JAX."""
-    return lambda images: jnp.asarray(np.asarray(logits_fn(np.asarray(images))), jnp.float32)
+    """Calls any function with numpy images, which it may write to, and gives its logits back to JAX."""
+    return lambda images: jnp.asarray(np.asarray(logits_fn(np.array(images))), jnp.float32)
+
+
+def _check_logits(logits, labels):
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise ValueError(f"logits_fn must return logits [{len(labels)}, classes], got shape {logits.shape}.")
+    return logits
 
 
 @functools.partial(jax.jit, static_argnums=1)

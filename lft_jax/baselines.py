@@ -5,6 +5,7 @@ sizes are in units of the constraint's scale (epsilon, for an linf ball), except
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -89,6 +90,7 @@ def _grid(losses, **values) -> tuple[Setting, ...]:
     )
 
 
+@functools.cache
 def make_baselines(norm: str) -> dict[str, Baseline]:
     """The first-order baselines of PROTOCOL 2 for an "linf" or "l2" ball, by name."""
     hinge, entropy = GRID_LOSSES[0], GRID_LOSSES[-1]

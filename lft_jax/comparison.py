@@ -120,7 +120,7 @@ def compare(
         baseline = table[name]
         tuned = evaluation.tune(baseline, target.validation, keys_validation, **options)
         for label, setting in ((name, tuned.setting), (f"{name} (untuned)", baseline.default)):
-            family = dataclasses.replace(target.test, support_loss=setting.support_loss)
+            family = evaluation.minimising(target.test, setting.support_loss)
             notes = {"setting": _setting(setting), "settings_tried": len(baseline.grid)}
             run(label, baseline.learner, [setting.params], family, **notes)
         candidates.append((max(score for _, score in tuned.scores), baseline))
@@ -133,7 +133,7 @@ def compare(
         best = max(candidates, key=lambda pair: pair[0])[1]
         started = baselines.from_start(best, theta)
         tuned = evaluation.tune(started, target.validation, keys_validation, **options)
-        family = dataclasses.replace(target.test, support_loss=tuned.setting.support_loss)
+        family = evaluation.minimising(target.test, tuned.setting.support_loss)
         notes = {"setting": _setting(tuned.setting), "settings_tried": len(started.grid), "by": best.learner.name}
         run("transfer, fine-tuned", started.learner, [tuned.setting.params], family, **notes)
 
@@ -169,12 +169,13 @@ def _repeat(theta, target, keys, protocol):
 
 def _rows(target, runs, protocol):
     def per_task(name):
-        return np.mean([metrics["asr"] for metrics in runs[name][0]], axis=0)  # [T, len(at)], mean over seeds
+        seeds = [metrics["asr"] for metrics in runs[name][0]]
+        return np.mean(seeds, axis=0, dtype=np.float64)  # [T, len(at)]
 
     reference = per_task(REFERENCE)
     goal = reference[:, -1].mean()
-    tuned = [per_task(name)[:, -1].mean() for name in protocol.methods]
-    tuned += [per_task(name)[:, -1].mean() for name in ("transfer", "transfer, fine-tuned") if name in runs]
+    rivals = {REFERENCE, *protocol.methods, "transfer", "transfer, fine-tuned"} & runs.keys()
+    tuned = [per_task(name)[:, -1].mean() for name in rivals]
     ceiling = per_task("oracle")[:, -1].mean()
     rows = []
     for name, (metrics, notes) in runs.items():

@@ -42,7 +42,12 @@ def evaluate(
 
     Returns:
       `{metric: [T, len(at)]}`, the family's metrics, and `queries`, example evaluations used.
+
+    Raises:
+      ValueError: for a step outside 1 to K.
     """
+    if not at or not 1 <= min(at) <= max(at) <= num_steps:
+        raise ValueError(f"at must hold steps from 1 to num_steps = {num_steps}, got {at}.")
     # All but how it fine-tunes is dropped, so that LFT and L2O of one rule share a compilation.
     learner = Learner("", _nothing_to_learn, learner.optimizer, learner.start)
     return _evaluate(learner, params, family, keys, num_steps, tuple(at), min(batch_size, len(keys)))
@@ -90,6 +95,11 @@ class Tuned(NamedTuple):
     scores: list[tuple[Setting, float]]
 
 
+def minimising(family: UapFamily, loss: AttackLoss) -> UapFamily:
+    """The family with another loss of the support images, which keeps to the objective's target, if it has one."""
+    return dataclasses.replace(family, support_loss=dataclasses.replace(loss, target=family.attack_loss.target))
+
+
 def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: int, batch_size: int = 10) -> Tuned:
     """Runs the whole grid on (meta-validation) tasks and picks the setting of the best mean query ASR at step K."""
     scores = []
@@ -97,7 +107,7 @@ def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: i
         metrics = evaluate(
             baseline.learner,
             setting.params,
-            dataclasses.replace(family, support_loss=setting.support_loss),
+            minimising(family, setting.support_loss),
             keys,
             num_steps=num_steps,
             at=(num_steps,),
@@ -121,10 +131,8 @@ def steps_to_reach(curve: Sequence[float], target: float) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
-@functools.partial(jax.jit, static_argnames=("loss_kind", "target", "num_steps", "batch_size"))
-def _full_data_run(families, theta, key, step, *, loss_kind, target, num_steps, batch_size):
-    loss = AttackLoss(loss_kind, target=target)
-
+@functools.partial(jax.jit, static_argnames=("num_steps", "batch_size"))
+def _full_data_run(families, theta, key, step, loss, *, num_steps, batch_size):
     def minibatch_oracle(theta, key):
         def attack(family, key):
             batch = family.batch(jax.random.randint(key, (batch_size,), 0, len(family.labels)))
@@ -136,9 +144,9 @@ def _full_data_run(families, theta, key, step, *, loss_kind, target, num_steps, 
 
         keys = jax.random.split(key, len(families))
         estimates = [attack(family, k) for family, k in zip(families, keys, strict=True)]
-        mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(e.grads for e in estimates))
-        scale = families[0].constraint.scale(theta)
-        return estimates[0]._replace(grads=mean, extras={"scale": scale})
+        constraint = families[0].constraint
+        mean = sum(e.grads for e in estimates) / len(families) + jax.grad(constraint.cost)(theta)
+        return estimates[0]._replace(grads=mean, extras={"scale": constraint.scale(theta)})
 
     optimizer = baselines.make_baselines(families[0].constraint.norm)["pgd"].learner.optimizer(
         {"step": step, "decay": 0.5, "final": 0.0}
@@ -171,22 +179,24 @@ def full_data_uap(
       num_steps: of each run.
       batch_size: images of each family in a step.
       steps: first step sizes, in units of the constraint's scale; they fall linearly to 0.
-      targeted: also run once for each target class.
+      targeted: also run once for each target class (all runs keep to the judge's target, if it has one).
       num_judged: at most so many of the judge's images are used.
 
     Returns:
       The perturbation `[H, W, C]`, and a record of all runs: loss, target, step, ASR on the judge's images.
     """
     families = tuple(families)
-    classes = range(len(families[0].counts)) if targeted else ()
-    runs = [(kind, None, step) for kind in ("cross_entropy", "hinge") for step in steps]
+    goal = judge.attack_loss.target
+    classes = range(len(families[0].counts)) if targeted and goal is None else ()
+    runs = [(kind, goal, step) for kind in ("cross_entropy", "hinge") for step in steps]
     runs += [("cross_entropy", target, steps[0]) for target in classes]
-    batch = judge.batch(np.arange(min(num_judged, len(judge.labels))))
+    # Evenly spread, since images may be sorted by class.
+    batch = judge.batch(np.linspace(0, len(judge.labels) - 1, min(num_judged, len(judge.labels))).astype(int))
     theta0 = jnp.zeros_like(families[0].init(key))
     best, records = (-1.0, theta0), []
     for kind, target, step in runs:
         theta = _full_data_run(
-            families, theta0, key, step, loss_kind=kind, target=target, num_steps=num_steps, batch_size=batch_size
+            families, theta0, key, step, AttackLoss(kind, target=target), num_steps=num_steps, batch_size=batch_size
         )
         asr = float(jax.jit(_asr)(judge, theta, batch))
         records.append({"loss": kind, "target": target, "step": step, "asr": asr})

@@ -56,8 +56,10 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 
 def unit_rms(x: jax.Array) -> jax.Array:
     """`x` divided by the root mean square of all its entries; 0 where `x` is all zeros."""
-    largest = jnp.max(jnp.abs(x), initial=0)
-    x = x / jnp.where(largest > 0, largest, 1)  # so that squaring neither under- nor overflows
+    # Divided by its largest entry first, so that squaring neither under- nor overflows. The result does not depend on
+    # that divisor, so it may be a constant: its own derivative is infinite at tiny entries.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+    x = x / jnp.where(largest > 0, largest, 1)
     rms = safe_sqrt(jnp.sum(x * x) / max(x.size, 1))
     return x / jnp.where(rms > 0, rms, 1)
 
@@ -104,8 +106,11 @@ def _spread(signal):
     # mean is noise.
     if signal.spread is None:
         return jnp.zeros_like(signal.grad)[None]
-    total = jnp.abs(signal.grad) + signal.spread
-    return (signal.grad / jnp.where(total > 0, total, 1))[None]
+    size = jax.lax.stop_gradient(jnp.abs(signal.grad) + signal.spread)  # a constant divisor, as in `unit_rms`
+    size = jnp.where(size > 0, size, 1)
+    grad, spread = signal.grad / size, signal.spread / size
+    total = jnp.abs(grad) + spread
+    return (grad / jnp.where(total > 0, total, 1))[None]
 
 
 def _constraint(signal):

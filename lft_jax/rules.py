@@ -101,10 +101,13 @@ class Rule:
 
     def init_state(self, leaf: jax.Array) -> PyTree:
         """The rule's state for one leaf, in the leaf's dtype."""
-        hidden = jnp.zeros((self.hidden, *leaf.shape), leaf.dtype)
+
+        def hidden():  # a buffer of its own for each, so that the state can be donated to a jitted step
+            return jnp.zeros((self.hidden, *leaf.shape), leaf.dtype)
+
         return {
             "features": tuple(FEATURES[name].init(leaf) for name in self.features),
-            "cells": tuple((hidden, hidden) for _ in range(self.layers)),
+            "cells": tuple((hidden(), hidden()) for _ in range(self.layers)),
             "momentum": jnp.zeros_like(leaf) if self.start else (),
         }
 
@@ -219,7 +222,8 @@ def _neighbours(x):
     """
     shape = x.shape[1:]
     height, width = shape[:2] if len(shape) in (2, 3) else (1, math.prod(shape))
-    image = x.reshape(x.shape[0], height, width, -1)
+    depth = shape[2] if len(shape) == 3 else 1
+    image = x.reshape(x.shape[0], height, width, depth)
     padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return jnp.concatenate(shifted).reshape(9 * x.shape[0], *shape)

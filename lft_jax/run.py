@@ -61,7 +61,7 @@ def meta_train(
     _claim(workdir, config)
     state = trainer.init(key)
     with checkpoints.Manager(workdir / "checkpoints") as manager:
-        state = manager.restore_latest(like=state)
+        state = manager.restore_latest(like=state) or state
         start = int(state.step)
         metrics_path = workdir / "metrics.jsonl"
         _keep_before(metrics_path, start)
@@ -115,7 +115,7 @@ def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], M
     template = like(config)
     with checkpoints.Manager(workdir / "checkpoints") as manager:
         state = manager.restore_latest(like=template)
-    if not int(state.step):
+    if state is None:
         raise ValueError(f"workdir: {workdir} holds no checkpoint yet.")
     return state, config
 

@@ -55,20 +55,21 @@ def learned_fine_tuner(params: PyTree, rule: Rule, *, scale: float = 1.0) -> opt
       PAPER.md "The method"; Andrychowicz et al. 2016, arXiv 1606.04474.
     """
     base.check_positive("scale", scale)
+    weights = params  # below, as everywhere in optax, `params` are what is fine-tuned: some wrappers pass it by name
 
-    def init_fn(theta):
-        leaves = jax.tree.leaves(theta)
+    def init_fn(params):
+        leaves = jax.tree.leaves(params)
         for leaf in leaves:
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise ValueError(f"learned_fine_tuner: parameters must be floating-point, got {jnp.result_type(leaf)}.")
         states = [rule.init_state(jnp.zeros(jnp.shape(leaf), _compute_dtype(leaf))) for leaf in leaves]
         return LearnedFineTunerState(jnp.zeros((), jnp.int32), states)
 
-    def update_fn(updates, state, theta=None, *, spread=None, context=None, progress=0.0, **extra_args):
+    def update_fn(updates, state, params=None, *, spread=None, context=None, progress=0.0, **extra_args):
         grads, structure = jax.tree.flatten(updates)
         columns = zip(
             grads,
-            _like("params", theta, structure),
+            _like("params", params, structure),
             _like("spread", spread, structure),
             _like("context", context, structure),
             state.leaves,
@@ -89,7 +90,7 @@ def learned_fine_tuner(params: PyTree, rule: Rule, *, scale: float = 1.0) -> opt
                 scale=cast(extra_args.get("scale", scale)),
                 progress=cast(progress),
             )
-            step, leaf_state = rule.apply(params, signal, leaf_state)
+            step, leaf_state = rule.apply(weights, signal, leaf_state)
             steps.append((-step).astype(jnp.result_type(grad)))
             leaves.append(leaf_state)
         return jax.tree.unflatten(structure, steps), LearnedFineTunerState(state.count + 1, leaves)
@@ -98,7 +99,7 @@ def learned_fine_tuner(params: PyTree, rule: Rule, *, scale: float = 1.0) -> opt
 
 
 def _compute_dtype(leaf):
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+    return jnp.float64 if jnp.result_type(leaf) == jnp.float64 else jnp.float32
 
 
 def _like(name, tree, structure):

@@ -1,15 +1,6 @@
-"""TEMPORARY (lead): the data helper replaces this file with the real face of lft_jax.data."""
+"""Image sources and the checks and index tables that episodes are drawn with."""
 
-import numpy as np
+from lft_jax.data.checks import check_images_labels, class_table
+from lft_jax.data.sources import EMBEDDED, SPLITS, ImageSource, load_source
 
-
-def check_images_labels(images, labels, num_classes=None):
-    pass
-
-
-def class_table(labels, num_classes):
-    counts = np.bincount(labels, minlength=num_classes).astype(np.int32)
-    table = np.zeros((num_classes, counts.max()), np.int32)
-    for c in range(num_classes):
-        table[c, : counts[c]] = np.flatnonzero(labels == c)
-    return table, counts
+__all__ = ["EMBEDDED", "SPLITS", "ImageSource", "check_images_labels", "class_table", "load_source"]

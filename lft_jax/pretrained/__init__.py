@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import safetensors
 import safetensors.numpy
 
 from lft_jax import base
 from lft_jax.rules import Rule, rule_from_dict, rule_to_dict
+from lft_jax.transform import learned_fine_tuner
 
 PyTree = Any
 _FOLDER = Path(__file__).parent
@@ -34,15 +36,24 @@ def load_pretrained(name: str) -> tuple[PyTree, Rule]:
       ValueError: for an unknown name, a file that is missing, truncated or lacks its card, or weights that do not
         fit the rule that the card describes.
     """
-    return _load(_locate(name))
+    params, rule, _ = _load(*_contents(name))
+    return jax.tree.map(lambda leaf: leaf, params), rule
+
+
+def load_fine_tuner(name: str) -> optax.GradientTransformationExtraArgs:
+    """`learned_fine_tuner(*load_pretrained(name))`, the same object as long as the files are the same."""
+    return _load(*_contents(name))[2]
 
 
 def pretrained_card(name: str) -> dict[str, Any]:
     """The card of a stored rule: its description under "rule", and how it was made."""
     path = _locate(name).with_suffix(".json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError(f"it holds no object but {type(card).__name__}")
+        return card
+    except (OSError, ValueError) as error:
         raise ValueError(f"name: the card {path} of {name!r} cannot be read ({error}).") from error
 
 
@@ -57,7 +68,7 @@ def save_rule(path: str | os.PathLike[str], params: PyTree, rule: Rule, card: Ma
         raise ValueError(f"path must end in .safetensors, got {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in _named(params)}, path)
-    text = json.dumps({"rule": rule_to_dict(rule), **card}, indent=1)
+    text = json.dumps({**card, "rule": rule_to_dict(rule)}, indent=1)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -67,12 +78,24 @@ def _locate(name):
     return _FOLDER / f"{base.check_name('name', name, list_pretrained())}.safetensors"
 
 
-@functools.lru_cache(maxsize=16)
-def _load(path):
-    rule = rule_from_dict(pretrained_card(str(path))["rule"])
+def _contents(name):
+    path = _locate(name)
+    description = json.dumps(pretrained_card(name).get("rule"))
     try:
-        stored = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        return path, path.read_bytes(), description
+    except OSError as error:
+        raise ValueError(f"name: {path} cannot be read ({error}).") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _load(path, weights, description):
+    try:
+        rule = rule_from_dict(json.loads(description))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"name: the card of {path} does not describe a rule ({error}).") from error
+    try:
+        stored = safetensors.numpy.load(weights)
+    except safetensors.SafetensorError as error:
         raise ValueError(f"name: {path} cannot be read ({error}); is it truncated?") from error
     like = jax.eval_shape(rule.init, jax.random.key(0))
     wanted = {name: leaf.shape for name, leaf in _named(like)}
@@ -80,7 +103,8 @@ def _load(path):
     if wanted != found:
         raise ValueError(f"name: the weights in {path} are not those of the rule on its card: {found}, not {wanted}.")
     leaves = [jax.numpy.asarray(stored[name]) for name, _ in _named(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), rule
+    params = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return params, rule, learned_fine_tuner(params, rule)
 
 
 def _named(tree):

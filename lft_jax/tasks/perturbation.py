@@ -35,10 +35,13 @@ def margins(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(at_label, logits, -jnp.inf), -1) - jnp.max(jnp.where(at_label, -jnp.inf, logits), -1)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class AttackLoss:
     """What an attacker minimises for each image (PAPER "The application").
+
+    Its fields are leaves of a pytree (the kind as its place in `LOSSES`), so that programs are not compiled anew for
+    another loss, only for targeted and untargeted ones.
 
     Attributes:
       kind: "hinge", the C&W hinge `max(margin, -kappa)`; or "cross_entropy", untargeted `-min(CE(label), beta)` (the
@@ -48,26 +51,38 @@ class AttackLoss:
       target: the class that images should be taken for, or None: any wrong class.
     """
 
-    kind: str = dataclasses.field(default="hinge", metadata={"static": True})
-    kappa: float = 0.0
-    beta: float = 12.0
-    target: int | None = dataclasses.field(default=None, metadata={"static": True})
+    kind: str | jax.Array = "hinge"
+    kappa: float | jax.Array = 0.0
+    beta: float | jax.Array = 12.0
+    target: int | jax.Array | None = None
 
-    def check(self) -> "AttackLoss":
-        """Returns itself; raises a ValueError if a field is out of range."""
+    def tree_flatten(self):
+        kind = LOSSES.index(self.kind) if isinstance(self.kind, str) else self.kind
+        return (kind, self.kappa, self.beta, self.target), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+    def check(self, num_classes: int | None = None) -> "AttackLoss":
+        """Returns itself; raises a ValueError if a field is out of range (the target, where the classes are known)."""
         base.check_name("loss", self.kind, LOSSES)
         base.check_at_least("kappa", self.kappa, 0)
         base.check_positive("beta", self.beta)
+        if None not in (self.target, num_classes) and not 0 <= self.target < num_classes:
+            raise ValueError(f"target: {self.target} is not one of the victim's {num_classes} classes.")
         return self
 
     def __call__(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """`[N, classes]`, `[N]` -> `[N]`."""
         goal = labels if self.target is None else jnp.full_like(labels, self.target)
-        if self.kind == "hinge":
-            margin = margins(logits, goal)
-            return jnp.maximum(margin if self.target is None else -margin, -jnp.asarray(self.kappa, logits.dtype))
+        sign = 1 if self.target is None else -1
+        hinge = jnp.maximum(sign * margins(logits, goal), -jnp.asarray(self.kappa, logits.dtype))
         entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), goal[:, None], axis=-1)[:, 0]
-        return entropy if self.target is not None else -jnp.minimum(entropy, jnp.asarray(self.beta, logits.dtype))
+        if self.target is None:
+            entropy = -jnp.minimum(entropy, jnp.asarray(self.beta, logits.dtype))
+        (kind, *_), _ = self.tree_flatten()
+        return jnp.where(kind == LOSSES.index("hinge"), hinge, entropy)
 
     def success(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """`[N]` bool, whether the attack has its will."""

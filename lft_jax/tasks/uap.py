@@ -204,9 +204,8 @@ def uap_family(
     check_images_labels(images, labels)
     num_classes = jax.eval_shape(lambda x: victim_logits_fn(unit_range(x)), images[:1]).shape[-1]
     check_images_labels(images, labels, num_classes)
-    for name, used in (("loss", attack_loss), ("support_loss", support_loss)):
-        if used.target is not None and not 0 <= used.target < num_classes:
-            raise ValueError(f"{name}: target {used.target} is not one of the victim's {num_classes} classes.")
+    for used in (attack_loss, support_loss):
+        used.check(num_classes)
     images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
     table, counts = _drawn_classes(labels, attack_loss.target, shots + queries)
     if np.sum(counts > 0) < ways:

@@ -1,0 +1,41 @@
+# Every target builds its own environment first: make VENV and PYTHON say where and from what.
+PYTHON ?= python3
+VENV ?= .venv
+QUICKSTART_FLAGS ?=
+PYTEST_FLAGS ?=
+
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test test-slow lint results-small clean .venv
+
+quickstart: $(INSTALLED)
+	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+results-small: $(INSTALLED)
+	$(RUN) -m experiments.results_small
+
+.venv: $(INSTALLED)
+
+# Modules are compiled when first imported, not all at once here: that halves the installation.
+$(INSTALLED): requirements.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lft_jax needs Python 3.11 or later; set PYTHON.")'
+	@echo "Installing into $(VENV); this takes a minute or two."
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --no-input --no-compile -r requirements.txt
+	$(RUN) -m pip install --quiet --no-input --no-compile --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find lft_jax experiments tests -name __pycache__ -prune -exec rm -rf {} +

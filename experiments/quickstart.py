@@ -1,0 +1,143 @@
+r"""The main job from beginning to end on embedded data: train victims, meta-train, compare, draw.
+
+One learned fine-tuner (LFT) is meta-trained on 8x8 digits and 28x28 MNIST together, whose perturbations share no
+variables, and then attacks a victim of each source that meta-training never saw, with one image a class.
+
+  python -m experiments.quickstart                  about 4 minutes on 2 cores
+  python -m experiments.quickstart --preset=short   a smoke run
+  python -m experiments.quickstart --preset=small   the results in the README, up to 40 minutes on 2 cores
+
+Everything is kept in --workdir, so a run that was stopped goes on where it was.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments import config, evaluate, meta_train, train_victim
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """How much of the study is run.
+
+    Attributes:
+      architectures: of the victims in meta-training, by source; the same architecture twice is another seed.
+      unseen: architecture of the victims that are attacked and not in meta-training, by source.
+      meta_steps: of LFT and L2O.
+      seeds: meta-training seeds of LFT (L2O and MAML have one).
+      maml: whether MAML is run too, an initialization for each source.
+      attack_seen: whether a victim of meta-training is attacked too.
+      meta: other settings of meta-training.
+      protocol: of the comparison.
+    """
+
+    architectures: dict[str, tuple[str, ...]]
+    unseen: dict[str, tuple[str, ...]]
+    meta_steps: int
+    seeds: int
+    maml: bool
+    attack_seen: bool
+    meta: dict[str, Any]
+    protocol: dict[str, Any]
+
+
+_SMALL = {"digits": ("small_cnn",) * 3, "mnist_5k": ("small_cnn",) * 3}
+PRESETS = {
+    "short": Preset(
+        architectures={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
+        unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
+        meta_steps=10,
+        seeds=1,
+        maml=False,
+        attack_seen=False,
+        meta={"num_steps": 5, "checkpoint_every": 5, "validation_tasks": 4},
+        protocol={
+            "at": (1, 2, 5),
+            "num_tasks": 10,
+            "num_validation": 4,
+            "methods": ("pgd", "adam"),
+            "oracle_steps": 20,
+        },
+    ),
+    "quickstart": Preset(
+        architectures=_SMALL,
+        unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
+        meta_steps=200,
+        seeds=1,
+        maml=False,
+        attack_seen=False,
+        meta={"validation_tasks": 0},
+        protocol={"num_tasks": 100, "num_validation": 20, "methods": ("pgd", "adam"), "oracle_steps": 200},
+    ),
+    "small": Preset(
+        architectures={source: (*victims, "lenet") for source, victims in _SMALL.items()},
+        unseen={"digits": ("small_cnn", "lenet"), "mnist_5k": ("small_cnn", "lenet")},
+        meta_steps=1000,
+        seeds=1,
+        maml=True,
+        attack_seen=True,
+        meta={},
+        protocol={"num_tasks": 200, "num_validation": 50, "oracle_targeted": True},
+    ),
+}
+_FIRST_UNSEEN_SEED = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    preset: str = config.option("quickstart", "How much is run.", tuple(PRESETS))
+    workdir: str = config.option("runs", "Folder for victims, meta-training runs and results.")
+    output: str | None = config.option(None, "Results file; WORKDIR/PRESET/results.json if not given.")
+
+
+def quickstart(flags: Config) -> None:
+    """Runs the study that the preset describes."""
+    began = time.monotonic()
+    preset, folder = PRESETS[flags.preset], Path(flags.workdir)
+    seen = {
+        source: [_victim(folder, source, name, seed) for seed, name in enumerate(names)]
+        for source, names in preset.architectures.items()
+    }
+    unseen = [
+        _victim(folder, source, name, _FIRST_UNSEEN_SEED + seed)
+        for source, names in preset.unseen.items()
+        for seed, name in enumerate(names)
+    ]
+    everyone = tuple(path for paths in seen.values() for path in paths)
+    runs = [("lft", everyone, seed) for seed in range(preset.seeds)] + [("l2o", everyone, 0)]
+    if preset.maml:
+        runs += [("maml", tuple(paths), 0) for paths in seen.values()]
+    for number, (learner, victims, seed) in enumerate(runs):
+        print(f"[{time.monotonic() - began:4.0f} s] meta-training {learner} on {len(victims)} victims, seed {seed}")
+        meta_train.meta_train(
+            _meta_flags(preset, folder / flags.preset / f"{number}_{learner}", learner, victims, seed)
+        )
+    print(f"[{time.monotonic() - began:4.0f} s] comparing on unseen images")
+    output = flags.output or str(folder / flags.preset / "results.json")
+    attacked = [*unseen, *(paths[0] for paths in seen.values())] if preset.attack_seen else unseen
+    learned = [str(folder / flags.preset / f"{number}_{run[0]}") for number, run in enumerate(runs)]
+    evaluate.evaluate(
+        evaluate.Config(learned=tuple(learned), victims=tuple(attacked), output=output, **preset.protocol)
+    )
+    print(f"[{time.monotonic() - began:4.0f} s] done")
+
+
+def _meta_flags(preset, workdir, learner, victims, seed):
+    return meta_train.Config(
+        victims=victims, workdir=str(workdir), learner=learner, seed=seed, meta_steps=preset.meta_steps, **preset.meta
+    )
+
+
+def _victim(folder, source, architecture, seed):
+    path = folder / "victims" / f"{source}_{architecture}_{seed}"
+    if not (path / "card.json").exists():
+        train_victim.train(train_victim.Config(source=source, architecture=architecture, seed=seed, output=str(path)))
+    return str(path)
+
+
+if __name__ == "__main__":
+    config.main(Config, quickstart)

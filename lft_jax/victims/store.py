@@ -1,0 +1,79 @@
+"""Victims on disk: their weights, and a card that says what they are."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lft_jax import base
+from lft_jax.checkpoints import load_tree, replace_directory, save_tree
+from lft_jax.victims.models import build_model
+from lft_jax.victims.training import apply_function
+
+_NEEDED = ("architecture", "num_classes", "image_shape")
+
+
+@dataclasses.dataclass(frozen=True)
+class Victim:
+    """A trained classifier.
+
+    Attributes:
+      variables: of its flax module.
+      card: JSON-like; "architecture", "num_classes" and "image_shape" ([H, W, C]) are needed, the rest says where it
+        comes from: source, test accuracy, seed, epochs, command, versions.
+    """
+
+    variables: base.PyTree
+    card: dict[str, Any]
+
+    @property
+    def logits_fn(self) -> jax.tree_util.Partial:
+        """Images `[n, H, W, C]`, floating-point in [0, 1] -> logits `[n, num_classes]`.
+
+        A pytree whose leaves are the weights: victims of one architecture share a compilation.
+        """
+        apply = apply_function(self.card["architecture"], self.card["num_classes"])
+        return jax.tree_util.Partial(apply, self.variables)
+
+
+def save_victim(path: str | os.PathLike, victim: Victim) -> None:
+    """Writes a victim to the directory `path`, whole or not at all, in place of one that is there.
+
+    Raises:
+      ValueError: if the card lacks what `load_victim` needs.
+    """
+    if missing := [name for name in _NEEDED if name not in victim.card]:
+        raise ValueError(f"victim: its card must have {', '.join(_NEEDED)}; {', '.join(missing)} missing.")
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        whole = Path(scratch) / "victim"
+        save_tree(whole / "variables", victim.variables)
+        (whole / "card.json").write_text(json.dumps(victim.card, indent=2) + "\n")
+        replace_directory(whole, path)
+
+
+def load_victim(path: str | os.PathLike) -> Victim:
+    """Reads a victim that `save_victim` wrote.
+
+    Raises:
+      ValueError: if there is none at `path`, or it is damaged.
+    """
+    hint = f"Train it again: python -m experiments.train_victim --output={path}"
+    card_path = Path(path) / "card.json"
+    if not card_path.is_file():
+        raise ValueError(f"path: there is no victim at {path}. {hint}")
+    try:
+        card = json.loads(card_path.read_text())
+        model = build_model(card["architecture"], card["num_classes"])
+        image = jax.ShapeDtypeStruct((1, *card["image_shape"]), jnp.float32)
+        like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), image)
+        variables = load_tree(Path(path) / "variables", dict(like))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"path: the victim at {path} is damaged ({error}). {hint}") from error
+    return Victim(variables, card)

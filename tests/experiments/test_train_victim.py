@@ -1,0 +1,80 @@
+"""The binary that trains victims, on a tiny source."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import config, train_victim
+from lft_jax.victims import MODELS, clean_accuracy, load_victim
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    labels = np.arange(80) % 2
+    images = np.random.default_rng(0).integers(0, 100, (80, 8, 8)).astype(np.uint8)
+    images[labels == 1] += 150
+    np.savez(tmp_path / "tiny.npz", images=images, labels=labels)
+    return tmp_path / "tiny.npz"
+
+
+def test_a_victim_its_card_and_its_curve(tiny, tmp_path, capsys):
+    output, curve = tmp_path / "victim", tmp_path / "curve.json"
+    given = train_victim.Config(
+        source=str(tiny),
+        architecture="small_cnn",
+        seed=3,
+        epochs=3,
+        batch_size=8,
+        learning_rate=1e-2,
+        augment="crop",
+        output=str(output),
+        curve=str(curve),
+    )
+    train_victim.train(given)
+    victim = load_victim(output)
+    expected = {"source": "tiny", "architecture": "small_cnn", "seed": 3, "epochs": 3, "image_shape": [8, 8, 1]}
+    assert expected.items() <= victim.card.items()
+    with np.load(tiny) as file:
+        everything = file["images"][..., None], file["labels"]
+    assert clean_accuracy(victim.logits_fn, *everything) > 0.9
+    written = json.loads(curve.read_text())
+    assert [point["epoch"] for point in written["curve"]] == [1, 2, 3]
+    assert written["test_accuracy"] == victim.card["test_accuracy"]
+    assert written["wall_seconds"] > 0
+    assert {"command", "commit", "versions", "device", "seeds"} <= written.keys()
+    assert f"test accuracy {written['test_accuracy']:.4f} on 16 images" in capsys.readouterr().out
+
+
+def test_defaults_suit_the_source():
+    recipe = train_victim._recipe(train_victim.Config(source="digits", epochs=2), "digits")
+    assert (recipe.architecture, recipe.epochs, recipe.learning_rate) == ("small_cnn", 2, 3e-3)
+    assert train_victim._recipe(train_victim.Config(source="else"), "else").architecture == "vgg"
+    for source in train_victim._DEFAULTS:
+        assert train_victim._recipe(train_victim.Config(source=source), source).check().architecture in MODELS
+
+
+def test_flags_are_the_configuration():
+    values = flags.FlagValues()
+    config.define_flags(train_victim.Config, values)
+    values(["binary", "--source=cifar10", "--epochs=4", "--architecture=lenet"])
+    given = config.read_flags(train_victim.Config, values)
+    assert given == train_victim.Config(source="cifar10", epochs=4, architecture="lenet")
+
+
+def test_help_and_errors_on_the_command_line(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "experiments.train_victim", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+
+    helped = run("--help").stdout
+    assert "--architecture" in helped
+    assert "TFDS" in helped
+    failed = run("--source=absent.npz", f"--output={tmp_path / 'victim'}")
+    assert failed.returncode != 0
+    assert "FileNotFoundError: name: there is no file absent.npz" in failed.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,100 @@
+"""What is installed, and what `import lft_jax` costs."""
+
+import ast
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = pathlib.Path(__file__).parents[1]
+PYTHONS = ["3.11", "3.12", "3.13"]
+HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "mlxtend", "pandas", "orbax"}
+
+
+def requirements(lines):
+    lines = [line.partition("#")[0].strip() for line in lines]
+    return [Requirement(line) for line in lines if line]
+
+
+def pins(python):
+    """`{name: version}` of requirements.txt on that Python."""
+    found = {}
+    for requirement in requirements((ROOT / "requirements.txt").read_text().splitlines()):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            specifiers = list(requirement.specifier)
+            assert [s.operator for s in specifiers] == ["=="], f"{requirement} is not an exact pin"
+            (specifier,) = specifiers
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{name} is pinned twice on Python {python}"
+            found[name] = specifier.version
+    return found
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """The arguments of `setup`."""
+    arguments = {}
+    monkeypatch.setattr(setuptools, "setup", arguments.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    return arguments
+
+
+def ranges(package):
+    return requirements(itertools.chain(package["install_requires"], *package["extras_require"].values()))
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_ranges_admit_the_pinned_versions(package, python):
+    pinned = pins(python)
+    assert {canonicalize_name(r.name) for r in ranges(package)} == set(pinned)
+    for requirement in ranges(package):
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} does not admit {version}"
+
+
+def third_party_imports(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"lft_jax", "experiments"}
+
+
+def test_every_import_is_declared(package):
+    distributions = importlib.metadata.packages_distributions()
+    declared = {canonicalize_name(r.name) for r in ranges(package)}
+    for path in [*ROOT.glob("lft_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")]:
+        for name in third_party_imports(path):
+            found = {canonicalize_name(distribution) for distribution in distributions.get(name, [name])}
+            assert found & declared, f"{path.relative_to(ROOT)} imports {name}, which setup.py does not declare"
+
+
+def test_package_data_and_packages_exist(package):
+    assert {"lft_jax", "lft_jax.pretrained", "experiments"} <= set(package["packages"])
+    assert set(package["package_data"]) <= set(package["packages"])
+    assert package["version"] == runpy.run_path(str(ROOT / "lft_jax" / "_version.py"))["__version__"]
+
+
+def test_import_is_light():
+    """Measured beyond `import jax`; up to three times, since machines are shared."""
+    program = (
+        "import json, sys, time, jax\n"
+        "start = time.perf_counter()\n"
+        "import lft_jax\n"
+        "print(json.dumps([time.perf_counter() - start, sorted({name.partition('.')[0] for name in sys.modules})]))"
+    )
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        seconds, modules = json.loads(run.stdout)
+        assert not HEAVY & set(modules)
+        if seconds < 1.5:
+            break
+    assert seconds < 1.5

@@ -41,7 +41,7 @@ class TaskConfig:
     queries: int = 5
     norm: str = "linf"
     epsilon: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    loss: str = "hinge"
+    loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
     start: str = "zeros"
 

@@ -30,6 +30,7 @@ class Config:
     transfer: bool = config.option(True, "Also the transfer start: a UAP of the meta-training victims of that source.")
     oracle_steps: int = config.option(300, "Steps of each full-data run.")
     oracle_targeted: bool = config.option(False, "Seek the full-data UAP for each target class too.")
+    queries: int = config.option(5, "Query images a class of the tasks that are judged.")
     task_seed: int = config.option(0, "Seed of the tasks.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
@@ -37,11 +38,14 @@ class Config:
 def evaluate(flags: Config) -> dict:
     """Runs the comparison that the flags describe and writes its files; returns the results."""
     runs = [meta_train.load_learned(workdir) for workdir in flags.learned]
+    if not runs:
+        raise ValueError("learned: give at least one folder of a meta-training run.")
     seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
     tasks_config = meta_train.tasks_of(runs[0][0])
     for of, _ in runs[1:]:
         if meta_train.tasks_of(of) != tasks_config:
             raise ValueError(f"learned: {of.workdir} was meta-trained on other tasks than {runs[0][0].workdir}.")
+    tasks_config = dataclasses.replace(tasks_config, queries=flags.queries)
     protocol = comparison.Protocol(
         num_steps=flags.at[-1],
         at=flags.at,

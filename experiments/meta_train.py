@@ -9,13 +9,14 @@ Run it again to resume. Make victims with experiments.train_victim.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 
 from experiments import common, config
-from lft_jax import baselines, comparison, evaluation, learners, meta, rules, run, tasks
+from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, tasks
 from lft_jax.base import Learner
 from lft_jax.features import FEATURES
 from lft_jax.victims import load_victim
@@ -41,23 +42,25 @@ class Config:
     start: str = config.option(
         "momentum", "Hand-made update that the rule's output is added to, or none.", ("momentum", "none")
     )
-    start_step: float = config.option(0.6, "Step of that update, in units of epsilon.")
+    start_step: float = config.option(0.8, "Step of that update, in units of epsilon.")
     start_decay: float = config.option(0.5, "Momentum of that update.")
     output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
     inner_step: float = config.option(0.2, "Step of the inner PGD of maml, in units of epsilon.")
     ways: int = config.option(10, "Classes of a task.")
     shots: int = config.option(1, "Support images a class.")
-    queries: int = config.option(5, "Query images a class.")
+    queries: int = config.option(1, "Query images a class.")
     norm: str = config.option("linf", "Norm of the ball.", ("linf", "l2"))
     epsilon: tuple[str, ...] = config.option((), "Radius by source, as source=radius,...; sources have defaults.")
-    loss: str = config.option("hinge", "Loss of the query images.", ("hinge", "cross_entropy"))
+    loss: str = config.option(
+        "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
+    )
     support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
     task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
     num_steps: int = config.option(20, "Fine-tuning steps of a task (K).")
     weights: str = config.option("uniform", "Weights of the steps in the outer loss.", tuple(meta.STEP_WEIGHTS))
-    tasks_per_family: int = config.option(2, "Tasks of each victim in a meta-step.")
+    tasks_per_family: int = config.option(1, "Tasks of each victim in a meta-step.")
     meta_steps: int = config.option(1000, "Meta-steps.")
-    meta_learning_rate: float = config.option(3e-3, "Peak learning rate of the meta-optimizer, Adam.")
+    meta_learning_rate: float = config.option(1e-2, "Peak learning rate of the meta-optimizer, Adam.")
     seed: int = config.option(0, "Seed of the run.")
     second_order: bool = config.option(False, "Differentiate through the inner gradients too.")
     remat: bool = config.option(False, "Recompute instead of store, for less memory.")
@@ -78,12 +81,16 @@ def learner_of(flags: Config) -> Learner:
     if flags.learner == "maml":
         inner = baselines.make_baselines(flags.norm)["pgd"].learner.optimizer({"step": flags.inner_step})
         return learners.maml(inner, second_order=flags.second_order)
+    return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order)
+
+
+def rule_of(flags: Config) -> rules.Rule:
+    """The update rule that the flags describe."""
     options: dict[str, Any] = {"features": flags.features} if flags.features else {}
     if flags.output_scale is not None:
         options["output_scale"] = flags.output_scale
     options["start"] = rules.MomentumStart(flags.start_step, flags.start_decay) if flags.start == "momentum" else None
-    rule = rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
-    return getattr(learners, flags.learner)(rule, second_order=flags.second_order)
+    return rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
 
 
 def families_of(flags: Config, split: str) -> list[tasks.UapFamily]:
@@ -132,7 +139,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         return {"validation_asr": sum(asr) / len(asr), "validation_asr_by_victim": asr}
 
     stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("workdir", "data_dir")}
-    return run.meta_train(
+    state = run.meta_train(
         trainer,
         jax.random.key(flags.seed),
         flags.workdir,
@@ -141,6 +148,10 @@ def meta_train(flags: Config) -> meta.MetaState:
         checkpoint_every=flags.checkpoint_every,
         validate=validate if families else None,
     )
+    if flags.learner != "maml":
+        card = {"meta_training": stored, "provenance": common.provenance([flags.seed])}
+        pretrained.save_rule(Path(flags.workdir) / "rule.safetensors", state.params, rule_of(flags), card)
+    return state
 
 
 if __name__ == "__main__":

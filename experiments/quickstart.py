@@ -43,7 +43,7 @@ class Preset:
     protocol: dict[str, Any]
 
 
-_SMALL = {"digits": ("small_cnn",) * 3, "mnist_5k": ("small_cnn",) * 3}
+_FEATURES = ("momentum", "spread", "constraint", "progress", "context", "position")
 PRESETS = {
     "short": Preset(
         architectures={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
@@ -62,24 +62,30 @@ PRESETS = {
         },
     ),
     "quickstart": Preset(
-        architectures=_SMALL,
+        architectures={"digits": ("small_cnn",) * 3, "mnist_5k": ("small_cnn",) * 3},
         unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
-        meta_steps=200,
+        meta_steps=100,
         seeds=1,
         maml=False,
         attack_seen=False,
-        meta={"validation_tasks": 0},
-        protocol={"num_tasks": 100, "num_validation": 20, "methods": ("pgd", "adam"), "oracle_steps": 200},
+        meta={"features": _FEATURES, "validation_tasks": 0},
+        protocol={
+            "num_tasks": 100,
+            "num_validation": 10,
+            "methods": ("pgd", "adam"),
+            "transfer": False,
+            "oracle_steps": 100,
+        },
     ),
     "small": Preset(
-        architectures={source: (*victims, "lenet") for source, victims in _SMALL.items()},
-        unseen={"digits": ("small_cnn", "lenet"), "mnist_5k": ("small_cnn", "lenet")},
-        meta_steps=1000,
+        architectures={"digits": ("small_cnn",) * 6, "mnist_5k": ("small_cnn",) * 6},
+        unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
+        meta_steps=300,
         seeds=1,
         maml=True,
         attack_seen=True,
-        meta={},
-        protocol={"num_tasks": 200, "num_validation": 50, "oracle_targeted": True},
+        meta={"features": _FEATURES, "validation_tasks": 10},
+        protocol={"num_tasks": 100, "num_validation": 20, "oracle_steps": 200, "oracle_targeted": True},
     ),
 }
 _FIRST_UNSEEN_SEED = 100

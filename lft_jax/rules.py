@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lft_jax import base
-from lft_jax.features import FEATURES, Signal, unit_rms
+from lft_jax.features import FEATURES, Signal
 
 PyTree = Any
 
@@ -22,19 +22,22 @@ PyTree = Any
 class MomentumStart:
     """A strong hand-made update for the network to start from.
 
-    With it, the rule's update is `scale * (step * exp(a) * tanh(2 m / rms(m)) + b)`, where `a` and `b` are the
-    network's outputs (near 0 before meta-training) and `m` is the gradient's momentum: at first a soft sign step.
+    With it, the rule's update is `scale * (sigmoid(a + logit(step)) * sign(m) + b)`, where `a` and `b` are the
+    network's outputs (near 0 before meta-training) and `m` is the gradient's momentum: at first, momentum PGD. A sign
+    and not a soft one, since coordinates whose gradient is small on the support images still matter on others. A
+    sigmoid, so that no first step reaches the border of an linf ball, where meta-gradients end.
 
     Attributes:
-      step: size of the step, as a fraction of the feasible set's scale; above 0.
+      step: size of the step, as a fraction of the feasible set's scale, in (0, 1).
       decay: of the momentum, in [0, 1).
     """
 
-    step: float = 0.6
+    step: float = 0.8
     decay: float = 0.5
 
     def __post_init__(self):
-        base.check_positive("MomentumStart.step", self.step)
+        if not 0 < self.step < 1:
+            raise ValueError(f"MomentumStart.step must be in (0, 1), got {self.step!r}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"MomentumStart.decay must be in [0, 1), got {self.decay!r}.")
 
@@ -133,8 +136,8 @@ class Rule:
         if self.start is None:
             return output[0], state
         momentum = self.start.decay * state["momentum"] + signal.grad
-        direction = jnp.tanh(2 * unit_rms(momentum))
-        step = signal.scale * (self.start.step * jnp.exp(output[0]) * direction + output[1])
+        size = jax.nn.sigmoid(output[0] + math.log(self.start.step / (1 - self.start.step)))
+        step = signal.scale * (size * jnp.sign(momentum) + output[1])
         return step, {**state, "momentum": momentum}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,40 +61,38 @@ def meta_train(
     workdir = Path(workdir)
     _claim(workdir, config)
     state = trainer.init(key)
-    with checkpoints.Manager(workdir / "checkpoints") as manager:
-        state = manager.restore_latest(like=state) or state
-        start = int(state.step)
-        metrics_path = workdir / "metrics.jsonl"
-        _keep_before(metrics_path, start)
-        with (
-            open(metrics_path, "a", encoding="utf-8") as lines,
-            tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as board,
-            tqdm.tqdm(
-                total=num_meta_steps, initial=start, desc="meta-training", unit="step", disable=not progress
-            ) as bar,
-        ):
-            for step in range(start, num_meta_steps):
-                began = time.perf_counter()
-                state, metrics = trainer.step(state)
-                record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-                record = {"step": step, **record, "seconds": time.perf_counter() - began}
-                if record["skipped_in_a_row"] >= max_skipped_in_a_row:
-                    raise MetaTrainingDiverged(
-                        f"{record['skipped_in_a_row']} meta-gradients in a row, up to step {step}, were not finite; "
-                        f"the last good checkpoint is in {workdir / 'checkpoints'}. Try a lower meta learning rate, "
-                        "fewer fine-tuning steps, or a smaller output_scale."
-                    )
-                last = step + 1 == num_meta_steps
-                if last or (step + 1) % checkpoint_every == 0:
-                    manager.save(step + 1, state)
-                    if validate is not None:
-                        record |= validate(state.params)
-                lines.write(json.dumps(record) + "\n")
-                for name, value in record.items():
-                    if name != "step" and np.ndim(value) == 0:
-                        board.add_scalar(name, value, step)
-                bar.update()
-                bar.set_postfix(loss=f"{record['loss']:.4f}", skipped=record["skipped"], refresh=False)
+    state = _latest(workdir, like=state) or state
+    start = int(state.step)
+    metrics_path = workdir / "metrics.jsonl"
+    _keep_before(metrics_path, start)
+    with (
+        open(metrics_path, "a", encoding="utf-8") as lines,
+        tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as board,
+        tqdm.tqdm(total=num_meta_steps, initial=start, desc="meta-training", unit="step", disable=not progress) as bar,
+    ):
+        for step in range(start, num_meta_steps):
+            began = time.perf_counter()
+            state, metrics = trainer.step(state)
+            record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+            record = {"step": step, **record, "seconds": time.perf_counter() - began}
+            if record["skipped_in_a_row"] >= max_skipped_in_a_row:
+                raise MetaTrainingDiverged(
+                    f"{record['skipped_in_a_row']} meta-gradients in a row, up to step {step}, were not finite; "
+                    f"the last good checkpoint is in {workdir / 'checkpoints'}. Try a lower meta learning rate, "
+                    "fewer fine-tuning steps, or a smaller output_scale."
+                )
+            due = step + 1 == num_meta_steps or (step + 1) % checkpoint_every == 0
+            if due and validate is not None:
+                record |= validate(state.params)
+            lines.write(json.dumps(record) + "\n")
+            for name, value in record.items():
+                if name != "step" and np.ndim(value) == 0:
+                    board.add_scalar(name, value, step)
+            if due:
+                lines.flush()  # the lines up to a checkpoint are on disk before it is
+                _save(workdir, state)
+            bar.update()
+            bar.set_postfix(loss=f"{record['loss']:.4f}", skipped=record["skipped"], refresh=False)
     return state
 
 
@@ -108,24 +107,60 @@ def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], M
       ValueError: if there is no run or no checkpoint, or it is of another structure.
     """
     workdir = Path(workdir)
-    path = workdir / "config.json"
-    if not path.exists():
+    config = _read_config(workdir)
+    if config is None:
         raise ValueError(f"workdir: {workdir} holds no run (no config.json); make one with experiments.meta_train.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    template = like(config)
-    with checkpoints.Manager(workdir / "checkpoints") as manager:
-        state = manager.restore_latest(like=template)
+    state = _latest(workdir, like=like(config))
     if state is None:
         raise ValueError(f"workdir: {workdir} holds no checkpoint yet.")
     return state, config
 
 
+def _steps(workdir):
+    """The steps that there are checkpoints of, ascending."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def _save(workdir, state):
+    """Writes a checkpoint, whole or not at all, and drops all but the last two."""
+    state = state._replace(key=jax.random.key_data(state.key))
+    checkpoints.save_tree(workdir / "checkpoints" / str(int(state.step)), state)
+    for step in _steps(workdir)[:-2]:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+
+
+def _latest(workdir, like):
+    """The state of the last checkpoint, or None if there is none."""
+    steps = _steps(workdir)
+    if not steps:
+        return None
+    stored = like._replace(key=jax.random.key_data(like.key))
+    try:
+        state = checkpoints.load_tree(workdir / "checkpoints" / str(steps[-1]), stored)
+    except ValueError as error:
+        raise ValueError(
+            f"workdir: checkpoint {steps[-1]} of {workdir} is damaged, or of another rule or meta-optimizer ({error})"
+        ) from error
+    return state._replace(key=jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(like.key)))
+
+
+def _read_config(workdir):
+    """The configuration of the run there, or None if there is none."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"workdir: {path} is damaged ({error}).") from error
+
+
 def _claim(workdir, config):
     """Writes the configuration, or checks that the one there is the same."""
     config = json.loads(json.dumps(config))  # as it reads back
-    path = workdir / "config.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read_config(workdir)
+    if found is not None:
         different = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
         if different:
             changes = ", ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked for" for k in different)
@@ -133,7 +168,7 @@ def _claim(workdir, config):
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise PermissionError(f"workdir: {workdir} cannot be written ({error}); choose another.") from error
 

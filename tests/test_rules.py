@@ -108,14 +108,14 @@ def test_spatial_lstm_feeds_its_features_and_maps_to_the_lstm():
 
 
 @BOTH_KINDS
-def test_a_start_with_a_silent_network_is_a_soft_sign_step(build):
+def test_a_start_with_a_silent_network_is_a_sign_step(build):
     rule = build(4, 1, features="raw", start=START)
     params = weights(rule)
     params["head"] = jax.tree.map(np.zeros_like, params["head"])
     grads, momentum = random(0, 4, 3, 2).astype(np.float32), 0.0
     for grad, step in zip(grads, history(rule, params, grads, scale=0.2), strict=True):
         momentum = 0.7 * momentum + grad
-        expected = 0.2 * 0.4 * np.tanh(2 * momentum / np.sqrt(np.mean(momentum**2)))
+        expected = 0.2 * 0.4 * np.sign(momentum)
         np.testing.assert_allclose(step, expected, rtol=1e-5)
 
 
@@ -126,8 +126,8 @@ def test_a_network_stretches_and_shifts_its_start():
         [0.1 * textbook_lstm(jax.tree.map(np.float64, params), grads[:, i, None]) for i in range(3)], (0, 2), (2, 0)
     )
     momentum = np.stack([grads[0], 0.7 * grads[0] + grads[1]])
-    soft_sign = np.tanh(2 * momentum / np.sqrt(np.mean(momentum**2, axis=1, keepdims=True)))
-    expected = 0.2 * (0.4 * np.exp(a) * soft_sign + b)
+    sign = np.sign(momentum)
+    expected = 0.2 * (sign / (1 + np.exp(-a) * (1 - 0.4) / 0.4) + b)
     np.testing.assert_allclose(history(rule, params, grads.astype(np.float32), scale=0.2), expected, rtol=1e-4)
 
 
@@ -220,7 +220,8 @@ def test_initial_weights():
         (lambda: coordinate_lstm(output_scale=-0.1), "output_scale must be"),
         (lambda: coordinate_lstm(output_scale=float("nan")), "output_scale must be"),
         (lambda: coordinate_lstm(output_scale=float("inf")), "output_scale must be"),
-        (lambda: MomentumStart(step=0), "MomentumStart.step must be"),
+        (lambda: MomentumStart(step=0), r"MomentumStart.step must be in \(0, 1\), got 0"),
+        (lambda: MomentumStart(step=1.0), r"MomentumStart.step must be in \(0, 1\), got 1.0"),
         (lambda: MomentumStart(decay=1.0), r"MomentumStart.decay must be in \[0, 1\), got 1.0"),
         (lambda: MomentumStart(decay=-0.1), "MomentumStart.decay"),
         (lambda: MomentumStart(decay=float("nan")), "MomentumStart.decay"),

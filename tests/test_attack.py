@@ -1,0 +1,248 @@
+"""The front door, on linear victims of 4x4 images."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lft_jax import AttackLoss, attack_success_rate, learned_fine_tuner, universal_perturbation
+from lft_jax.pretrained import save_rule
+from lft_jax.rules import MomentumStart, coordinate_lstm
+
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.normal(size=(16, 3)).astype(np.float32)
+IMAGES = RNG.uniform(0.2, 0.8, size=(6, 4, 4, 1)).astype(np.float32)
+LABELS = (IMAGES.reshape(6, -1) @ WEIGHTS).argmax(1)
+DESCENT = optax.chain(optax.trace(0.5), optax.scale_by_sign(), optax.scale(-0.05))
+NUM, DIRECTIONS, STEPS, EPSILON = len(IMAGES), 4, 6, 0.15
+COSTS = {"gradient": 2 * NUM, "query": (2 * DIRECTIONS + 1) * NUM}
+HISTORY = {"loss", "asr", "margin", "clean_accuracy", "l1", "l2", "linf", "queries"}
+
+
+def linear(images):
+    return images.reshape(len(images), -1) @ WEIGHTS
+
+
+class Counted:
+    """The victim as an opaque function, which writes to its input and counts the images."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, images):
+        assert type(images) is np.ndarray
+        self.images += len(images)
+        logits = linear(images).astype(np.float64)
+        images[:] = np.nan
+        return logits.tolist()
+
+
+def run(logits_fn=linear, images=IMAGES, labels=LABELS, **options):
+    options = {"steps": STEPS, "optimizer": DESCENT, "num_directions": DIRECTIONS, "epsilon": EPSILON, **options}
+    return universal_perturbation(logits_fn, images, labels, **options)
+
+
+def mean_loss(theta, loss="cross_entropy"):
+    logits = jnp.asarray(linear(np.clip(IMAGES + theta, 0, 1)))
+    return float(np.mean(AttackLoss(loss)(logits, jnp.asarray(LABELS))))
+
+
+# ---- What is found ----
+
+
+@pytest.fixture(scope="module")
+def results():
+    """`{oracle: (result, images that the victim saw)}`; the query victim is not JAX."""
+    victim = Counted()
+    return {"gradient": (run(), None), "query": (run(victim, oracle="query"), victim.images)}
+
+
+@pytest.mark.parametrize("oracle", COSTS)
+def test_both_oracles_find_a_perturbation_in_the_ball(results, oracle):
+    result, _ = results[oracle]
+    theta = result.perturbation
+    assert type(theta) is np.ndarray
+    assert theta.shape == (4, 4, 1)
+    assert np.abs(theta).max() <= EPSILON * (1 + 1e-6)
+    assert mean_loss(theta) < mean_loss(0 * theta) - 0.1
+    history = result.history
+    assert history.keys() == HISTORY
+    assert {values.shape for values in history.values()} == {(STEPS,)}
+    np.testing.assert_allclose(history["loss"][-1], mean_loss(theta), rtol=1e-4)
+    np.testing.assert_allclose(history["l2"][-1], np.linalg.norm(theta), rtol=1e-5)
+    np.testing.assert_allclose(history["clean_accuracy"], 1)
+    np.testing.assert_allclose(history["asr"][-1], attack_success_rate(linear, IMAGES, LABELS, theta), rtol=1e-6)
+    np.testing.assert_array_equal(history["queries"], NUM + COSTS[oracle] * np.arange(1, STEPS + 1))
+
+
+def test_gradient_steps_are_those_of_a_loop(results):
+    theta, state = jnp.zeros((4, 4, 1)), DESCENT.init(jnp.zeros((4, 4, 1)))
+    loss = AttackLoss("cross_entropy")
+    grad = jax.jit(jax.grad(lambda t: jnp.mean(loss(linear(jnp.clip(IMAGES + t[None], 0, 1)), jnp.asarray(LABELS)))))
+    losses = []
+    for _ in range(STEPS):
+        updates, state = DESCENT.update(grad(theta), state)
+        theta = jnp.clip(theta + updates, -EPSILON, EPSILON)
+        losses.append(mean_loss(np.asarray(theta)))
+    np.testing.assert_allclose(results["gradient"][0].perturbation, theta, atol=1e-6)
+    np.testing.assert_allclose(results["gradient"][0].history["loss"], losses, rtol=1e-4)
+
+
+def test_no_image_is_evaluated_that_is_not_counted(results):
+    result, seen = results["query"]
+    assert result.history["queries"][-1] == seen
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(NUM + COSTS["query"], 1), (NUM + 3 * COSTS["query"] - 1, 2)])
+def test_the_budget_of_queries_is_kept(results, budget, steps):
+    victim = Counted()
+    result = run(victim, oracle="query", max_queries=budget)
+    assert result.history["queries"][-1] == victim.images <= budget
+    np.testing.assert_allclose(result.history["loss"], results["query"][0].history["loss"][:steps])
+    with pytest.raises(ValueError, match=f"max_queries: one step takes {NUM + COSTS['query']} image evaluations"):
+        run(oracle="query", max_queries=NUM + COSTS["query"] - 1)
+
+
+def test_a_callback_sees_each_step_and_can_stop(results):
+    seen = []
+
+    def callback(entry):
+        seen.append(entry)
+        return entry["step"] == 3
+
+    result = run(callback=callback)
+    assert [entry["step"] for entry in seen] == [1, 2, 3]
+    for name, values in result.history.items():
+        np.testing.assert_allclose(values, results["gradient"][0].history[name][:3])
+        np.testing.assert_allclose(values, [entry[name] for entry in seen])
+
+
+def test_the_key_decides_the_directions(results):
+    again = [run(oracle="query", steps=1, key=key).perturbation for key in (None, jax.random.key(0), jax.random.key(1))]
+    np.testing.assert_array_equal(again[0], again[1])
+    assert not np.array_equal(again[1], again[2])
+
+
+def test_the_l2_ball_and_uint8_images():
+    images = np.round(IMAGES * 255).astype(np.uint8)
+    theta = run(images=images, norm="l2", epsilon=0.4).perturbation
+    np.testing.assert_allclose(np.linalg.norm(theta), 0.4, rtol=1e-5)
+    assert mean_loss(theta) < mean_loss(0 * theta) - 0.1
+
+
+def test_a_target_is_aimed_at():
+    result = run(loss=AttackLoss("cross_entropy", target=2), epsilon=0.6, steps=12)
+    predicted = linear(np.clip(IMAGES + result.perturbation, 0, 1)).argmax(1)
+    assert LABELS.min() != 2
+    assert np.mean(predicted == 2) > np.mean(LABELS == 2)
+    expected = np.mean(predicted[LABELS != 2] == 2)
+    np.testing.assert_allclose(result.history["asr"][-1], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        attack_success_rate(linear, IMAGES, LABELS, result.perturbation, target=2), expected, rtol=1e-6
+    )
+
+
+@pytest.mark.standard_promotion
+def test_adam_works():
+    assert mean_loss(run(optimizer=optax.adam(0.05)).perturbation) < mean_loss(0) - 0.1
+
+
+def test_stored_rules_are_found_by_path(tmp_path):
+    rule = coordinate_lstm(3, 1, features=("momentum", "spread"), start=MomentumStart(0.3))
+    params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
+    save_rule(path, params, rule, {})
+    found = run(optimizer=path)
+    assert mean_loss(found.perturbation) < mean_loss(0) - 0.1
+    expected = run(optimizer=learned_fine_tuner(params, rule))
+    np.testing.assert_array_equal(found.perturbation, expected.perturbation)
+
+
+def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
+    traces = []
+
+    def victim(images):
+        traces.append(images)
+        return linear(images)
+
+    options = {"optimizer": optax.GradientTransformation(lambda theta: (), lambda g, s, p=None: (-0.1 * g, s))}
+    run(victim, **options)
+    before = len(traces)
+    run(victim, images=IMAGES[::-1], labels=LABELS[::-1], epsilon=0.2, loss="hinge", steps=3, **options)
+    assert len(traces) == before + 1  # the clean logits, which are not compiled at all
+
+
+# ---- Refusals ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images must be .* no axis of length 0"),
+        ({"images": np.full_like(IMAGES, np.nan)}, r"images must lie in \[0, 1\]"),
+        ({"images": IMAGES * 2}, r"images must lie in \[0, 1\]"),
+        ({"images": IMAGES[..., 0]}, r"images must be \[N, H, W, C\]"),
+        ({"labels": LABELS + 2}, r"labels must be within \[0, 3\)"),
+        ({"labels": LABELS - 1}, "labels must be at least 0"),
+        ({"labels": LABELS[:-1]}, r"labels must be \[N\]"),
+        ({"epsilon": 0.0}, "epsilon must be a finite number above 0"),
+        ({"epsilon": -1}, "epsilon must be a finite number above 0"),
+        ({"epsilon": math.nan}, "epsilon must be a finite number above 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"norm": "linff"}, "norm: unknown name 'linff'. Did you mean 'linf'"),
+        ({"norm": "l1"}, "norm: there is no 'l1' ball"),
+        ({"oracle": "querry"}, "oracle: unknown name 'querry'. Did you mean 'query'"),
+        ({"loss": "crossentropy"}, "loss: unknown name 'crossentropy'. Did you mean 'cross_entropy'"),
+        ({"loss": AttackLoss(target=3)}, "target: 3 is not one of the victim's 3 classes"),
+        ({"optimizer": "uap-linff"}, "optimizer: name: unknown name 'uap-linff'"),
+        ({"optimizer": "absent.safetensors"}, "optimizer: name: the card absent.json"),
+        ({"logits_fn": lambda images: linear(images)[:, 0]}, r"logits_fn must return logits \[6, classes\]"),
+        ({"logits_fn": lambda images: linear(images)[:4]}, r"logits_fn must return logits \[6, classes\]"),
+        ({"oracle": "query", "num_directions": 0}, "num_directions must be a whole number of at least 1"),
+        ({"oracle": "query", "smoothing": 0.0}, "smoothing must be a finite number above 0"),
+        ({"max_queries": 3 * NUM - 1}, "max_queries: one step takes 18 image evaluations, got only 17"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+# ---- The success rate ----
+
+
+@pytest.mark.parametrize("batch_size", [4, 256])
+@pytest.mark.parametrize("target", [None, 2])
+def test_the_success_rate_counts_images_right_when_clean(batch_size, target):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, size=(30, 4, 4, 1)).astype(np.uint8)
+    labels, theta = np.arange(30) % 3, rng.uniform(-0.4, 0.4, size=(4, 4, 1))
+    clean = linear(images / 255).argmax(1)
+    fooled = linear(np.clip(images / 255 + theta, 0, 1)).argmax(1)
+    counted = (clean == labels) & (labels != target)
+    success = fooled != labels if target is None else fooled == target
+    assert 0 < np.sum(success & counted) < counted.sum() < np.sum(clean == labels) + (target is None) < 30
+    found = attack_success_rate(linear, images, labels, theta, target=target, batch_size=batch_size)
+    assert type(found) is float
+    np.testing.assert_allclose(found, np.sum(success & counted) / counted.sum())
+
+
+def test_the_success_rate_is_nan_where_no_image_is_right():
+    wrong = (LABELS + 1) % 3
+    assert math.isnan(attack_success_rate(Counted(), IMAGES, wrong, np.zeros((4, 4, 1))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((IMAGES, LABELS, np.zeros((4, 4))), {}, r"perturbation must be \(4, 4, 1\), got \(4, 4\)"),
+        ((2 * IMAGES, LABELS, IMAGES[0]), {}, "images must lie"),
+        ((IMAGES, LABELS[:2], IMAGES[0]), {}, "labels must be"),
+        ((IMAGES, LABELS, IMAGES[0]), {"target": 5}, "target: 5 is not one of the victim's 3 classes"),
+    ],
+)
+def test_bad_input_of_the_success_rate_is_refused(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        attack_success_rate(linear, *arguments, **options)

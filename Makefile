@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint results-small clean .venv
+.PHONY: quickstart test test-slow lint results-small results-render clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -23,7 +23,11 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 
 results-small: $(INSTALLED)
-	$(RUN) -m experiments.results_small
+	$(RUN) -m experiments.quickstart --preset=small --output=results/small/results.json
+	$(MAKE) results-render
+
+results-render: $(INSTALLED)
+	$(RUN) -m experiments.render --results=results/small/results.json --document=README.md
 
 .venv: $(INSTALLED)
 

@@ -78,7 +78,10 @@ def provenance(seeds: Sequence[int]) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     module = Path(sys.argv[0]).stem
     return {
-        "command": " ".join(["python", "-m", f"experiments.{module}", *sys.argv[1:]]),
+        # Where the data lay is of no use to anyone else.
+        "command": " ".join(
+            ["python", "-m", f"experiments.{module}", *(a for a in sys.argv[1:] if not a.startswith("--data_dir"))]
+        ),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",

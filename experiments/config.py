@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -27,6 +27,7 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
     define_flags(config_type, flags.FLAGS)
 
     def from_flags(argv):
+        logging.set_verbosity(logging.WARNING)  # TFDS and orbax tell much at the level below
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
         try:

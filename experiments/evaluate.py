@@ -38,6 +38,7 @@ class Config:
 def evaluate(flags: Config) -> dict:
     """Runs the comparison that the flags describe and writes its files; returns the results."""
     runs = [meta_train.load_learned(workdir) for workdir in flags.learned]
+    origin = common.provenance([of.seed for of, _ in runs])  # now, for the commit that runs
     if not runs:
         raise ValueError("learned: give at least one folder of a meta-training run.")
     seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
@@ -71,7 +72,7 @@ def evaluate(flags: Config) -> dict:
         "protocol": dataclasses.asdict(protocol),
         "meta_training": [{k: v for k, v in dataclasses.asdict(of).items() if k != "data_dir"} for of, _ in runs],
         "rows": rows,
-        "provenance": common.provenance([of.seed for of, _ in runs]),
+        "provenance": origin,
     }
     common.write_json(output, results)
     output.with_suffix(".md").write_text(tables.comparison_table(rows), encoding="utf-8")

@@ -12,9 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lft_jax.data import ImageSource
+from lft_jax.data import ImageSource, unit_range
 from lft_jax.tasks.perturbation import perturb
-from lft_jax.tasks.uap import unit_range
 
 #: Methods drawn, in order, with their colours; the rest are in the table.
 COLOURS = {

@@ -64,17 +64,17 @@ PRESETS = {
     "quickstart": Preset(
         architectures={"digits": ("small_cnn",) * 3, "mnist_5k": ("small_cnn",) * 3},
         unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
-        meta_steps=100,
+        meta_steps=50,
         seeds=1,
         maml=False,
         attack_seen=False,
         meta={"features": _FEATURES, "validation_tasks": 0},
         protocol={
             "num_tasks": 100,
-            "num_validation": 10,
+            "num_validation": 8,
             "methods": ("pgd", "adam"),
             "transfer": False,
-            "oracle_steps": 100,
+            "oracle_steps": 60,
         },
     ),
     "small": Preset(

@@ -10,6 +10,26 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(_target_table(target, [r for r in rows if r["victim"] == target[1]]) for target in targets)
 
 
+def results_section(results: Mapping[str, Any], path: str) -> str:
+    """The tables of a results file, those of unseen victims first, and where they come from."""
+    rows, origin = results["rows"], results["provenance"]
+    tasks, protocol = results["tasks"], results["protocol"]
+    victims = {victim for run in results["meta_training"] for victim in run["victims"]}
+    about = (
+        f"Attack success rate on unseen images after K fine-tuning steps on {tasks['shots']} support image(s) of each "
+        f"of {tasks['ways']} classes; mean ± 95% interval over {protocol['num_tasks']} tasks. One LFT, and one L2O, "
+        f"meta-trained on {len(victims)} victims of all sources together. Baselines are tuned over grids of 24 to 48 "
+        "settings (step, momentum, schedule, loss) on validation tasks of the same victim; the oracle sees all "
+        f"training images. From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
+    )
+    unseen = [row for row in rows if not row["seen_victim"]]
+    seen = [row for row in rows if row["seen_victim"]]
+    parts = [about, "", comparison_table(unseen)]
+    if seen:
+        parts += ["Victims that were in meta-training (unseen images only):", "", comparison_table(seen)]
+    return "\n".join(parts)
+
+
 def _target_table(target, rows):
     source, victim, seen = target
     at = rows[0]["at"]

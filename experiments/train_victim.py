@@ -47,7 +47,7 @@ def train(flags: Config) -> Victim:
     train, validation, test = (
         load_source(flags.source, split, data_dir=flags.data_dir) for split in ("train", "validation", "test")
     )
-    recipe = _recipe(flags, train.name)
+    recipe = _recipe(flags)
     origin = common.provenance([flags.seed])
     wall, cpu, history = time.monotonic(), time.process_time(), []
 
@@ -84,12 +84,12 @@ def train(flags: Config) -> Victim:
     return victim
 
 
-def _recipe(flags, source):
+def _recipe(flags):
     chosen = {
         name: default if getattr(flags, name) is None else getattr(flags, name)
-        for name, default in _DEFAULTS.get(source, _DEFAULTS["cifar10"]).items()
+        for name, default in _DEFAULTS.get(flags.source, _DEFAULTS["cifar10"]).items()
     }
-    return VictimConfig(source=source, seed=flags.seed, **chosen)
+    return VictimConfig(source=flags.source, seed=flags.seed, **chosen)
 
 
 if __name__ == "__main__":

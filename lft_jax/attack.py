@@ -10,11 +10,11 @@ import numpy as np
 import optax
 
 from lft_jax import base, oracles
-from lft_jax.data import check_images_labels
+from lft_jax.data import check_images_labels, unit_range
 from lft_jax.fine_tune import fine_tune_step
 from lft_jax.pretrained import load_fine_tuner
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
-from lft_jax.tasks.uap import attack_metrics, constrained_oracle, unit_range
+from lft_jax.tasks.uap import attack_metrics, constrained_oracle
 
 ORACLES = ("gradient", "query")
 _IMAGES_PER_CALL = 1024  # of an opaque model, at most (but for one pair of directions, if that is more)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 PyTree = Any
@@ -124,6 +125,12 @@ class Learner:
     start: Callable[[PyTree, TaskFamily, jax.Array], PyTree]
     objective: str = "query"
     second_order: bool = False
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """sqrt with derivative 0 at 0 (where it would be infinite, and NaN once multiplied by 0)."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 def check_name(argument: str, value: str, known: Iterable[str]) -> str:

@@ -48,9 +48,12 @@ def evaluate(
     """
     if not at or not 1 <= min(at) <= max(at) <= num_steps:
         raise ValueError(f"at must hold steps from 1 to num_steps = {num_steps}, got {at}.")
+    return _evaluate(_only_fine_tuning(learner), params, family, keys, num_steps, tuple(at), min(batch_size, len(keys)))
+
+
+def _only_fine_tuning(learner):
     # All but how it fine-tunes is dropped, so that LFT and L2O of one rule share a compilation.
-    learner = Learner("", _nothing_to_learn, learner.optimizer, learner.start)
-    return _evaluate(learner, params, family, keys, num_steps, tuple(at), min(batch_size, len(keys)))
+    return Learner("", _nothing_to_learn, learner.optimizer, learner.start)
 
 
 def _nothing_to_learn(key, families):
@@ -81,9 +84,13 @@ def evaluate_fixed(theta: PyTree, family: TaskFamily, keys: jax.Array, *, batch_
     return jax.lax.map(task, keys, batch_size=min(batch_size, len(keys)))
 
 
-@functools.partial(jax.jit, static_argnames=("learner", "num_steps"))
 def first_perturbation(learner: Learner, params: PyTree, family: TaskFamily, key: jax.Array, num_steps: int) -> PyTree:
     """The final `theta` of the task that `evaluate` would draw from `key`."""
+    return _first_perturbation(_only_fine_tuning(learner), params, family, key, num_steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _first_perturbation(learner, params, family, key, num_steps):
     _, trajectory = run_task(learner, params, family, key, num_steps=num_steps)
     return jax.tree.map(lambda x: x[-1], trajectory.thetas)
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lft_jax.base import safe_sqrt
+
 PyTree = Any
 
 LOG_SIGN_P = 10.0  # Andrychowicz et al. 2016, appendix A
@@ -46,12 +48,6 @@ class FeatureSet(NamedTuple):
     size: int
     init: Callable[[jax.Array], PyTree]
     apply: Callable[[Signal, PyTree], tuple[jax.Array, PyTree]]
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """sqrt with derivative 0 at 0 (where it would be infinite, and NaN once multiplied by 0)."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 def unit_rms(x: jax.Array) -> jax.Array:

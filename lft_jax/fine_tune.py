@@ -34,7 +34,8 @@ def fine_tune_step(
     else:
         estimate = jax.tree.map(jax.lax.stop_gradient, oracle(jax.lax.stop_gradient(theta), key))
     optimizer = optax.with_extra_args_support(optimizer)
-    updates, state = optimizer.update(estimate.grads, state, theta, progress=progress, **estimate.extras)
+    extras = {"value": estimate.value, "progress": progress, **estimate.extras}
+    updates, state = optimizer.update(estimate.grads, state, theta, **extras)
     return project(optax.apply_updates(theta, updates)), state, estimate
 
 
@@ -52,7 +53,8 @@ def fine_tune(
     """Fine-tunes `theta` for `num_steps` (K) steps in one `jax.lax.scan` (PAPER "The method").
 
     Args:
-      optimizer: any optax transformation; it is given the oracle's extras and `progress` (k/K) as extra arguments.
+      optimizer: any optax transformation; as extra arguments it is given the oracle's `value` and extras, and
+        `progress` (k/K).
       oracle: `(theta, key) -> Estimate`.
       theta: initial optimizee, any pytree of floating-point arrays.
       key: split over the steps, for oracles that sample.

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive
+from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
 
 
 def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) -> Oracle:
@@ -81,7 +81,7 @@ def per_example_gradient(example_losses: Callable[[PyTree], jax.Array], *, num_e
 
         grads, losses = jax.grad(summed, has_aux=True)(copies)
         mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
-        spread = jax.tree.map(lambda g: _safe_sqrt(jnp.var(g, axis=0)), grads)
+        spread = jax.tree.map(lambda g: safe_sqrt(jnp.var(g, axis=0)), grads)
         return Estimate(jnp.mean(losses), mean, jnp.asarray(num_examples, jnp.int32), {"spread": spread})
 
     return oracle
@@ -314,11 +314,6 @@ def _flatten(theta):
         return treedef.unflatten(pieces)
 
     return jnp.concatenate([x.astype(dtype).reshape(-1) for x in leaves]), unflatten
-
-
-def _safe_sqrt(x):
-    """Square root whose gradient at 0 is 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _check_count(argument, value):

@@ -1,5 +1,7 @@
 """What every labelled set of images must satisfy, and the table that episodes are drawn with."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -61,3 +63,8 @@ def _check_labels(labels, num_classes):
     if low < 0 or (num_classes is not None and high >= num_classes):
         expected = "at least 0" if num_classes is None else f"within [0, {num_classes})"
         raise ValueError(f"labels must be {expected}, got values from {low} to {high}.")
+
+
+def unit_range(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [0, 1]; floating-point images as they are."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

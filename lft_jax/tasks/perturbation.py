@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lft_jax import base
-from lft_jax.features import safe_sqrt
+from lft_jax.base import safe_sqrt
 
 LOSSES = ("hinge", "cross_entropy")
 NORMS = ("linf", "l2", "l1")

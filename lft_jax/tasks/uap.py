@@ -9,7 +9,7 @@ import numpy as np
 
 from lft_jax import base, oracles
 from lft_jax.base import Episode, Estimate, Oracle, TaskFamily
-from lft_jax.data import check_images_labels, class_table
+from lft_jax.data import check_images_labels, class_table, unit_range
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, margins, norm, perturb
 
 STARTS = ("zeros", "random")
@@ -228,8 +228,3 @@ def _drawn_classes(labels, target, needed):
         if 0 < count < needed:
             raise ValueError(f"shots + queries: class {label} has {count} images, fewer than the {needed} asked for.")
     return table, counts
-
-
-def unit_range(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [0, 1]; floating-point images as they are."""
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

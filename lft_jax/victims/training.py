@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lft_jax import base
-from lft_jax.data import ImageSource, check_images_labels
+from lft_jax.data import ImageSource, check_images_labels, unit_range
 from lft_jax.victims.models import build_model
 
 PyTree = base.PyTree
@@ -113,11 +113,7 @@ def clean_accuracy(logits_fn: Callable[[jax.Array], jax.Array], images, labels, 
 
 @jax.jit
 def _count_correct(logits_fn, images, labels):
-    return jnp.sum(jnp.argmax(logits_fn(_unit_range(images)), -1).astype(jnp.int32) == labels)
-
-
-def _unit_range(images):
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    return jnp.sum(jnp.argmax(logits_fn(unit_range(images)), -1).astype(jnp.int32) == labels)
 
 
 def train_victim(
@@ -175,7 +171,7 @@ def _programs(architecture, num_classes, steps, learning_rate, augment):
     # It runs once, and optimizing the random numbers would take 5 s.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def init(key, images):
-        variables = dict(model.init(key, _unit_range(images)))
+        variables = dict(model.init(key, unit_range(images)))
         return variables, optimizer.init(variables["params"])
 
     def loss_fn(params, statistics, images, labels):
@@ -187,7 +183,7 @@ def _programs(architecture, num_classes, steps, learning_rate, augment):
         def step(carry, inputs):
             params, statistics, state = carry
             number, rows = inputs
-            batch = _unit_range(images[rows])
+            batch = unit_range(images[rows])
             if augment != "none":
                 batch = _augmented(batch, jax.random.fold_in(key, number), flip=augment == "crop_flip")
             (loss, statistics), grads = jax.value_and_grad(loss_fn, has_aux=True)(

@@ -161,6 +161,16 @@ def test_projection_at_zero_has_a_finite_derivative(kind):
     np.testing.assert_array_equal(jacobian.reshape(2, 2), np.eye(2))
 
 
+def test_clipped_coordinates_are_only_pulled_back_into_the_ball():
+    """The derivative of `sum(slopes * projection)`: a descent step goes against it."""
+    theta = jnp.asarray([0.1, -0.3, 0.9, -0.9, 0.9, -0.9])
+    slopes = jnp.asarray([2.0, -3.0, 4.0, -4.0, -4.0, 4.0])  # the last two would push further outside
+    grad = jax.grad(lambda t: jnp.sum(slopes * Constraint("linf", 0.5).project(t)))(theta)
+    np.testing.assert_array_equal(grad[:2], slopes[:2])
+    assert 0 < grad[2] == -grad[3] < 4
+    np.testing.assert_array_equal(grad[4:], 0)
+
+
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_a_penalty_costs_and_does_not_project(kind):
     theta = jnp.asarray([[[3.0]], [[-4.0]]])

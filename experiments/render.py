@@ -1,0 +1,36 @@
+r"""Puts the tables of a results file into a document, between its `<!-- results -->` marks.
+
+python -m experiments.render --results=results/small/results.json --document=README.md
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from experiments import config, tables
+
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    results: str = config.required("Results file of experiments.evaluate or experiments.quickstart.")
+    document: str = config.option("README.md", "Markdown file with the marks.")
+
+
+def render(flags: Config) -> None:
+    """Replaces what is between the marks."""
+    results, document = json.loads(Path(flags.results).read_text(encoding="utf-8")), Path(flags.document)
+    text = document.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    document.write_text(
+        f"{before}{BEGIN}\n{tables.results_section(results, flags.results)}{END}{after}", encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    config.main(Config, render)

@@ -1,0 +1,102 @@
+"""The binaries one after the other on real digits, as small as they get."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import attack, evaluate, meta_train, train_victim
+from lft_jax.data import load_source
+from lft_jax.victims import clean_accuracy, load_victim
+
+pytestmark = pytest.mark.standard_promotion
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder with a trained victim and a meta-trained rule."""
+    folder = tmp_path_factory.mktemp("study")
+    with jax.numpy_dtype_promotion("standard"):
+        train_victim.train(train_victim.Config(source="digits", epochs=3, output=str(folder / "victim")))
+        meta_train.meta_train(_flags(folder, meta_steps=2))
+    return folder
+
+
+def _flags(folder, **changes):
+    settings = {
+        "victims": (str(folder / "victim"),),
+        "workdir": str(folder / "lft"),
+        "rule": "coordinate_lstm",
+        "hidden": 3,
+        "num_steps": 2,
+        "checkpoint_every": 1,
+        "validation_tasks": 2,
+    }
+    return meta_train.Config(**{**settings, **changes})
+
+
+def test_meta_training_leaves_a_run(study):
+    lines = [json.loads(line) for line in (study / "lft" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert all(0 <= line["validation_asr"] <= 1 for line in lines)
+    assert list((study / "lft" / "tensorboard").glob("events.*"))
+
+
+def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(study):
+    before = (study / "lft" / "metrics.jsonl").read_text()
+    meta_train.meta_train(_flags(study, meta_steps=2))
+    assert (study / "lft" / "metrics.jsonl").read_text() == before
+    with pytest.raises(ValueError, match=r"another configuration.*hidden: 3 there, 4 asked for"):
+        meta_train.meta_train(_flags(study, meta_steps=2, hidden=4))
+
+
+def test_evaluate_writes_results_table_and_figures(study):
+    flags = evaluate.Config(
+        learned=(str(study / "lft"),),
+        victims=(str(study / "victim"),),
+        output=str(study / "results.json"),
+        at=(1, 2),
+        num_tasks=3,
+        num_validation=2,
+        methods=("pgd",),
+        oracle_steps=3,
+    )
+    results = evaluate.evaluate(flags)
+    assert json.loads((study / "results.json").read_text()) == json.loads(json.dumps(results))
+    methods = [row["method"] for row in results["rows"]]
+    assert methods == ["pgd", "pgd (untuned)", "transfer", "transfer, fine-tuned", "lft", "oracle"]
+    row = results["rows"][4]
+    assert row["seen_victim"] and row["linf"] <= 0.25 + 1e-6 and len(row["task_asr"]) == 3
+    assert np.isclose(row["asr"][-1], np.mean(row["task_asr"]), atol=1e-4)
+    table = (study / "results.md").read_text()
+    assert all(f"| {method} |" in table for method in methods)
+    for name in ("results.png", "results_victim.png"):
+        assert (study / name).stat().st_size > 10_000
+
+
+def test_attack_with_a_rule_of_ones_own(study):
+    flags = attack.Config(
+        victim=str(study / "victim"),
+        output=str(study / "uap"),
+        optimizer=str(study / "lft" / "rule.safetensors"),
+        steps=3,
+    )
+    results = attack.attack(flags)
+    theta, test = np.load(study / "uap.npy"), load_source("digits", "test")
+    assert theta.shape == (8, 8, 1) and np.abs(theta).max() <= 0.25 + 1e-6
+    assert (study / "uap.png").stat().st_size > 5_000
+    victim = load_victim(study / "victim")
+    clean = clean_accuracy(victim.logits_fn, test.images, test.labels)
+    perturbed = np.clip(test.images / np.float32(255) + theta, 0, 1).astype(np.float32)
+    attacked = clean_accuracy(victim.logits_fn, perturbed, test.labels)
+    # Images that the perturbation happens to put right count for the accuracy only.
+    assert results["test_asr"] * clean >= clean - attacked - 1e-6
+
+
+def test_unknown_optimizers_and_too_many_shots_are_refused(study):
+    settings = {"victim": str(study / "victim"), "output": str(study / "x")}
+    with pytest.raises(ValueError, match=r"optimizer: unknown name 'momentun_pgd'\. Did you mean 'momentum_pgd'"):
+        attack.attack(attack.Config(**settings, optimizer="momentun_pgd"))
+    with pytest.raises(ValueError, match="shots: 1000 images a class"):
+        attack.attack(attack.Config(**settings, optimizer="pgd", shots=1000))

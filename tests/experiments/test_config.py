@@ -1,0 +1,71 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from experiments import attack, config, evaluate, meta_train, quickstart, train_victim
+
+BINARIES = (attack, evaluate, meta_train, quickstart, train_victim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = config.required("A name.")
+    kind: str = config.option("a", "A choice.", ("a", "b"))
+    count: int | None = config.option(None, "A number.")
+    sizes: tuple[int, ...] = config.option((1, 2), "Numbers.")
+    fast: bool = config.option(False, "A switch.")
+
+
+def parse(*arguments):
+    values = flags.FlagValues()
+    config.define_flags(Config, values)
+    values(["program", *arguments])
+    return config.read_flags(Config, values)
+
+
+def test_flags_read_back_as_a_configuration():
+    assert parse("--name=x") == Config("x")
+    expected = Config("x", kind="b", count=3, sizes=(4, 5, 6), fast=True)
+    assert parse("--name=x", "--kind=b", "--count=3", "--sizes=4,5,6", "--fast") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((), "--name"), (("--name=x", "--kind=c"), "kind"), (("--name=x", "--count=two"), "count")],
+)
+def test_bad_flags_are_named(arguments, named):
+    with pytest.raises(flags.Error, match=named):
+        parse(*arguments)
+
+
+def test_a_bad_list_is_named():
+    with pytest.raises(ValueError, match="--sizes: expected a list of int"):
+        parse("--name=x", "--sizes=1,b")
+
+
+def test_pairs():
+    assert config.pairs("epsilon", ("digits=0.2", "mnist=1")) == {"digits": 0.2, "mnist": 1.0}
+    with pytest.raises(ValueError, match="epsilon: expected name=number, got 'digits'"):
+        config.pairs("epsilon", ("digits",))
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.__name__)
+def test_every_flag_has_a_help_text(binary):
+    assert binary.__doc__
+    for field in dataclasses.fields(binary.Config):
+        assert field.metadata["help"].endswith("."), field.name
+
+
+def test_help_and_errors_of_a_binary():
+    def run(*arguments):
+        command = [sys.executable, "-m", "experiments.attack", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    shown = run("--help")
+    assert "--victim" in shown.stdout and "universal perturbation" in shown.stdout
+    missing = run("--victim=nowhere", "--output=x")
+    assert missing.returncode != 0
+    assert "nowhere" in missing.stderr and "Traceback" not in missing.stderr

@@ -37,10 +37,10 @@ class Config:
 
 def evaluate(flags: Config) -> dict:
     """Runs the comparison that the flags describe and writes its files; returns the results."""
+    if not flags.learned or not flags.victims:
+        raise ValueError("learned and victims: give at least one folder of each.")
     runs = [meta_train.load_learned(workdir) for workdir in flags.learned]
     origin = common.provenance([of.seed for of, _ in runs])  # now, for the commit that runs
-    if not runs:
-        raise ValueError("learned: give at least one folder of a meta-training run.")
     seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
     tasks_config = meta_train.tasks_of(runs[0][0])
     for of, _ in runs[1:]:
@@ -67,6 +67,13 @@ def evaluate(flags: Config) -> dict:
         name = f"{output.stem}_{target.victim}.png"
         test = load_source(target.source, "test", data_dir=flags.data_dir)
         figures.attack(target.test.logits_fn, test, perturbations, output.with_name(name))
+        results = _write(output, rows, tasks_config, protocol, runs, origin)  # after each victim: nothing done is lost
+    print("\n" + tables.comparison_table(rows))
+    print(f"wrote {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
+    return results
+
+
+def _write(output, rows, tasks_config, protocol, runs, origin):
     results = {
         "tasks": dataclasses.asdict(tasks_config),
         "protocol": dataclasses.asdict(protocol),
@@ -77,8 +84,6 @@ def evaluate(flags: Config) -> dict:
     common.write_json(output, results)
     output.with_suffix(".md").write_text(tables.comparison_table(rows), encoding="utf-8")
     figures.asr_against_step(rows, output.with_suffix(".png"))
-    print("\n" + tables.comparison_table(rows))
-    print(f"wrote {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
     return results
 
 

@@ -78,14 +78,14 @@ PRESETS = {
         },
     ),
     "small": Preset(
-        architectures={"digits": ("small_cnn",) * 6, "mnist_5k": ("small_cnn",) * 6},
+        architectures={"digits": ("small_cnn",) * 16, "mnist_5k": ("small_cnn",) * 6},  # those of digits cost little
         unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
-        meta_steps=300,
+        meta_steps=200,
         seeds=1,
         maml=True,
         attack_seen=True,
         meta={"features": _FEATURES, "validation_tasks": 10},
-        protocol={"num_tasks": 100, "num_validation": 20, "oracle_steps": 200, "oracle_targeted": True},
+        protocol={"num_tasks": 100, "num_validation": 16, "oracle_steps": 200, "oracle_targeted": True},
     ),
 }
 _FIRST_UNSEEN_SEED = 100

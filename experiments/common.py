@@ -98,4 +98,4 @@ def _commit():
         ).stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD")
-    return f"{commit or 'unknown'}{' + uncommitted changes' if git('status', '--porcelain') else ''}"
+    return f"{commit or 'unknown'}{' + uncommitted changes' if git('status', '--porcelain', '--untracked-files=no') else ''}"

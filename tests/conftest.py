@@ -4,6 +4,8 @@ import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests' time is nearly all compilation, which this makes a third shorter.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest

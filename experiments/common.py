@@ -97,5 +97,5 @@ def _commit():
             ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    commit = git("rev-parse", "--short=12", "HEAD")
-    return f"{commit or 'unknown'}{' + uncommitted changes' if git('status', '--porcelain', '--untracked-files=no') else ''}"
+    changed = git("status", "--porcelain", "--untracked-files=no")  # what a run writes does not count
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" + uncommitted changes" if changed else "")

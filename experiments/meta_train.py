@@ -17,7 +17,7 @@ import optax
 
 from experiments import common, config
 from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, tasks
-from lft_jax.base import Learner
+from lft_jax.base import Learner, check_name
 from lft_jax.features import FEATURES
 from lft_jax.victims import load_victim
 
@@ -78,6 +78,7 @@ def tasks_of(flags: Config) -> common.TaskConfig:
 
 def learner_of(flags: Config) -> Learner:
     """The learner that the flags describe."""
+    check_name("learner", flags.learner, LEARNERS)
     if flags.learner == "maml":
         inner = baselines.make_baselines(flags.norm)["pgd"].learner.optimizer({"step": flags.inner_step})
         return learners.maml(inner, second_order=flags.second_order)
@@ -86,6 +87,7 @@ def learner_of(flags: Config) -> Learner:
 
 def rule_of(flags: Config) -> rules.Rule:
     """The update rule that the flags describe."""
+    check_name("rule", flags.rule, rules.RULES)
     options: dict[str, Any] = {"features": flags.features} if flags.features else {}
     if flags.output_scale is not None:
         options["output_scale"] = flags.output_scale
@@ -149,7 +151,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         validate=validate if families else None,
     )
     if flags.learner != "maml":
-        card = {"meta_training": stored, "provenance": common.provenance([flags.seed])}
+        card = {**common.provenance([flags.seed]), "meta_training": stored}
         pretrained.save_rule(Path(flags.workdir) / "rule.safetensors", state.params, rule_of(flags), card)
     return state
 

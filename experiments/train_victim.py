@@ -77,7 +77,7 @@ def train(flags: Config) -> Victim:
         },
     )
     victim.card["test_accuracy"] = clean_accuracy(victim.logits_fn, test.images, test.labels)
-    output = flags.output or f"runs/victims/{recipe.source}_{recipe.architecture}_{recipe.seed}"
+    output = flags.output or f"runs/victims/{train.name}_{recipe.architecture}_{recipe.seed}"
     save_victim(output, victim)
     write_curve(test_accuracy=victim.card["test_accuracy"])
     print(f"test accuracy {victim.card['test_accuracy']:.4f} on {len(test.labels)} images; stored in {output}")

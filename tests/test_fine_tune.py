@@ -107,8 +107,9 @@ def test_projects_after_every_step():
     np.testing.assert_allclose(theta, [0.1, -0.05, 0.025, -0.0125])
 
 
-def test_extras_and_progress_reach_the_optimizer():
-    def update(updates, state, params=None, *, progress, spread, scale):
+def test_value_progress_and_extras_reach_the_optimizer():
+    def update(updates, state, params=None, *, value, progress, spread, scale):
+        assert value.shape == ()
         return jax.tree.map(lambda s: progress.astype(s.dtype) + scale * s, spread), state
 
     def oracle(theta, key):

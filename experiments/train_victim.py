@@ -22,7 +22,7 @@ _DEFAULTS = {
     "digits": {"architecture": "small_cnn", "epochs": 30, "batch_size": 64, "learning_rate": 3e-3, "augment": "none"},
     "mnist_5k": {"architecture": "small_cnn", "epochs": 12, "batch_size": 64, "learning_rate": 3e-3, "augment": "crop"},
     "mnist": {"architecture": "lenet", "epochs": 8, "batch_size": 128, "learning_rate": 2e-3, "augment": "crop"},
-    "cifar10": {"architecture": "vgg", "epochs": 10, "batch_size": 128, "learning_rate": 4e-3, "augment": "crop_flip"},
+    "cifar10": {"architecture": "vgg", "epochs": 7, "batch_size": 128, "learning_rate": 4e-3, "augment": "crop_flip"},
 }
 
 

@@ -40,24 +40,30 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis in axes.flat[len(targets) :]:
         axis.axis("off")
     for axis, (source, victim, seen) in zip(axes.flat, targets, strict=False):
-        for row in rows:
-            if (row["source"], row["victim"]) != (source, victim) or row["method"] not in COLOURS:
+        of_target = {row["method"]: row for row in rows if (row["source"], row["victim"]) == (source, victim)}
+        for method, colour in COLOURS.items():  # in this order, the learned ones on top
+            if method not in of_target:
                 continue
-            colour = COLOURS[row["method"]]
-            if row["method"] == "oracle":
+            row = of_target[method]
+            if method == "oracle":
                 axis.axhline(row["asr"][-1], color=colour, linestyle=":", label="oracle (all images)")
                 continue
             at, asr, width = (np.asarray(row[name], float) for name in ("at", "asr", "asr_interval"))
-            axis.plot(at, asr, color=colour, marker="o", markersize=3, label=row["method"])
+            axis.plot(at, asr, color=colour, marker="o", markersize=3, label=method)
             axis.fill_between(at, asr - width, asr + width, color=colour, alpha=0.15, linewidth=0)
         axis.set(title=f"{victim} ({'seen' if seen else 'unseen'} victim)", xlabel="fine-tuning step", ylim=(0, None))
-        axis.set_xticks(next(row for row in rows if row["victim"] == victim)["at"])
+        axis.set_xticks(of_target["pgd"]["at"])
         axis.grid(alpha=0.3)
     for line in axes:
         line[0].set_ylabel("query attack success rate")
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(5, 2 * columns, len(handles)),
+        frameon=False,
+        fontsize=9,
     )
     _save(figure, path)
 

@@ -16,20 +16,20 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 class Config:
     """Flags of the binary."""
 
-    results: str = config.required("Results file of experiments.evaluate or experiments.quickstart.")
+    results: tuple[str, ...] = config.required("Results files of experiments.evaluate or experiments.quickstart.")
     document: str = config.option("README.md", "Markdown file with the marks.")
 
 
 def render(flags: Config) -> None:
     """Replaces what is between the marks."""
-    results, document = json.loads(Path(flags.results).read_text(encoding="utf-8")), Path(flags.document)
+    document = Path(flags.document)
+    results = [(json.loads(Path(path).read_text(encoding="utf-8")), path) for path in flags.results]
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    document.write_text(
-        f"{before}{BEGIN}\n{tables.results_section(results, flags.results)}{END}{after}", encoding="utf-8"
-    )
+    sections = "\n".join(tables.results_section(*pair) for pair in results)
+    document.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

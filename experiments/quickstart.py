@@ -64,7 +64,7 @@ PRESETS = {
     "quickstart": Preset(
         architectures={"digits": ("small_cnn",) * 3, "mnist_5k": ("small_cnn",) * 3},
         unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
-        meta_steps=50,
+        meta_steps=40,
         seeds=1,
         maml=False,
         attack_seen=False,

@@ -27,7 +27,7 @@ results-small: $(INSTALLED)
 	$(MAKE) results-render
 
 results-render: $(INSTALLED)
-	$(RUN) -m experiments.render --results=results/small/results.json --document=README.md
+	$(RUN) -m experiments.render --results=results/small/results.json,results/small/mnist_5k.json --document=README.md
 
 .venv: $(INSTALLED)
 

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_FLAGS ?=
+RESULTS ?= results/small/results.json,results/small/mnist_5k.json
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -24,10 +25,10 @@ lint: $(INSTALLED)
 
 results-small: $(INSTALLED)
 	$(RUN) -m experiments.quickstart --preset=small --output=results/small/results.json
-	$(MAKE) results-render
+	$(MAKE) results-render RESULTS=results/small/results.json
 
 results-render: $(INSTALLED)
-	$(RUN) -m experiments.render --results=results/small/results.json,results/small/mnist_5k.json --document=README.md
+	$(RUN) -m experiments.render --results=$(RESULTS) --document=README.md
 
 .venv: $(INSTALLED)
 

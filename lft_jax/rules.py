@@ -106,7 +106,7 @@ class Rule:
         """The rule's state for one leaf, in the leaf's dtype."""
 
         def hidden():  # a buffer of its own for each, so that the state can be donated to a jitted step
-            return jnp.zeros((self.hidden, *leaf.shape), leaf.dtype)
+            return jnp.zeros((self.hidden, leaf.size), leaf.dtype)
 
         return {
             "features": tuple(FEATURES[name].init(leaf) for name in self.features),
@@ -125,13 +125,15 @@ class Rule:
         if self.maps:
             maps = inputs
             for convolution in params["convolutions"]:
-                maps = jax.nn.relu(_affine(convolution, _neighbours(maps)))
+                maps = jax.nn.relu(_convolution(convolution, maps))
             inputs = jnp.concatenate([inputs, maps])
+        inputs = _flat(inputs)  # a product's gradient is twice as fast with one long axis
         cells = []
         for cell, carry in zip(params["cells"], state["cells"], strict=True):
             inputs, carry = _lstm(cell, inputs, carry)
             cells.append(carry)
         output = self.output_scale * _affine(params["head"], inputs)
+        output = output.reshape(output.shape[0], *signal.grad.shape)
         state = {"features": tuple(feature_states), "cells": tuple(cells), "momentum": state["momentum"]}
         if self.start is None:
             return output[0], state
@@ -204,25 +206,85 @@ def rule_from_dict(description: dict[str, Any]) -> Rule:
 
 
 def _affine(layer, x):
-    """`[in, ...] -> [out, ...]` by one matrix product, in the dtype of `x`."""
-    weight, bias = layer["weight"].astype(x.dtype), layer["bias"].astype(x.dtype)
-    return jnp.tensordot(weight, x, axes=1) + bias.reshape(-1, *[1] * (x.ndim - 1))
+    """`[in, n] -> [out, n]` by one matrix product, in the dtype of `x`."""
+    return layer["weight"].astype(x.dtype) @ x + layer["bias"].astype(x.dtype)[:, None]
 
 
 def _lstm(cell, x, carry):
     hidden, memory = carry
-    gates = _affine(cell, jnp.concatenate([x, hidden]))
-    write, forget, read, candidate = jnp.split(gates, 4)
-    memory = jax.nn.sigmoid(forget) * memory + jax.nn.sigmoid(write) * jnp.tanh(candidate)
-    hidden = jax.nn.sigmoid(read) * jnp.tanh(memory)
+    hidden, memory = _gated(_affine(cell, jnp.concatenate([x, hidden])), memory)
     return hidden, (hidden, memory)
 
 
-def _neighbours(x):
-    """`[channels, *shape] -> [9 channels, *shape]`: the 3x3 neighbourhood of each pixel, zeros beyond the border.
+@jax.custom_vjp
+def _gated(gates, memory):
+    """`[4 hidden, n]`, `[hidden, n]` -> the next hidden state and memory."""
+    write, forget, read, candidate = _activations(gates)
+    memory = forget * memory + write * candidate
+    return read * jnp.tanh(memory), memory
 
-    A convolution is then a matrix product, whose gradients are fast inside `lax.scan` on every backend.
+
+def _activations(gates):
+    *gates, candidate = jnp.split(gates, 4)
+    return *map(jax.nn.sigmoid, gates), jnp.tanh(candidate)
+
+
+def _gated_backward(saved, cotangents):
+    # Autodiff would store each activation; recomputing them from the gates is twice as fast, since what a scan stores
+    # costs more than arithmetic.
+    gates, memory = saved
+    of_hidden, of_memory = cotangents
+    write, forget, read, candidate = _activations(gates)
+    squashed = jnp.tanh(forget * memory + write * candidate)
+    of_memory += of_hidden * read * (1 - squashed**2)
+    of_gates = [
+        of_memory * candidate * write * (1 - write),
+        of_memory * memory * forget * (1 - forget),
+        of_hidden * squashed * read * (1 - read),
+        of_memory * write * (1 - candidate**2),
+    ]
+    return jnp.concatenate(of_gates), of_memory * forget
+
+
+_gated.defvjp(lambda gates, memory: (_gated(gates, memory), (gates, memory)), _gated_backward)
+
+
+def _convolution(layer, x):
+    """`[in, *shape] -> [out, *shape]`: 3x3, zeros beyond the border; see `spatial_lstm` for what an image is."""
+    weight, bias = layer["weight"].astype(x.dtype), layer["bias"].astype(x.dtype)
+    return _weighted_neighbours(weight, x) + bias.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@jax.custom_vjp
+def _weighted_neighbours(weight, x):
+    """`weight [out, 9 in]` times the neighbourhoods of `x [in, *shape]`: `[out, *shape]`.
+
+    A convolution is so a matrix product, whose gradients are fast inside `lax.scan` on every backend.
     """
+    return (weight @ _flat(_neighbours(x))).reshape(weight.shape[0], *x.shape[1:])
+
+
+def _weighted_neighbours_backward(saved, cotangent):
+    # Only x is stored, not its nine-fold neighbourhoods; those of the cotangent serve both gradients.
+    weight, x = saved
+    around = _flat(_neighbours(cotangent))
+    by_offset = weight.reshape(weight.shape[0], 9, -1)[:, ::-1]  # seen from the input, offsets are mirrored
+    of_x = by_offset.transpose(2, 1, 0).reshape(x.shape[0], -1) @ around
+    of_weight = (around @ _flat(x).T).reshape(9, weight.shape[0], -1)[::-1]
+    return of_weight.swapaxes(0, 1).reshape(weight.shape), of_x.reshape(x.shape)
+
+
+_weighted_neighbours.defvjp(
+    lambda weight, x: (_weighted_neighbours(weight, x), (weight, x)), _weighted_neighbours_backward
+)
+
+
+def _flat(x):
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def _neighbours(x):
+    """`[channels, *shape] -> [9 channels, *shape]`: the 3x3 neighbourhood of each pixel, zeros beyond the border."""
     shape = x.shape[1:]
     height, width = shape[:2] if len(shape) in (2, 3) else (1, math.prod(shape))
     depth = shape[2] if len(shape) == 3 else 1

@@ -2,6 +2,7 @@ import functools
 import json
 
 import jax
+import jax.test_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,11 +84,20 @@ def test_convolutions_are_same_padded_and_alike_for_each_channel():
     expected = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("CHWN", "OHWI", "CHWN")
     ) + layer["bias"].reshape(-1, 1, 1, 1)
-    np.testing.assert_allclose(rules._affine(layer, rules._neighbours(x)), expected, rtol=1e-10)
+    np.testing.assert_allclose(rules._convolution(layer, x), expected, rtol=1e-10)
     # No channel axis: one channel. A line: an image of height one.
-    np.testing.assert_allclose(rules._affine(layer, rules._neighbours(x[..., 0])), expected[..., 0], rtol=1e-10)
-    line = rules._neighbours(x[:, 0, :, 0])
-    np.testing.assert_array_equal(line, rules._neighbours(x[:, :1, :, :1]).reshape(line.shape))
+    np.testing.assert_allclose(rules._convolution(layer, x[..., 0]), expected[..., 0], rtol=1e-10)
+    line = rules._convolution(layer, x[:, 0, :, 0])
+    np.testing.assert_array_equal(line, rules._convolution(layer, x[:, :1, :, :1]).reshape(line.shape))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("shape", [(4, 5, 3), (4, 5), (5,), (2, 1, 1)])
+def test_gradients_of_convolution_and_cell_equal_finite_differences(shape):
+    layer = {"weight": jnp.asarray(random(1, 3, 9 * 2)), "bias": jnp.asarray(random(2, 3))}
+    jax.test_util.check_grads(rules._convolution, (layer, jnp.asarray(random(0, 2, *shape))), 2, modes=["rev"])
+    gates, memory = jnp.asarray(random(3, 12, 4)), jnp.asarray(random(4, 3, 4))
+    jax.test_util.check_grads(rules._gated, (gates, memory), 2, modes=["rev"])
 
 
 @pytest.mark.usefixtures("x64")

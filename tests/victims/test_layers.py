@@ -31,16 +31,17 @@ def ours(images, kernel, stride):
     return conv(images, kernel, stride=stride)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     height=st.integers(1, 7),
     width=st.integers(1, 7),
     size=st.sampled_from([(1, 1), (3, 3), (5, 5), (1, 3)]),
     stride=st.sampled_from([1, 2]),
+    channels=st.sampled_from([1, 2, 4]),  # each takes another way through `conv`
 )
-def test_value_and_gradients_equal_autodiff(height, width, size, stride):
+def test_value_and_gradients_equal_autodiff(height, width, size, stride, channels):
     with jax.enable_x64(True):
-        arguments = sample((2, height, width, 2), (*size, 2, 3))
+        arguments = sample((2, height, width, channels), (*size, channels, 3))
         found, expected = (
             jax.jit(lambda *a, f=f: (f(*a, stride), jax.grad(objective(f, stride), argnums=(0, 1))(*a)))(*arguments)
             for f in (ours, reference)
@@ -48,9 +49,9 @@ def test_value_and_gradients_equal_autodiff(height, width, size, stride):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_second_gradients_equal_autodiff(x64, stride):
-    images, kernel = sample((2, 5, 6, 2), (3, 3, 2, 3))
+@pytest.mark.parametrize(("stride", "channels"), [(1, 1), (2, 2), (1, 4), (2, 4)])
+def test_second_gradients_equal_autodiff(x64, stride, channels):
+    images, kernel = sample((2, 5, 6, channels), (3, 3, channels, 3))
 
     def penalty(convolution):
         inner = jax.grad(objective(convolution, stride), argnums=(0, 1))
@@ -75,7 +76,7 @@ def test_vmap_over_tasks_is_a_loop_over_them(x64, stride):
 
 
 def test_vmap_merges_tasks_into_one_convolution():
-    images, kernel = sample((3, 2, 6, 5, 2), (3, 3, 2, 4), np.float32)
+    images, kernel = sample((3, 2, 6, 5, 4), (3, 3, 4, 5), np.float32)
     jaxpr = str(jax.make_jaxpr(jax.vmap(lambda x: ours(x, kernel, 1)))(images))
     assert jaxpr.count("conv_general_dilated") == 1
     assert "feature_group_count=1" in jaxpr

@@ -3,7 +3,9 @@
 Flags are defined when a binary runs, not when it is imported, so several binaries can be imported side by side.
 """
 
+import ctypes
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ def required(help: str) -> Any:
 
 def main(config_type: type, run: Callable[[Any], Any]) -> None:
     """Defines the flags of `config_type`, parses the command line, and calls `run` with the configuration."""
+    _keep_memory()
     define_flags(config_type, flags.FLAGS)
 
     def from_flags(argv):
@@ -36,6 +39,16 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
             raise SystemExit(f"{type(error).__name__}: {error}") from error
 
     app.run(from_flags)
+
+
+def _keep_memory() -> None:
+    """Has glibc keep freed memory: giving it back and having it zeroed again is a third of a meta-step on a CPU."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every libc
+        if mallopt:
+            m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
+            for parameter, value in ((m_trim_threshold, 2**31 - 1), (m_mmap_max, 0), (m_arena_max, 1)):
+                mallopt(parameter, value)
 
 
 def define_flags(config_type: type, values: flags.FlagValues) -> None:

@@ -23,7 +23,7 @@ class Config:
     learned: tuple[str, ...] = config.required("Folders of meta-training runs (experiments.meta_train).")
     victims: tuple[str, ...] = config.required("Folders of the victims to attack.")
     output: str = config.required("Results file to write, .json; the table and the figures are put beside it.")
-    at: tuple[int, ...] = config.option((1, 2, 5, 10, 20), "Fine-tuning steps to judge; the last one is K.")
+    at: tuple[int, ...] = config.option(tuple(range(1, 21)), "Fine-tuning steps to judge; the last one is K.")
     num_tasks: int = config.option(100, "Meta-test tasks.")
     num_validation: int = config.option(50, "Meta-validation tasks, on which the baselines are tuned.")
     methods: tuple[str, ...] = config.option(comparison.Protocol.methods, "Hand-designed baselines to tune.")

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments import tables
 from lft_jax.data import ImageSource, unit_range
 from lft_jax.tasks.perturbation import perturb
 
@@ -49,10 +50,10 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axis.axhline(row["asr"][-1], color=colour, linestyle=":", label="oracle (all images)")
                 continue
             at, asr, width = (np.asarray(row[name], float) for name in ("at", "asr", "asr_interval"))
-            axis.plot(at, asr, color=colour, marker="o", markersize=3, label=method)
+            axis.plot(at, asr, color=colour, marker="o", markersize=2, label=method)
             axis.fill_between(at, asr - width, asr + width, color=colour, alpha=0.15, linewidth=0)
         axis.set(title=f"{victim} ({'seen' if seen else 'unseen'} victim)", xlabel="fine-tuning step", ylim=(0, None))
-        axis.set_xticks(of_target["pgd"]["at"])
+        axis.set_xticks(tables.shown_steps(of_target["pgd"]["at"]))
         axis.grid(alpha=0.3)
     for line in axes:
         line[0].set_ylabel("query attack success rate")

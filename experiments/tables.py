@@ -4,6 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+_SHOWN = (1, 2, 5, 10, 20)  # PROTOCOL 4
+
+
+def shown_steps(at: Sequence[int]) -> list[int]:
+    """Those of the judged steps that a table has columns for: 1, 2, 5, 10, 20 and the last."""
+    return [k for k in at if k in _SHOWN or k == at[-1]]
+
+
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table a target: query ASR (percent, 95% interval over tasks) after each judged step, by method."""
     targets = dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows)
@@ -18,9 +26,11 @@ def results_section(results: Mapping[str, Any], path: str) -> str:
     about = (
         f"Attack success rate on unseen images after K fine-tuning steps on {tasks['shots']} support image(s) of each "
         f"of {tasks['ways']} classes; mean ± 95% interval over {protocol['num_tasks']} tasks. One LFT, and one L2O, "
-        f"meta-trained on {len(victims)} victims of all sources together. Baselines are tuned over grids of 24 to 48 "
+        f"meta-trained on {len(victims)} victims of all sources together (of several seeds: the mean, and the range of "
+        "their ASR at the last K). Baselines are tuned over grids of 24 to 48 "
         "settings (step, momentum, schedule, loss) on validation tasks of the same victim; the oracle sees all "
-        f"training images. From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
+        'training images. "Steps" are those until a method\'s mean ASR reaches the final one of tuned PGD. '
+        f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
     )
     unseen = [row for row in rows if not row["seen_victim"]]
     seen = [row for row in rows if row["seen_victim"]]
@@ -33,24 +43,33 @@ def results_section(results: Mapping[str, Any], path: str) -> str:
 def _target_table(target, rows):
     source, victim, seen = target
     at = rows[0]["at"]
+    shown = shown_steps(at)
     lines = [
         f"**{source}**, victim `{victim}` ({'seen' if seen else 'not seen'} in meta-training), "
         f"clean accuracy {100 * rows[0]['clean_accuracy']:.1f}%",
         "",
-        "| query ASR, % | " + " | ".join(f"K = {k}" for k in at) + " | minus tuned PGD | gap closed | l2 | linf |",
-        "|---" * (len(at) + 5) + "|",
+        "| query ASR, % | "
+        + " | ".join(f"K = {k}" for k in shown)
+        + " | minus tuned PGD | steps | gap closed | l1 | l2 | linf |",
+        "|---" * (len(shown) + 7) + "|",
     ]
     for row in rows:
         cells = [
-            f"{100 * asr:.1f} ± {_percent(width)}" for asr, width in zip(row["asr"], row["asr_interval"], strict=True)
+            f"{100 * asr:.1f} ± {_percent(width)}"
+            for k, asr, width in zip(at, row["asr"], row["asr_interval"], strict=True)
+            if k in shown
         ]
         if row["method"] in ("oracle", "transfer"):  # not fine-tuned: the same at every step
             cells = [""] * (len(cells) - 1) + cells[-1:]
+        elif row["seeds"] > 1:
+            cells[-1] += f" ({100 * min(row['seed_asr']):.1f} to {100 * max(row['seed_asr']):.1f})"
         mean, width = row["difference_to_tuned_pgd"]
         gap = row["gap_closed"]
         cells += [
             f"{100 * mean:+.1f} ± {_percent(width)}",
+            str(row["steps_to_tuned_pgd"] or ""),
             "" if gap is None else f"{100 * gap:.0f}%",
+            f"{row['l1']:.1f}",
             f"{row['l2']:.2f}",
             f"{row['linf']:.3f}",
         ]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
 _SHOWN = (1, 2, 5, 10, 20)  # PROTOCOL 4
 
 

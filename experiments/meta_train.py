@@ -67,6 +67,16 @@ class Config:
     checkpoint_every: int = config.option(100, "Meta-steps between checkpoints, and validations.")
     validation_tasks: int = config.option(20, "Meta-validation tasks of each victim; 0 for none.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+    devices: int = config.option(0, "Devices that share the tasks; 0: as many as divide --tasks_per_family.")
+    coordinator: str | None = config.option(
+        None, "host:port of the first of several processes, or auto where the cluster tells (SLURM, TPU, Open MPI)."
+    )
+    num_processes: int | None = config.option(None, "Processes in all, with --coordinator=host:port.")
+    process_id: int | None = config.option(None, "Which of them this is, from 0.")
+
+
+#: Flags that say where a run is made, not which: it may go on elsewhere.
+_WHERE = ("workdir", "data_dir", "devices", "coordinator", "num_processes", "process_id")
 
 
 def tasks_of(flags: Config) -> common.TaskConfig:
@@ -105,6 +115,17 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
     return meta.clipped_adam(flags.meta_learning_rate, flags.meta_steps)
 
 
+def mesh_of(flags: Config) -> jax.sharding.Mesh | None:
+    """The devices that share the tasks, or None for one."""
+    count = flags.devices or max(n for n in range(1, jax.device_count() + 1) if flags.tasks_per_family % n == 0)
+    if count < jax.device_count() and jax.process_count() > 1:
+        raise ValueError(
+            f"tasks_per_family: {flags.tasks_per_family} tasks cannot be shared evenly by the {jax.device_count()} "
+            f"devices of {jax.process_count()} processes; make it a multiple."
+        )
+    return None if count == 1 else meta.task_mesh(count)
+
+
 def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
     """A stored run: its flags, its learner and its meta-parameters."""
     flags = None
@@ -122,6 +143,9 @@ def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
 
 def meta_train(flags: Config) -> meta.MetaState:
     """Runs, or resumes, the meta-training that the flags describe."""
+    if flags.coordinator is not None:
+        address = None if flags.coordinator == "auto" else flags.coordinator
+        jax.distributed.initialize(address, flags.num_processes, flags.process_id)
     learner = learner_of(flags)
     trainer = meta.meta_trainer(
         learner,
@@ -131,6 +155,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         meta_optimizer=meta_optimizer_of(flags),
         weights=flags.weights,
         remat=flags.remat,
+        mesh=mesh_of(flags),
     )
     families = families_of(flags, "validation") if flags.validation_tasks else []
     keys = jax.random.split(jax.random.key(flags.seed), max(flags.validation_tasks, 1))
@@ -140,7 +165,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         asr = [float(evaluation.evaluate(learner, params, f, keys, **options)["asr"].mean()) for f in families]
         return {"validation_asr": sum(asr) / len(asr), "validation_asr_by_victim": asr}
 
-    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("workdir", "data_dir")}
+    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _WHERE}
     state = run.meta_train(
         trainer,
         jax.random.key(flags.seed),
@@ -150,7 +175,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         checkpoint_every=flags.checkpoint_every,
         validate=validate if families else None,
     )
-    if flags.learner != "maml":
+    if flags.learner != "maml" and jax.process_index() == 0:
         card = {**common.provenance([flags.seed]), "meta_training": stored}
         pretrained.save_rule(Path(flags.workdir) / "rule.safetensors", state.params, rule_of(flags), card)
     return state

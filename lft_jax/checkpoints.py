@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import jax
@@ -20,15 +19,23 @@ PyTree = base.PyTree
 def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
     """Writes a tree of arrays to the directory `path`, whole or not at all, in place of one that is there.
 
+    Under `jax.distributed` all processes call it, with one path that they share, and each writes its part.
+
     Raises:
       ValueError: if a leaf is no array, or an array without elements (orbax stores none).
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    scratch = path.with_name(path.name + ".partial")  # one name for all processes
+    first = jax.process_index() == 0
+    try:
         with _checkpointer() as checkpointer:
-            checkpointer.save(Path(scratch) / "tree", args=ocp.args.StandardSave(tree))
-        replace_directory(Path(scratch) / "tree", path)
+            checkpointer.save(scratch / "tree", args=ocp.args.StandardSave(tree), force=True)
+        if first:
+            replace_directory(scratch / "tree", path)
+    finally:
+        if first:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load_tree(path: str | os.PathLike, like: PyTree) -> PyTree:

@@ -3,6 +3,9 @@
 A meta-step is one pure, jitted function of the state. Each family contributes `tasks_per_family` tasks, vmapped;
 families that share a pytree structure and shapes (victims of one architecture on one source) are stacked and mapped
 over, so they share one compilation and one family's memory; the mean meta-gradients of all families are added.
+
+On several devices, of one or of many hosts, each runs its share of every family's tasks: the keys, one a task, are
+split over the mesh axis `task`, all else is replicated, and the meta-gradients are averaged.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +21,9 @@ from lft_jax.base import Episode, Learner, TaskFamily, Trajectory
 from lft_jax.fine_tune import fine_tune
 
 PyTree = Any
+
+#: The mesh axis that tasks are split over.
+TASK_AXIS = "task"
 
 STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "uniform": np.ones_like,
@@ -123,6 +129,7 @@ def meta_trainer(
     meta_optimizer: optax.GradientTransformation,
     weights: str = "uniform",
     remat: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> MetaTrainer:
     """Meta-trains a learner across families, which need not share shapes (incongruous tasks).
 
@@ -134,9 +141,12 @@ def meta_trainer(
       meta_optimizer: updates the meta-parameters; see `clipped_adam`.
       weights: of the fine-tuning steps in the outer loss, see `step_weights`.
       remat: trade time for memory, see `fine_tune`.
+      mesh: devices that share the tasks, see `task_mesh`; None for the default device. The numbers are those of one
+        device up to the order of summation.
 
     Raises:
-      ValueError: for no families, numbers below 1, or families that the learner cannot serve together.
+      ValueError: for no families, numbers below 1, tasks that the mesh cannot share evenly, or families that the
+        learner cannot serve together.
       TypeError: for a family that is not a registered pytree.
     """
     families = tuple(families)
@@ -159,25 +169,34 @@ def meta_trainer(
         losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, remat=remat)
         return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
 
-    @jax.jit
-    def step(state, groups):
-        losses, finals, total = [], [], jax.tree.map(jnp.zeros_like, state.params)
-        key = jax.random.fold_in(state.key, state.step)
-        for number, group in enumerate(groups):
-            keys = jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
+    def meta_gradient(params, groups, keys):
+        """Losses `[families]` and last-step losses of the tasks that `keys` stand for, and their mean gradient."""
+        losses, finals, total = [], [], jax.tree.map(jnp.zeros_like, params)
+        for group, group_keys in zip(groups, keys, strict=True):
 
             def member_gradient(inputs, group=group):
                 member, member_keys = inputs
-                return jax.value_and_grad(family_loss, has_aux=True)(state.params, group.member(member), member_keys)
+                return jax.value_and_grad(family_loss, has_aux=True)(params, group.member(member), member_keys)
 
-            (group_losses, group_finals), grads = jax.lax.map(member_gradient, (group.stacked, keys))
+            (group_losses, group_finals), grads = jax.lax.map(member_gradient, (group.stacked, group_keys))
             total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
             losses.append(group_losses)
             finals.append(group_finals)
         mean = jax.tree.map(lambda t: t / len(families), total)
+        return jnp.concatenate(losses)[order], jnp.concatenate(finals)[order], mean
+
+    shared_gradient = meta_gradient if mesh is None else _shared(meta_gradient, mesh, tasks_per_family)
+
+    @jax.jit
+    def step(state, groups):
+        key = jax.random.fold_in(state.key, state.step)
+        keys = [
+            jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
+            for number, group in enumerate(groups)
+        ]
+        losses, finals, mean = shared_gradient(state.params, groups, keys)
         updates, optimizer_state = optimizer.update(mean, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        losses, finals = jnp.concatenate(losses)[order], jnp.concatenate(finals)[order]
         metrics = {
             "loss": jnp.mean(losses),
             "family_loss": losses,
@@ -191,7 +210,42 @@ def meta_trainer(
     def init(key):
         return init_state(learner, families, meta_optimizer, key)
 
-    return MetaTrainer(init, lambda state: step(state, groups))
+    if mesh is None:
+        return MetaTrainer(init, lambda state: step(state, groups))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
+    groups = replicate(groups)
+    return MetaTrainer(lambda key: replicate(init(key)), lambda state: step(replicate(state), groups))
+
+
+def task_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
+    """The mesh of one axis, `task`, over the first `num_devices` devices of all hosts, or over all of them.
+
+    Raises:
+      ValueError: if there are not so many devices.
+    """
+    devices = jax.devices()
+    if num_devices is not None and not 1 <= num_devices <= len(devices):
+        raise ValueError(f"num_devices must be from 1 to the {len(devices)} there are, got {num_devices!r}.")
+    return jax.sharding.Mesh(np.asarray(devices[:num_devices]), (TASK_AXIS,))
+
+
+def _shared(meta_gradient, mesh, tasks_per_family):
+    """`meta_gradient` with the tasks of each family, the last axis of its keys, split over the mesh."""
+    if mesh.axis_names != (TASK_AXIS,) or tasks_per_family % mesh.size:
+        raise ValueError(
+            f"mesh must have the one axis {TASK_AXIS!r}, of a size that divides tasks_per_family = "
+            f"{tasks_per_family}, got {dict(mesh.shape)}."
+        )
+    everywhere, by_task = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, TASK_AXIS)
+
+    def on_each_device(params, groups, keys):
+        return jax.lax.pmean(meta_gradient(params, groups, keys), TASK_AXIS)
+
+    # Unchecked, since with the check `grad` itself would sum over devices what is averaged here.
+    return jax.shard_map(
+        on_each_device, mesh=mesh, in_specs=(everywhere, everywhere, by_task), out_specs=everywhere, check_vma=False
+    )
 
 
 def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float = 1.0) -> optax.GradientTransformation:

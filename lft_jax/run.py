@@ -38,7 +38,8 @@ def meta_train(
     """Meta-trains in `workdir`, resuming from its last checkpoint if there is one.
 
     A resumed run gives the same numbers as an uninterrupted one: all that it depends on is in the checkpoint.
-    Writes `config.json`, `checkpoints/`, `metrics.jsonl` (a line a meta-step) and TensorBoard event files.
+    Writes `config.json`, `checkpoints/`, `metrics.jsonl` (a line a meta-step) and TensorBoard event files. Under
+    `jax.distributed` every process calls it with one workdir on storage that they share; the first one writes.
 
     Args:
       trainer: from `lft_jax.meta_trainer`.
@@ -59,16 +60,20 @@ def meta_train(
     for name, value in (("num_meta_steps", num_meta_steps), ("checkpoint_every", checkpoint_every)):
         base.check_at_least(name, value, 1)
     workdir = Path(workdir)
-    _claim(workdir, config)
+    first = jax.process_index() == 0
+    _claim(workdir, config, write=first)
     state = trainer.init(key)
     state = _latest(workdir, like=state) or state
     start = int(state.step)
-    metrics_path = workdir / "metrics.jsonl"
-    _keep_before(metrics_path, start)
+    metrics_path = workdir / "metrics.jsonl" if first else Path(os.devnull)
+    if first:
+        _keep_before(metrics_path, start)
+    options = {"logdir": str(workdir / "tensorboard"), "purge_step": start, "write_to_disk": first}
+    hidden = not (progress and first)
     with (
         open(metrics_path, "a", encoding="utf-8") as lines,
-        tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as board,
-        tqdm.tqdm(total=num_meta_steps, initial=start, desc="meta-training", unit="step", disable=not progress) as bar,
+        tensorboardX.SummaryWriter(**options) as board,
+        tqdm.tqdm(total=num_meta_steps, initial=start, desc="meta-training", unit="step", disable=hidden) as bar,
     ):
         for step in range(start, num_meta_steps):
             began = time.perf_counter()
@@ -126,6 +131,8 @@ def _save(workdir, state):
     """Writes a checkpoint, whole or not at all, and drops all but the last two."""
     state = state._replace(key=jax.random.key_data(state.key))
     checkpoints.save_tree(workdir / "checkpoints" / str(int(state.step)), state)
+    if jax.process_index() > 0:
+        return
     for step in _steps(workdir)[:-2]:
         shutil.rmtree(workdir / "checkpoints" / str(step))
 
@@ -156,8 +163,8 @@ def _read_config(workdir):
         raise ValueError(f"workdir: {path} is damaged ({error}).") from error
 
 
-def _claim(workdir, config):
-    """Writes the configuration, or checks that the one there is the same."""
+def _claim(workdir, config, write):
+    """Writes the configuration, if it is for this process to do, or checks that the one there is the same."""
     config = json.loads(json.dumps(config))  # as it reads back
     found = _read_config(workdir)
     if found is not None:
@@ -165,6 +172,8 @@ def _claim(workdir, config):
         if different:
             changes = ", ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked for" for k in different)
             raise ValueError(f"workdir: {workdir} holds a run of another configuration ({changes}).")
+        return
+    if not write:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,112 @@
+"""One meta-training on one device, on four, and in two processes: the same numbers up to the order of summation."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import meta_train, train_victim
+
+pytestmark = pytest.mark.standard_promotion
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY = 120, 4
+TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}  # Adam makes of rounding in tiny gradients more than rounding
+TIMEOUT = 240
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("victim")
+    with jax.numpy_dtype_promotion("standard"):
+        train_victim.train(train_victim.Config(source="digits", epochs=3, output=str(folder / "victim")))
+    return folder / "victim"
+
+
+def start(victim, workdir, *, virtual_devices=1, steps=STEPS, **flags):
+    """A process that meta-trains on so many virtual devices."""
+    settings = {
+        "victims": victim,
+        "workdir": workdir,
+        "rule": "coordinate_lstm",
+        "hidden": 3,
+        "num_steps": 2,
+        "tasks_per_family": 4,
+        "queries": 1,
+        "meta_steps": steps,
+        "checkpoint_every": EVERY,
+        "validation_tasks": 0,
+        **flags,
+    }
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={virtual_devices}"
+    command = [sys.executable, "-m", "experiments.meta_train", *(f"--{k}={v}" for k, v in settings.items())]
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": xla}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(*processes):
+    outputs = [process.communicate(timeout=TIMEOUT)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+
+
+def start_two(victim, workdir, **flags):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(victim, workdir, coordinator=address, num_processes=2, process_id=number, **flags) for number in range(2)
+    ]
+
+
+def weights(workdir):
+    _, learned = meta_train.load_learned(str(workdir))
+    return learned.params[0]
+
+
+def assert_same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), weights(a), weights(b))
+
+
+@pytest.fixture(scope="module")
+def one_device(victim, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    finish(start(victim, workdir))
+    return workdir
+
+
+def test_four_devices_give_the_numbers_of_one_and_a_run_goes_on_elsewhere(victim, one_device, tmp_path):
+    finish(start(victim, tmp_path / "four", virtual_devices=4))
+    assert_same(tmp_path / "four", one_device)
+    # The schedule depends on the number of meta-steps, so the run is stopped, not made shorter.
+    stopped = start(victim, tmp_path / "moved", virtual_devices=4)
+    stop_at_checkpoint(stopped, tmp_path / "moved")
+    finish(start(victim, tmp_path / "moved", devices=1))
+    assert_same(tmp_path / "moved", one_device)
+
+
+def test_two_processes_give_the_numbers_of_one_and_survive_that_one_is_killed(victim, one_device, tmp_path):
+    first, second = start_two(victim, tmp_path / "run")
+    stop_at_checkpoint(first, tmp_path / "run")
+    output = second.communicate(timeout=TIMEOUT)[0].decode()
+    assert second.returncode != 0, output  # it does not wait for ever for the one that is gone
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < STEPS
+    finish(*start_two(victim, tmp_path / "run"))
+    assert_same(tmp_path / "run", one_device)
+
+
+def stop_at_checkpoint(process, workdir):
+    """Kills a process as soon as there is a checkpoint."""
+    deadline = time.monotonic() + TIMEOUT
+    while not (workdir / "checkpoints" / str(2 * EVERY)).exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=TIMEOUT)

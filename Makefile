@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_FLAGS ?=
-RESULTS ?= results/small/results.json,results/small/mnist_5k.json
+RESULTS ?= results/small/results.json
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint results-small results-render clean .venv
+.PHONY: quickstart test test-slow lint results-small results-render bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -30,6 +30,11 @@ results-small: $(INSTALLED)
 results-render: $(INSTALLED)
 	$(RUN) -m experiments.render --results=$(RESULTS) --document=README.md
 
+bench: $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt
+	$(RUN) -m benchmarks.meta_step
+	$(RUN) -m benchmarks.overhead
+
 .venv: $(INSTALLED)
 
 # Modules are compiled when first imported, not all at once here: that halves the installation.
@@ -43,4 +48,4 @@ $(INSTALLED): requirements.txt setup.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find lft_jax experiments tests -name __pycache__ -prune -exec rm -rf {} +
+	find lft_jax experiments benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

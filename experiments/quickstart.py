@@ -62,9 +62,9 @@ PRESETS = {
         },
     ),
     "quickstart": Preset(
-        architectures={"digits": ("small_cnn",) * 3, "mnist_5k": ("small_cnn",) * 3},
+        architectures={"digits": ("small_cnn",) * 6, "mnist_5k": ("small_cnn",) * 3},
         unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
-        meta_steps=40,
+        meta_steps=100,
         seeds=1,
         maml=False,
         attack_seen=False,

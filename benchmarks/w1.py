@@ -1,0 +1,114 @@
+"""The reference work W1: one meta-step of an LFT against a frozen LeNet on 28x28x1 images, hinge loss, linf ball.
+
+Its numbers do not matter to its speed, so the images and the LeNet's weights are random.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lft_jax
+from lft_jax import meta, oracles
+from lft_jax.tasks import UapFamily
+from lft_jax.tasks.uap import constrained_oracle
+from lft_jax.victims import apply_function, build_model
+
+EPSILON = 0.3
+CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Sizes of the work.
+
+    Attributes:
+      tasks: in a meta-step, each of ten support and ten query images.
+      num_steps: K.
+      side: height and width of an image.
+      hidden, layers: of the rule.
+      clip: whether perturbed images are clipped to [0, 1].
+    """
+
+    tasks: int = 8
+    num_steps: int = 20
+    side: int = 28
+    hidden: int = 20
+    layers: int = 2
+    clip: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unclipped(UapFamily):
+    """UAP tasks whose perturbed images may leave [0, 1]: the victim is then linear in its first layer."""
+
+    def oracle(self, support):
+        def losses(theta):
+            return self.support_loss(self.logits_fn(support.images + theta), support.labels)
+
+        attack = oracles.per_example_gradient(losses, num_examples=len(support.labels))
+        return constrained_oracle(attack, self.constraint, support.images)
+
+    def loss(self, theta, data):
+        return jnp.mean(self.attack_loss(self.logits_fn(data.images + theta[None]), data.labels))
+
+
+def lenet_variables(side: int, seed: int = 0) -> dict:
+    """Random weights of the library's LeNet."""
+    images = jnp.zeros((1, side, side, 1), jnp.float32)
+    return build_model("lenet", CLASSES).init(jax.random.key(seed), images)
+
+
+def make_family(work: Work, variables: dict, dtype=np.float32) -> UapFamily:
+    """The library's tasks: 400 random images, ten classes, one support and one query image a class."""
+    generator = np.random.default_rng(0)
+    images = generator.uniform(size=(400, work.side, work.side, 1)).astype(dtype)
+    labels = np.arange(400) % CLASSES
+    logits_fn = functools.partial(apply_function("lenet", CLASSES), variables)
+    family = lft_jax.uap_family(
+        images, labels, logits_fn, ways=CLASSES, shots=1, queries=1, epsilon=EPSILON, loss="hinge", support_loss="hinge"
+    )
+    if work.clip:
+        return family
+    return Unclipped(**{field.name: getattr(family, field.name) for field in dataclasses.fields(family)})
+
+
+def make_rule(work: Work) -> lft_jax.Rule:
+    """The paper's rule."""
+    return lft_jax.coordinate_lstm(work.hidden, work.layers)
+
+
+def ours(work: Work, family: UapFamily):
+    """A function that makes one meta-step of the library and waits for it."""
+    trainer = lft_jax.meta_trainer(
+        lft_jax.learners.lft(make_rule(work)),
+        [family],
+        num_steps=work.num_steps,
+        tasks_per_family=work.tasks,
+        meta_optimizer=optax.adam(1e-3),
+    )
+    state = trainer.init(jax.random.key(0))
+
+    def run():
+        nonlocal state
+        state, _ = trainer.step(state)
+        jax.block_until_ready(state.params)
+
+    return run
+
+
+def our_gradient(work: Work, family: UapFamily, params, keys):
+    """The meta-gradient of the query loss, summed over the steps, as the library computes it."""
+    learner = lft_jax.learners.lft(make_rule(work))
+
+    def total(params):
+        losses = meta.outer_losses(
+            learner, params, family, keys, num_steps=work.num_steps, steps=np.arange(work.num_steps)
+        )
+        return jnp.sum(jnp.mean(losses, 0))
+
+    return jax.jit(jax.value_and_grad(total))(params)

@@ -1,0 +1,47 @@
+"""The benchmarks run, and what they compare computes the same; their timings are another matter (`make bench`)."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import meta_step, overhead, timing, w1
+
+pytestmark = pytest.mark.standard_promotion
+
+
+def test_meta_step(tmp_path, capsys):
+    with jax.numpy_rank_promotion("allow"):  # flax's own layers, in the plain version, need it
+        meta_step.bench(meta_step.Config(output=str(tmp_path / "bench.json"), repeats=1, smoke=True))
+    results = json.loads((tmp_path / "bench.json").read_text())
+    for work in results["works"].values():
+        assert max(work["largest_difference"].values()) < 1e-4
+        assert work["ratio"]["lft_jax"] == 1
+    assert "times the floor" in capsys.readouterr().out
+
+
+def test_the_operations_of_w1_are_those_counted_by_hand():
+    # Two passes over 1,600 images of 2,923,392 multiply-adds; three over 784 x 8 x 20 of 4,980; two operations each.
+    counts = meta_step.gflop(w1.Work())
+    assert counts["victim, support"] == counts["victim, query"] == pytest.approx(2 * 2 * 1600 * 2.923392e-3)
+    assert counts["recurrence"] == pytest.approx(2 * 3 * 784 * 8 * 20 * 4980e-9)
+
+
+def test_overhead(tmp_path):
+    overhead.bench(overhead.Config(output=str(tmp_path / "bench.json"), repeats=1, smoke=True))
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["update"]["d = 784"]["adam"]["ratio_to_adam"] == 1
+    assert results["whole_step"]
+
+
+def test_alternate_runs_all_in_turn():
+    order = []
+    times = timing.alternate({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3)
+    assert order == list("ab") * 4  # the first is the warm-up
+    assert all(len(t["all"]) == 3 and t["seconds"] == sorted(t["all"])[1] for t in times.values())
+
+
+def test_a_busy_machine_is_refused(monkeypatch):
+    monkeypatch.setattr(timing, "load_of_others", lambda: 1.5)
+    with pytest.raises(RuntimeError, match=r"1\.50 cores busy"):
+        timing.require_quiet()

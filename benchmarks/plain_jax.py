@@ -40,7 +40,7 @@ def _cell(cell, x, carry):
 
 def meta_loss(work: w1.Work, variables, params, support: Batch, query: Batch):
     """The mean over tasks of the query loss summed over the steps. Batches have leading axes `[T, 10]`."""
-    hinge = AttackLoss("hinge")
+    hinge = AttackLoss("hinge", w1.KAPPA)
 
     def attack_loss(theta, batch):
         images = batch.images + theta

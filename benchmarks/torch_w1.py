@@ -74,7 +74,7 @@ class Rule(nn.Module):
 def _hinge(logits, labels):
     own = logits.gather(1, labels[:, None])[:, 0]
     other = logits.masked_fill(functional.one_hot(labels, logits.shape[1]).bool(), -torch.inf).amax(1)
-    return (own - other).clamp(min=0)
+    return (own - other).clamp(min=-w1.KAPPA)
 
 
 def meta_loss(work, victim, rule, support, query, *, two_phase):

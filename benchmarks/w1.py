@@ -14,10 +14,12 @@ import optax
 import lft_jax
 from lft_jax import meta, oracles
 from lft_jax.tasks import UapFamily
+from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import constrained_oracle
 from lft_jax.victims import apply_function, build_model
 
 EPSILON = 0.3
+KAPPA = 50.0  # so large that no image of a random LeNet stops counting
 CLASSES = 10
 
 
@@ -69,9 +71,8 @@ def make_family(work: Work, variables: dict, dtype=np.float32) -> UapFamily:
     images = generator.uniform(size=(400, work.side, work.side, 1)).astype(dtype)
     labels = np.arange(400) % CLASSES
     logits_fn = functools.partial(apply_function("lenet", CLASSES), variables)
-    family = lft_jax.uap_family(
-        images, labels, logits_fn, ways=CLASSES, shots=1, queries=1, epsilon=EPSILON, loss="hinge", support_loss="hinge"
-    )
+    loss = AttackLoss("hinge", KAPPA)
+    family = lft_jax.uap_family(images, labels, logits_fn, ways=CLASSES, shots=1, queries=1, epsilon=EPSILON, loss=loss)
     if work.clip:
         return family
     return Unclipped(**{field.name: getattr(family, field.name) for field in dataclasses.fields(family)})

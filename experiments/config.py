@@ -11,7 +11,10 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags, logging
+
+from lft_jax.data.cache import user_folder
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -28,8 +31,12 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
     """Defines the flags of `config_type`, parses the command line, and calls `run` with the configuration."""
     _keep_memory()
     define_flags(config_type, flags.FLAGS)
+    flags.DEFINE_string(
+        "compilation_cache", str(user_folder() / "compiled"), "Folder that keeps compiled programs; empty for none."
+    )
 
     def from_flags(argv):
+        jax.config.update("jax_compilation_cache_dir", flags.FLAGS.compilation_cache or None)
         logging.set_verbosity(logging.WARNING)  # TFDS and orbax tell much at the level below
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")

@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 
 
+def user_folder() -> Path:
+    """Where the package keeps what it can make again: lft_jax in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lft_jax"
+
+
 def cached(
     key: str, decode: Callable[[], tuple[np.ndarray, np.ndarray]], cache_dir: str | os.PathLike | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -17,10 +22,9 @@ def cached(
     Args:
       key: the stem of the file; names the set, its version and its split.
       decode: called without arguments.
-      cache_dir: the folder; if None, lft_jax in $XDG_CACHE_HOME or ~/.cache.
+      cache_dir: the folder; `user_folder()` if None.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lft_jax"
-    path = (default if cache_dir is None else Path(cache_dir)) / f"{key}.npz"
+    path = (user_folder() if cache_dir is None else Path(cache_dir)) / f"{key}.npz"
     # Not there, or damaged in one of the many ways that numpy knows: decode.
     with contextlib.suppress(Exception), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return arrays["images"], arrays["labels"]

@@ -46,9 +46,8 @@ def start(victim, workdir, *, virtual_devices=1, steps=STEPS, **flags):
     }
     xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={virtual_devices}"
     command = [sys.executable, "-m", "experiments.meta_train", *(f"--{k}={v}" for k, v in settings.items())]
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": xla}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    environment = {**os.environ, "XLA_FLAGS": xla, "XDG_CACHE_HOME": str(victim.parent)}  # compiled once for all
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(*processes):

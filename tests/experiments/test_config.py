@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -69,3 +70,22 @@ def test_help_and_errors_of_a_binary():
     missing = run("--victim=nowhere", "--output=x")
     assert missing.returncode != 0
     assert "nowhere" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_compiled_programs_are_kept_where_the_flag_says_or_nowhere(tmp_path):
+    script = (
+        "import dataclasses, jax; from experiments import config\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    size: int = config.option(3, 'Size.')\n"
+        "config.main(Config, lambda flags: print('kept in', jax.config.jax_compilation_cache_dir))\n"
+    )
+
+    def told(*arguments):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+    assert told() == f"kept in {tmp_path / 'lft_jax' / 'compiled'}"
+    assert told(f"--compilation_cache={tmp_path / 'here'}") == f"kept in {tmp_path / 'here'}"
+    assert told("--compilation_cache=") == "kept in None"

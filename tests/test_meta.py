@@ -10,7 +10,7 @@ import pytest
 
 from lft_jax import learners, oracles
 from lft_jax.base import Episode, TaskFamily
-from lft_jax.meta import clipped_adam, meta_trainer, outer_losses, step_weights
+from lft_jax.meta import clipped_adam, meta_trainer, outer_losses, step_weights, task_mesh
 from lft_jax.rules import coordinate_lstm
 
 RULE = coordinate_lstm(3, 1, features="raw", output_scale=0.5)
@@ -277,3 +277,24 @@ def test_maml_across_shapes_is_refused_when_the_run_begins():
     trainer = meta_trainer(learners.maml(optax.sgd(0.1)), families, meta_optimizer=optax.sgd(0.1))
     with pytest.raises(ValueError, match="maml needs congruous tasks"):
         trainer.init(KEY)
+
+
+# ---- Many devices (more than one: tests/end_to_end/test_devices.py) ----
+
+
+def test_a_mesh_of_one_device_changes_nothing():
+    families = [quadratic(0, noise=0.3), quadratic(1, size=4, noise=0.3)]
+    options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1)}
+    after = []
+    for mesh in (None, task_mesh(1)):
+        trainer = meta_trainer(learners.lft(RULE), families, mesh=mesh, **options)
+        after.append(meta_gradient(trainer, trainer.init(KEY)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *after)
+
+
+def test_meshes_that_cannot_share_the_tasks_are_refused():
+    with pytest.raises(ValueError, match="num_devices must be from 1 to the 1 there are, got 3"):
+        task_mesh(3)
+    other = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    with pytest.raises(ValueError, match=r"mesh must have the one axis 'task'.*got \{'data': 1\}"):
+        meta_trainer(learners.lft(RULE), [quadratic(0)], meta_optimizer=optax.sgd(0.1), mesh=other)

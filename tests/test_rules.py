@@ -182,7 +182,9 @@ def test_spatial_rules_see_a_neighbourhood_and_commute_with_translations():
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (4, 3), (4, 3, 2), (2, 0, 3), (2, 3, 1, 2)], ids=str)
 def test_any_shape_will_do(build, shape):
     rule = build(4, 1, features=EVERYTHING, start=START)
-    steps = jax.eval_shape(functools.partial(history, rule), weights(rule), jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+    steps = jax.eval_shape(
+        functools.partial(history, rule), weights(rule), jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    )
     assert steps.shape == (2, *shape)
 
 

@@ -1,8 +1,8 @@
 """Convolution and pooling that are fast on a CPU, forwards and backwards, also inside `lax.scan`.
 
-What XLA makes of a convolution depends on its shapes. Of few input channels it is up to 7 times slower than one matrix
-product; autodiff's gradients inside a loop are about 8 times slower than need
-be for the input, and up to 300 times for the kernel. Here each is written out in the form that measured best.
+What XLA makes of a convolution depends on its shapes. Of few input channels it is up to 3 times slower than one matrix
+product; autodiff's gradients inside a loop are about 8 times slower than need be for the input, and up to 300 times for
+the kernel. Here each is written out in the form that measured best (docs/performance.md).
 """
 
 import functools
@@ -47,7 +47,7 @@ def _conv(images, kernel, stride, padding):
     channels, features = kernel.shape[2:]
     padded_width = images.shape[2] + sum(padding[1])
     banded = channels == 1 and stride == 1 and padded_width <= _BANDED_WIDTH
-    if not banded and channels not in (2, 3):
+    if not banded and not 1 < channels <= _FEW_CHANNELS:
         return lax.conv_general_dilated(
             images, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )

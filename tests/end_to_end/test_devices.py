@@ -29,7 +29,7 @@ def victim(tmp_path_factory):
     return folder / "victim"
 
 
-def start(victim, workdir, *, virtual_devices=1, steps=STEPS, **flags):
+def start(victim, workdir, *, virtual_devices=1, **flags):
     """A process that meta-trains on so many virtual devices."""
     settings = {
         "victims": victim,
@@ -39,7 +39,7 @@ def start(victim, workdir, *, virtual_devices=1, steps=STEPS, **flags):
         "num_steps": 2,
         "tasks_per_family": 4,
         "queries": 1,
-        "meta_steps": steps,
+        "meta_steps": STEPS,
         "checkpoint_every": EVERY,
         "validation_tasks": 0,
         **flags,

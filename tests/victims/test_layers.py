@@ -64,6 +64,15 @@ def test_second_gradients_equal_autodiff(x64, stride, channels):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), penalty(ours), penalty(reference))
 
 
+def test_a_pool_finds_the_maximum_of_a_convolution_that_xla_may_fuse_into_it():
+    images, kernel = sample((4, 8, 8, 1), (5, 5, 1, 16), np.float32)
+
+    def pooled(convolution):
+        return jax.jit(jax.grad(lambda images: jnp.sum(jnp.sin(max_pool(convolution(images, kernel, 1))))))(images)
+
+    np.testing.assert_allclose(pooled(ours), pooled(reference), atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_vmap_over_tasks_is_a_loop_over_them(x64, stride):
     images, kernel = sample((3, 2, 6, 5, 2), (3, 3, 2, 4))

@@ -49,7 +49,7 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
 
 
 def _keep_memory() -> None:
-    """Has glibc keep freed memory: giving it back and having it zeroed again is a third of a meta-step on a CPU."""
+    """Has glibc keep freed memory: giving it back and having it zeroed again is a sixth of a meta-step on a CPU."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every libc
         if mallopt:

@@ -34,6 +34,8 @@ bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks.meta_step
 	$(RUN) -m benchmarks.overhead
+	$(RUN) -m benchmarks.uap
+	$(RUN) -m benchmarks.growth
 	$(RUN) -m benchmarks.render
 
 .venv: $(INSTALLED)

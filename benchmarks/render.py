@@ -18,6 +18,8 @@ class Config:
 
     meta_step: str = config.option("results/bench_meta_step.json", "Results of benchmarks.meta_step.")
     overhead: str = config.option("results/bench_overhead.json", "Results of benchmarks.overhead.")
+    uap: str = config.option("results/bench_uap.json", "Results of benchmarks.uap.")
+    growth: str = config.option("results/bench_growth.json", "Results of benchmarks.growth.")
     document: str = config.option("docs/performance.md", "Markdown file with the marks.")
 
 
@@ -27,10 +29,13 @@ def render(flags: Config) -> None:
     before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
     if END not in rest:
         raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
-    sections = [
-        section(json.loads(Path(path).read_text(encoding="utf-8")), path)
-        for section, path in ((meta_step_section, flags.meta_step), (overhead_section, flags.overhead))
-    ]
+    parts = (
+        (meta_step_section, flags.meta_step),
+        (overhead_section, flags.overhead),
+        (uap_section, flags.uap),
+        (growth_section, flags.growth),
+    )
+    sections = [section(json.loads(Path(path).read_text(encoding="utf-8")), path) for section, path in parts]
     document.write_text(f"{before}{BEGIN}\n{''.join(sections)}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
@@ -70,6 +75,68 @@ def overhead_section(results: dict, path: str) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join([*lines, ""])
+
+
+def uap_section(results: dict, path: str) -> str:
+    """Universal perturbations against ART."""
+    victim, versions = results["victim"], ", ".join(f"{name} {v}" for name, v in results["versions"].items())
+    lines = [
+        "## Universal perturbations",
+        "",
+        _origin(results, path),
+        f"Victim: a {victim['architecture']} on {victim['source']}, seed {victim['seed']}, clean accuracy "
+        f"{victim['test_accuracy']:.3f}; linf ball of {results['epsilon']}; success on the test images that it gets "
+        f"right, over draws of the images ({versions}).",
+        "",
+    ]
+    for count, table in results["sizes"].items():
+        lines += [
+            f"| {count} images | test ASR, % | seconds | its time over the LFT's | first call | forward | backward |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in table.items():
+            interval = row["asr_interval"]
+            spread = "" if interval is None else f" ± {100 * interval:.1f}"
+            first = row["first_call_seconds"]
+            lines.append(
+                f"| {name} | {100 * row['asr']:.1f}{spread} | {row['seconds']:.2f} | {row['time_over_lft']:.1f} | "
+                f"{'' if first is None else f'{first:.1f} s'} | {row['forward']:,.0f} | {row['backward']:,.0f} |"
+            )
+        draws = len(next(iter(table.values()))["runs"])
+        lines += ["", f"({draws} draw{'s' if draws > 1 else ''}; forward and backward: image evaluations.)", ""]
+    return "\n".join([*lines, ""])
+
+
+def growth_section(results: dict, path: str) -> str:
+    """Memory, compilation, devices and tasks."""
+    methods = list(next(iter(results["memory"].values())))
+    lines = [
+        "## Memory, compilation, devices",
+        "",
+        _origin(results, path),
+        f"Peak memory of a process that makes two meta-steps of W1; in brackets what it had before the first. The "
+        f"budget is {results['budget_mib']} MiB.",
+        "",
+        "| peak MiB | " + " | ".join(methods) + " |",
+        "|---" * (len(methods) + 1) + "|",
+    ]
+    for name, row in results["memory"].items():
+        cells = [f"{row[m]['peak_mib']:.0f} ({row[m]['peak_mib_before']:.0f})" for m in methods]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| seconds a meta-step | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for name, row in results["memory"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[m]['seconds']:.2f}" for m in methods) + " |")
+    first = results["first_meta_step"]
+    lines += ["", "| compilation cache | first meta-step | later ones |", "|---|---|---|"]
+    lines += [f"| {name} | {case['first_seconds']:.1f} s | {case['seconds']:.2f} s |" for name, case in first.items()]
+    lines += ["", "| devices, processes | tasks a second | largest relative difference to one |", "|---|---|---|"]
+    for name, case in results["devices"].items():
+        lines.append(f"| {name} | {case['tasks_per_second']:.1f} | {case['largest_difference']:.0e} |")
+    tasks = results["tasks"]
+    lines += ["", "| tasks in a meta-step | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for title, key, digits in (("tasks a second", "tasks_per_second", 1), ("peak MiB", "peak_mib", 0)):
+        lines.append(f"| {title} | " + " | ".join(f"{case[key]:.{digits}f}" for case in tasks.values()) + " |")
+    return "\n".join([*lines, "", ""])
 
 
 def _origin(results, path):

@@ -83,21 +83,22 @@ def make_rule(work: Work) -> lft_jax.Rule:
     return lft_jax.coordinate_lstm(work.hidden, work.layers)
 
 
-def ours(work: Work, family: UapFamily):
-    """A function that makes one meta-step of the library and waits for it."""
+def ours(work: Work, family: UapFamily, **options):
+    """A function that makes one meta-step of the library, waits, and returns the state; options: its trainer's."""
     trainer = lft_jax.meta_trainer(
         lft_jax.learners.lft(make_rule(work)),
         [family],
         num_steps=work.num_steps,
         tasks_per_family=work.tasks,
         meta_optimizer=optax.adam(1e-3),
+        **options,
     )
     state = trainer.init(jax.random.key(0))
 
     def run():
         nonlocal state
         state, _ = trainer.step(state)
-        jax.block_until_ready(state.params)
+        return jax.block_until_ready(state)
 
     return run
 

@@ -22,6 +22,7 @@ from lft_jax.features import FEATURES
 from lft_jax.victims import load_victim
 
 LEARNERS = ("lft", "l2o", "maml")
+REMAT = {"auto": None, "always": True, "never": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,10 @@ class Config:
     meta_learning_rate: float = config.option(1e-2, "Peak learning rate of the meta-optimizer, Adam.")
     seed: int = config.option(0, "Seed of the run.")
     second_order: bool = config.option(False, "Differentiate through the inner gradients too.")
-    remat: bool = config.option(False, "Recompute instead of store, for less memory.")
+    remat: str = config.option(
+        "auto", "Whether to compute steps again instead of storing them; auto: where memory asks for it.", tuple(REMAT)
+    )
+    memory: float = config.option(2048.0, "MiB that a device may store for a backward pass.")
     checkpoint_every: int = config.option(100, "Meta-steps between checkpoints, and validations.")
     validation_tasks: int = config.option(20, "Meta-validation tasks of each victim; 0 for none.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
@@ -76,7 +80,7 @@ class Config:
 
 
 #: Flags that say where a run is made, not which: it may go on elsewhere.
-_WHERE = ("workdir", "data_dir", "devices", "coordinator", "num_processes", "process_id")
+_WHERE = ("workdir", "data_dir", "remat", "memory", "devices", "coordinator", "num_processes", "process_id")
 
 
 def tasks_of(flags: Config) -> common.TaskConfig:
@@ -154,7 +158,8 @@ def meta_train(flags: Config) -> meta.MetaState:
         tasks_per_family=flags.tasks_per_family,
         meta_optimizer=meta_optimizer_of(flags),
         weights=flags.weights,
-        remat=flags.remat,
+        remat=REMAT[check_name("remat", flags.remat, REMAT)],
+        memory_mib=flags.memory,
         mesh=mesh_of(flags),
     )
     families = families_of(flags, "validation") if flags.validation_tasks else []

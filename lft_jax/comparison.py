@@ -66,7 +66,7 @@ class Protocol:
     methods: tuple[str, ...] = ("pgd", "momentum_pgd", "sgd", "adam", "uap_sgd")
     oracle_steps: int = 300
     oracle_targeted: bool = False
-    batch_size: int = 10
+    batch_size: int = 20
     seed: int = 0
 
     def __post_init__(self):

@@ -67,7 +67,7 @@ def _evaluate(learner, params, family, keys, num_steps, at, batch_size):
     def task(key):
         episode, trajectory = run_task(learner, params, family, key, num_steps=num_steps)
         thetas = jax.tree.map(lambda x: x[rows], trajectory.thetas)
-        metrics = jax.vmap(family.metrics, in_axes=(0, None))(thetas, episode.query)
+        metrics = jax.lax.map(lambda theta: family.metrics(theta, episode.query), thetas)
         return {**metrics, "queries": trajectory.queries[rows]}
 
     return jax.lax.map(task, keys, batch_size=batch_size)

@@ -1,5 +1,6 @@
 """The one inner loop: every optimizer, learned or hand-designed, fine-tunes here."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,8 @@ def fine_tune(
       second_order: let derivatives flow through the oracle's answers. By default they are constants (as in
         Andrychowicz et al. 2016), so that only the recurrence is differentiated through time and no derivative
         of the model is taken inside the scan.
-      remat: recompute each step's intermediates in the backward pass instead of storing them.
+      remat: store the state only after every sqrt(K)-th step and compute the steps between again in the backward pass:
+        memory grows with sqrt(K) instead of K, for one more forward pass.
 
     Returns:
       The trajectory.
@@ -88,7 +90,31 @@ def fine_tune(
         )
         return (theta, state), (theta, estimate.value, estimate.queries)
 
-    step = jax.checkpoint(step, prevent_cse=False) if remat else step
     xs = (jnp.arange(num_steps, dtype=jnp.float32), jax.random.split(key, num_steps))
-    (_, state), (thetas, values, queries) = jax.lax.scan(step, (theta, optimizer.init(theta)), xs)
+    scan = _nested_scan if remat else jax.lax.scan
+    (_, state), (thetas, values, queries) = scan(step, (theta, optimizer.init(theta)), xs)
     return Trajectory(thetas, values, jnp.cumsum(queries), state)
+
+
+def block_length(num_steps: int) -> int:
+    """Steps between two stored states with `remat`: the square root of K, rounded up."""
+    return math.isqrt(num_steps - 1) + 1
+
+
+def _nested_scan(step, carry, xs):
+    """`jax.lax.scan` in blocks, whose insides are not stored."""
+    length = len(xs[0])
+    block = block_length(length)
+    whole = length // block * block
+
+    @jax.checkpoint
+    def steps(carry, xs):
+        return jax.lax.scan(step, carry, xs)
+
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block, *x.shape[1:]), xs)
+    carry, outputs = jax.lax.scan(steps, carry, blocks)
+    outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)
+    if whole == length:
+        return carry, outputs
+    carry, rest = steps(carry, jax.tree.map(lambda x: x[whole:], xs))
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, rest)

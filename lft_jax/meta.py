@@ -8,6 +8,8 @@ On several devices, of one or of many hosts, each runs its share of every family
 split over the mesh axis `task`, all else is replicated, and the meta-gradients are averaged.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lft_jax import base
+from lft_jax import base, memory
 from lft_jax.base import Episode, Learner, TaskFamily, Trajectory
-from lft_jax.fine_tune import fine_tune
+from lft_jax.fine_tune import block_length, fine_tune
 
 PyTree = Any
 
@@ -95,11 +97,13 @@ def outer_losses(
     num_steps: int,
     steps: np.ndarray,
     remat: bool = False,
+    steps_at_once: int | None = None,
 ) -> jax.Array:
     """`[T, len(steps)]`, the loss that the learner's objective asks for after each of `steps`, of `T` tasks.
 
-    All tasks and steps are scored in one batched call after the scan: with constant inner gradients only the
-    recurrence is differentiated through time.
+    Tasks and steps are scored in batched calls after the scan, `steps_at_once` (all if None) steps of all tasks each:
+    with constant inner gradients only the recurrence is differentiated through time. The gradient with respect to each
+    optimizee is taken at once and kept instead of what it was computed from, so this can be differentiated once only.
     """
 
     def task(key):
@@ -107,8 +111,76 @@ def outer_losses(
 
     episodes, trajectories = jax.vmap(task)(keys)
     data = episodes.query if learner.objective == "query" else episodes.support
-    thetas = jax.tree.map(lambda x: x[:, steps], trajectories.thetas)
-    return jax.vmap(jax.vmap(family.loss, in_axes=(0, None)))(thetas, data)
+    thetas = jax.tree.map(lambda x: jnp.moveaxis(x[:, steps], 1, 0), trajectories.thetas)
+
+    def scored(thetas):
+        return jax.vmap(functools.partial(_loss_and_its_gradient, family.loss))(thetas, data)
+
+    return jax.lax.map(scored, thetas, batch_size=steps_at_once or len(steps)).T
+
+
+def _loss_and_its_gradient(loss, theta, data):
+    """`loss(theta, data)`, whose derivative is computed with it; only its first one is right."""
+    value, grads = jax.value_and_grad(loss)(jax.lax.stop_gradient(theta), data)
+    return jax.tree.reduce(
+        lambda total, part: total + part,
+        jax.tree.map(lambda g, x: jnp.sum(g * (x - jax.lax.stop_gradient(x))), grads, theta),
+        value,
+    )
+
+
+class MemoryPlan(NamedTuple):
+    """How a family's share of a meta-step is cut up.
+
+    Attributes:
+      remat: whether the recurrence is stored at every sqrt(K)-th step only.
+      tasks: tasks at a time, a divisor of all.
+      steps: fine-tuning steps of those tasks whose query losses are computed at a time.
+    """
+
+    remat: bool
+    tasks: int
+    steps: int
+
+
+def memory_plan(
+    learner: Learner,
+    params: PyTree,
+    family: TaskFamily,
+    num_tasks: int,
+    *,
+    num_steps: int,
+    steps: int,
+    remat: bool | None = None,
+    mib: float = memory.DEFAULT_MIB,
+) -> MemoryPlan:
+    """The plan of fewest parts whose backward pass stores at most `mib` MiB, as far as can be told without compiling.
+
+    Args:
+      learner, params, family: what is meta-trained, and on what.
+      num_tasks: tasks of the family on one device.
+      num_steps: K.
+      steps: how many of the steps have a weight in the outer loss.
+      remat: None to choose it here.
+      mib: the budget.
+    """
+
+    def one_step(params, key):
+        return run_task(learner, params, family, key, num_steps=1)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    episode, trajectory = jax.eval_shape(one_step, params, key)
+    data = episode.query if learner.objective == "query" else episode.support
+    theta = jax.eval_shape(lambda thetas: jax.tree.map(lambda x: x[0], thetas), trajectory.thetas)
+    step_bytes = memory.stored_bytes(lambda params: one_step(params, jax.random.key(0))[1].thetas, params)
+    loss_bytes = memory.stored_bytes(family.loss, theta, data)
+    if remat is None:
+        remat = num_tasks * max(num_steps * step_bytes, loss_bytes) > mib * 2**20
+    block = block_length(num_steps)
+    stored_steps = block + math.ceil(num_steps / block) if remat else num_steps
+    tasks = memory.fitting(num_tasks, max(stored_steps * step_bytes, loss_bytes), mib)
+    tasks = max(n for n in range(1, tasks + 1) if num_tasks % n == 0)
+    return MemoryPlan(remat, tasks, memory.fitting(steps, tasks * loss_bytes, mib))
 
 
 def init_state(
@@ -128,7 +200,8 @@ def meta_trainer(
     tasks_per_family: int = 8,
     meta_optimizer: optax.GradientTransformation,
     weights: str = "uniform",
-    remat: bool = False,
+    remat: bool | None = None,
+    memory_mib: float = memory.DEFAULT_MIB,
     mesh: jax.sharding.Mesh | None = None,
 ) -> MetaTrainer:
     """Meta-trains a learner across families, which need not share shapes (incongruous tasks).
@@ -140,7 +213,9 @@ def meta_trainer(
       tasks_per_family: tasks of each family in a meta-step.
       meta_optimizer: updates the meta-parameters; see `clipped_adam`.
       weights: of the fine-tuning steps in the outer loss, see `step_weights`.
-      remat: trade time for memory, see `fine_tune`.
+      remat: trade time for memory, see `fine_tune`; None: only if needed to stay within `memory_mib`.
+      memory_mib: MiB that a device may store for a backward pass. Tasks and query passes are run in as few parts as it
+        allows (at least one task, and one of its steps, at a time).
       mesh: devices that share the tasks, see `task_mesh`; None for the default device. The numbers are those of one
         device up to the order of summation.
 
@@ -165,9 +240,21 @@ def meta_trainer(
     groups, order = _group(families)
     optimizer = _skipping(meta_optimizer)
 
-    def family_loss(params, family, keys):
-        losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, remat=remat)
-        return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
+    def family_gradient(params, family, keys):
+        plan = memory_plan(
+            learner, params, family, len(keys), num_steps=num_steps, steps=len(steps), remat=remat, mib=memory_mib
+        )
+
+        def loss(params, keys):
+            options = {"remat": plan.remat, "steps_at_once": plan.steps}
+            losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, **options)
+            return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        if plan.tasks == len(keys):
+            return gradient(params, keys)
+        parts = jax.lax.map(functools.partial(gradient, params), keys.reshape(-1, plan.tasks))
+        return jax.tree.map(lambda x: jnp.mean(x, 0), parts)
 
     def meta_gradient(params, groups, keys):
         """Losses `[families]` and last-step losses of the tasks that `keys` stand for, and their mean gradient."""
@@ -176,7 +263,7 @@ def meta_trainer(
 
             def member_gradient(inputs, group=group):
                 member, member_keys = inputs
-                return jax.value_and_grad(family_loss, has_aux=True)(params, group.member(member), member_keys)
+                return family_gradient(params, group.member(member), member_keys)
 
             (group_losses, group_finals), grads = jax.lax.map(member_gradient, (group.stacked, group_keys))
             total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)

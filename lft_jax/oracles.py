@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lft_jax import memory
 from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
 
 
@@ -96,6 +97,7 @@ def zeroth_order(
     antithetic: bool = False,
     evaluations: int = 1,
     chunk_size: int | None = None,
+    memory_mib: float | None = None,
     opaque: bool = False,
 ) -> Oracle:
     """An estimate of the gradient from values of the loss alone.
@@ -126,7 +128,9 @@ def zeroth_order(
       evaluations: examples that one evaluation of the loss costs, at least 1. An answer costs
         `(q + 1) * evaluations` queries, or `2 * q * evaluations` if antithetic.
       chunk_size: how many directions are in memory and evaluated together (if antithetic, twice as many points);
-        None for all. It changes the estimate by no more than rounding.
+        None for all, or for as many as `memory_mib` allows. It changes the estimate by no more than rounding.
+      memory_mib: MiB that a chunk may take, as far as can be told without compiling: its directions and points, and
+        the largest operation on them of a loss that is not opaque. At least one direction is tried at a time.
       opaque: whether JAX cannot trace `loss_fn`. Then it is a *batched* loss, `thetas -> [n]`: it gets writable NumPy
         arrays, like `theta` with a leading axis `[n]`, `n` at most the number of points in a chunk, and returns
         anything that `np.asarray` takes. Such an oracle runs eagerly, not under jit, vmap or scan.
@@ -150,8 +154,9 @@ def zeroth_order(
     check_name("directions", directions, _DRAW)
     if chunk_size is not None:
         _check_count("chunk_size", chunk_size)
+    if memory_mib is not None:
+        check_positive("memory_mib", memory_mib)
     batched_loss, scan = (_on_numpy(loss_fn), _eager_scan) if opaque else (jax.vmap(loss_fn), jax.lax.scan)
-    chunk = min(chunk_size or num_directions, num_directions)
     queries = (2 * num_directions if antithetic else num_directions + 1) * evaluations
 
     def losses_at(points):
@@ -161,6 +166,11 @@ def zeroth_order(
         flat, unflatten = _flatten(theta)
         seeds = _seeds(directions, key, num_directions, flat.size)
         base = None if antithetic else losses_at(unflatten(flat[None]))
+        chunk = min(chunk_size or num_directions, num_directions)
+        if chunk_size is None and memory_mib is not None:
+            work = 0 if opaque else memory.working_bytes(loss_fn, theta)
+            points = 1 + antithetic
+            chunk = memory.fitting(num_directions, (1 + points) * flat.nbytes + points * work, memory_mib)
 
         def step(total, seeds):
             us, points = _probe(flat, seeds, smoothing, directions=directions, antithetic=antithetic)
@@ -189,6 +199,7 @@ def zeroth_order_value_and_grad(
     directions: str = "gaussian",
     antithetic: bool = False,
     chunk_size: int | None = None,
+    memory_mib: float | None = None,
 ) -> Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]:
     """Like `jax.value_and_grad(loss_fn)`, by finite differences: `(theta, key) -> (value [], grads like theta)`.
 
@@ -201,6 +212,7 @@ def zeroth_order_value_and_grad(
         directions=directions,
         antithetic=antithetic,
         chunk_size=chunk_size,
+        memory_mib=memory_mib,
     )
     return lambda theta, key: oracle(theta, key)[:2]
 

@@ -5,7 +5,8 @@ import json
 import jax
 import pytest
 
-from benchmarks import meta_step, overhead, timing, w1
+from benchmarks import growth, meta_step, overhead, render, timing, uap, w1
+from experiments import train_victim
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -32,6 +33,30 @@ def test_overhead(tmp_path):
     results = json.loads((tmp_path / "bench.json").read_text())
     assert results["update"]["d = 784"]["adam"]["ratio_to_adam"] == 1
     assert results["whole_step"]
+
+
+def test_uap(tmp_path):
+    victim = str(tmp_path / "victim")
+    train_victim.train(train_victim.Config(source="digits", architecture="lenet", epochs=1, output=victim))
+    flags = uap.Config(output=str(tmp_path / "bench.json"), victim=victim, images=(3, 5), draws=(2, 1), smoke=True)
+    uap.bench(flags)
+    results = json.loads((tmp_path / "bench.json").read_text())
+    lft = results["sizes"]["3"]["LFT (uap-linf), 2 steps"]
+    # Three clean images; in each of two steps three for the gradient and three for the history.
+    assert (lft["forward"], lft["backward"], lft["time_over_lft"]) == (15, 6, 1)
+    assert 0 <= lft["asr"] <= 1
+    assert lft["asr_interval"] is not None
+    assert results["sizes"]["5"]["UAP-SGD, 2 steps"]["asr_interval"] is None
+    assert "| UAP-SGD, 20 steps |" in render.uap_section(results, "bench.json")
+
+
+def test_growth(tmp_path):
+    growth.bench(growth.Config(output=str(tmp_path / "bench.json"), repeats=1, smoke=True))
+    results = json.loads((tmp_path / "bench.json").read_text())
+    for case in results["devices"].values():
+        assert case["largest_difference"] < 1e-4
+    assert results["memory"]["K = 2"]["all stored, one part"]["peak_mib"] > 0
+    assert "| 2 devices, 2 processes |" in render.growth_section(results, "bench.json")
 
 
 def test_alternate_runs_all_in_turn():

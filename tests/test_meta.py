@@ -10,7 +10,15 @@ import pytest
 
 from lft_jax import learners, oracles
 from lft_jax.base import Episode, TaskFamily
-from lft_jax.meta import clipped_adam, meta_trainer, outer_losses, step_weights, task_mesh
+from lft_jax.meta import (
+    MemoryPlan,
+    clipped_adam,
+    memory_plan,
+    meta_trainer,
+    outer_losses,
+    step_weights,
+    task_mesh,
+)
 from lft_jax.rules import coordinate_lstm
 
 RULE = coordinate_lstm(3, 1, features="raw", output_scale=0.5)
@@ -298,3 +306,63 @@ def test_meshes_that_cannot_share_the_tasks_are_refused():
     other = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
     with pytest.raises(ValueError, match=r"mesh must have the one axis 'task'.*got \{'data': 1\}"):
         meta_trainer(learners.lft(RULE), [quadratic(0)], meta_optimizer=optax.sgd(0.1), mesh=other)
+
+
+# ---- Memory ----
+
+
+@pytest.mark.parametrize("learner", [learners.lft(RULE), learners.lft(RULE, second_order=True)])
+@pytest.mark.parametrize("memory_mib", [1e-6, 2e-3, 8e-3])
+def test_a_memory_budget_changes_no_number(learner, memory_mib):
+    families = [quadratic(0, noise=0.3), quadratic(1, size=4, noise=0.3)]
+    options = {"num_steps": 5, "tasks_per_family": 6, "meta_optimizer": optax.sgd(0.1), "weights": "linear"}
+    after = []
+    for budget in ({"remat": False}, {"memory_mib": memory_mib}):
+        trainer = meta_trainer(learner, families, **budget, **options)
+        after.append(meta_gradient(trainer, trainer.init(KEY)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), *after)
+
+
+def plan(mib, **options):
+    learner, family = learners.lft(RULE), quadratic(0)
+    params = learner.init(KEY, (family,))
+    return memory_plan(learner, params, family, 12, num_steps=10, steps=8, mib=mib, **options)
+
+
+def test_the_plan_fits_its_budget():
+    assert plan(1000) == MemoryPlan(remat=False, tasks=12, steps=8)
+    assert plan(1e-9) == MemoryPlan(remat=True, tasks=1, steps=1)
+    assert plan(1000, remat=True).remat
+    assert not plan(1e-9, remat=False).remat
+    plans = [plan(mib) for mib in np.geomspace(1e-5, 1, 12)]
+    assert {p.tasks for p in plans} <= {1, 2, 3, 4, 6, 12}
+    assert len(set(plans)) > 3
+    # With more memory, remat ends once; before and after, there are ever fewer parts.
+    assert [p.remat for p in plans] == sorted((p.remat for p in plans), reverse=True)
+    for remat in (True, False):
+        tasks = [p.tasks for p in plans if p.remat == remat]
+        assert tasks == sorted(tasks)
+
+
+def test_budgets_must_be_positive():
+    with pytest.raises(ValueError, match="memory must be a finite number above 0, got -1"):
+        plan(-1)
+
+
+def test_rematerialised_memory_grows_with_the_square_root_of_the_steps():
+    rule = coordinate_lstm(20, 2)
+    learner, family = learners.lft(rule), quadratic(0, size=500)
+    params = rule.init(KEY)
+    keys = jax.random.split(KEY, 1)
+
+    def temporaries(num_steps, remat):
+        def total(params):
+            options = {"num_steps": num_steps, "steps": np.arange(num_steps), "remat": remat, "steps_at_once": 1}
+            return jnp.sum(outer_losses(learner, params, family, keys, **options))
+
+        return jax.jit(jax.grad(total)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    stored, recomputed = ({k: temporaries(k, remat) for k in (25, 400)} for remat in (False, True))
+    assert stored[400] > 10 * stored[25]
+    assert recomputed[400] < 5 * recomputed[25]
+    assert recomputed[400] < stored[400] / 6

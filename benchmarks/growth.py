@@ -1,0 +1,130 @@
+r"""How a meta-step grows: memory with the steps K, compile time, speed with tasks, devices and processes.
+
+python -m benchmarks.growth --output=results/bench_growth.json
+
+Every case runs in processes of its own, so that its memory and its compilation are its own.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import timing, w1
+from experiments import common, config
+from lft_jax import memory, meta
+
+#: Name -> what `meta_trainer` is told about memory.
+MEMORY = {
+    "all stored, one part": {"remat": False, "memory_mib": 1e9},
+    "chosen by the budget": {},
+    "remat": {"remat": True},
+}
+LAYOUTS = ((1, 1), (2, 1), (4, 1), (2, 2))  # devices in all, processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    output: str = config.option("results/bench_growth.json", "Results file.")
+    repeats: int = config.option(5, "Meta-steps that are timed after the first; the median counts.")
+    smoke: bool = config.option(False, "Tiny sizes, on a machine that need not be quiet: whether it runs at all.")
+
+
+def measure(work, repeats, options, cache, devices=1, coordinator=None, processes=1, process=0):
+    """Meta-steps of W1 in this process, which must be fresh. Seconds, peak MiB before and after, the parameters."""
+    config.tune_process()
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    if processes > 1:
+        jax.distributed.initialize(coordinator, processes, process)
+    mesh = meta.task_mesh(devices) if devices > 1 else None
+    run = w1.ours(work, w1.make_family(work, w1.lenet_variables(work.side)), mesh=mesh, **options)
+    before, seconds = timing.peak_memory(), []
+    for _ in range(1 + repeats):
+        began = time.perf_counter()
+        state = run()
+        seconds.append(time.perf_counter() - began)
+    parameters = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.tree.map(np.asarray, state.params))])
+    return {
+        "first_seconds": seconds[0],
+        "seconds": statistics.median(seconds[1:]),
+        "all": seconds[1:],
+        "tasks_per_second": work.tasks / statistics.median(seconds[1:]),
+        "peak_mib_before": before,
+        "peak_mib": timing.peak_memory(),
+        "parameters": parameters,
+    }
+
+
+def fresh(work, repeats, options=None, cache=None, layout=(1, 1)):
+    """`measure` in one or more new processes; what the first of them found, but for its parameters, and these."""
+    devices, processes = layout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices // processes}"
+    try:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
+            arguments = (work, repeats, options or {}, cache, devices, coordinator, processes)
+            found = [pool.submit(measure, *arguments, process) for process in range(processes)]
+            result, *_ = (future.result() for future in found)
+    finally:
+        os.environ["XLA_FLAGS"] = flags
+    return result, result.pop("parameters")
+
+
+def bench(flags: Config) -> dict:
+    """Runs the benchmark and writes its results."""
+    load = None if flags.smoke else timing.require_quiet()
+    results = {"provenance": common.provenance([0]), "load_of_others": load, "budget_mib": memory.DEFAULT_MIB}
+    base = w1.Work(tasks=2, num_steps=2, side=8, hidden=4) if flags.smoke else w1.Work()
+
+    results["memory"] = {}
+    for num_steps in (2,) if flags.smoke else (20, 100, 500):
+        for name, options in list(MEMORY.items())[: 1 if flags.smoke else None]:
+            work = dataclasses.replace(base, num_steps=num_steps)
+            case, _ = fresh(work, 1, options)
+            results["memory"].setdefault(f"K = {num_steps}", {})[name] = case
+            added = case["peak_mib"] - case["peak_mib_before"]
+            print(f"K = {num_steps}, {name}: peak {case['peak_mib']:.0f} MiB, {added:.0f} of them the meta-step's")
+        common.write_json(Path(flags.output), results)
+
+    with tempfile.TemporaryDirectory() as cache:
+        results["first_meta_step"] = {name: fresh(base, flags.repeats, cache=cache)[0] for name in ("cold", "warm")}
+    for name, case in results["first_meta_step"].items():
+        print(f"first meta-step, {name} cache: {case['first_seconds']:.1f} s; later ones {case['seconds']:.2f} s")
+
+    results["devices"] = {}
+    for layout in ((1, 1), (2, 2)) if flags.smoke else LAYOUTS:
+        case, parameters = fresh(base, flags.repeats, layout=layout)
+        if layout == (1, 1):
+            expected = parameters
+        case["largest_difference"] = float(np.abs(parameters - expected).max() / np.abs(expected).max())
+        name = "{} devices, {} processes".format(*layout)
+        results["devices"][name] = case
+        print(f"{name}: {case['tasks_per_second']:.1f} tasks/s, off by {case['largest_difference']:.0e}")
+    common.write_json(Path(flags.output), results)
+
+    results["tasks"] = {}
+    for tasks in (1,) if flags.smoke else (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        case, _ = fresh(dataclasses.replace(base, tasks=tasks), 2 if tasks > 32 else flags.repeats)
+        results["tasks"][f"{tasks}"] = case
+        print(f"{tasks} tasks in a meta-step: {case['tasks_per_second']:.1f} a second")
+    common.write_json(Path(flags.output), results)
+    return results
+
+
+if __name__ == "__main__":
+    config.main(Config, bench)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import random
+import time
 
 import numpy as np
 import torch
@@ -17,19 +18,22 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "adversarial-robustness-toolbox")}
 
 
-def contestants(victim, epsilon: float, steps: int) -> dict:
-    """By name, `(images, labels) -> (perturbation, forward, backward)`.
+def contestants(victim, epsilon: float, steps: int, limit: float) -> dict:
+    """By name, `(images, labels) -> (perturbation or None, forward, backward)`.
 
     Args:
       victim: a stored LeNet.
       epsilon: radius of the linf ball.
       steps: of PGD on one image where the budget is to match ours: one pass over the images then takes at most as many
         gradients as we do.
+      limit: seconds after which a run is given up; its perturbation is then None.
     """
     model = LeNet(victim.variables, torch.float32)
-    counts = {"forward": 0, "backward": 0}
+    counts, deadline = {"forward": 0, "backward": 0}, time.monotonic()
 
     def on_forward(module, inputs, output):
+        if time.monotonic() > deadline:
+            raise TimeoutError
         counts["forward"] += len(output)
         if output.requires_grad:
             output.register_hook(lambda grad: counts.update(backward=counts["backward"] + len(grad)))
@@ -48,13 +52,18 @@ def contestants(victim, epsilon: float, steps: int) -> dict:
         inner = {"verbose": False, **inner}
 
         def attack(images, labels):
+            nonlocal deadline
             del labels  # ART's own default: the model's answers
             counts.update(forward=0, backward=0)
+            deadline = time.monotonic() + limit
             random.seed(0)  # the order of the images
             art = UniversalPerturbation(
                 classifier, attacker=attacker, attacker_params=inner, eps=epsilon, norm=np.inf, verbose=False, **outer
             )
-            art.generate(np.moveaxis(images, -1, 1))
+            try:
+                art.generate(np.moveaxis(images, -1, 1))
+            except TimeoutError:
+                return None, counts["forward"], counts["backward"]
             return np.moveaxis(art.noise[0], 0, -1), counts["forward"], counts["backward"]
 
         return attack

@@ -98,8 +98,9 @@ def uap_section(results: dict, path: str) -> str:
             interval = row["asr_interval"]
             spread = "" if interval is None else f" ± {100 * interval:.1f}"
             first = row["first_call_seconds"]
+            success = "given up" if row["asr"] is None else f"{100 * row['asr']:.1f}{spread}"
             lines.append(
-                f"| {name} | {100 * row['asr']:.1f}{spread} | {row['seconds']:.2f} | {row['time_over_lft']:.1f} | "
+                f"| {name} | {success} | {row['seconds']:.2f} | {row['time_over_lft']:.1f} | "
                 f"{'' if first is None else f'{first:.1f} s'} | {row['forward']:,.0f} | {row['backward']:,.0f} |"
             )
         draws = len(next(iter(table.values()))["runs"])

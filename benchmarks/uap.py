@@ -39,7 +39,8 @@ class Config:
     optimizer: str = config.option("uap-linf", "Learned fine-tuner: a pretrained one's name or a file.")
     epsilon: float = config.option(0.3, "Radius of the linf ball.")
     images: tuple[int, ...] = config.option((10, 100, 1000), "Images that a perturbation is made from.")
-    draws: tuple[int, ...] = config.option((10, 3, 1), "Draws of so many images, for each of --images.")
+    draws: tuple[int, ...] = config.option((3, 1, 1), "Draws of so many images, for each of --images.")
+    limit: float = config.option(60.0, "Seconds after which a run of ART is given up.")
     smoke: bool = config.option(False, "Tiny, on a machine that need not be quiet: whether it runs at all.")
 
 
@@ -64,7 +65,7 @@ def contestants(victim, flags: Config) -> dict:
         f"UAP-SGD, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps),
         f"UAP-SGD, {10 * steps} steps": ours(victim, uap_sgd, flags.epsilon, 10 * steps),
     }
-    return found | (art_uap.contestants(victim, flags.epsilon, STEPS) if art_uap else {})
+    return found | (art_uap.contestants(victim, flags.epsilon, STEPS, flags.limit) if art_uap else {})
 
 
 def bench(flags: Config) -> dict:
@@ -97,13 +98,12 @@ def bench(flags: Config) -> dict:
         for draw in rows:  # in turn
             for name, attack in attacks.items():
                 seconds, (perturbation, forward, backward) = _timed(attack, train, draw)
-                assert np.abs(perturbation).max() <= flags.epsilon * (1 + 1e-5), name
-                asr = lft_jax.attack_success_rate(victim.logits_fn, test.images, test.labels, perturbation)
+                asr = _success(victim, test, perturbation, flags.epsilon)
                 runs[name].append({"asr": asr, "seconds": seconds, "forward": forward, "backward": backward})
         results["sizes"][f"{count}"] = table = {
             name: {
-                **{key: statistics.mean(run[key] for run in entries) for key in ("asr", "forward", "backward")},
-                "asr_interval": _interval([run["asr"] for run in entries]),
+                **{key: statistics.mean(run[key] for run in entries) for key in ("forward", "backward")},
+                **_mean_success([run["asr"] for run in entries]),
                 "seconds": statistics.median(run["seconds"] for run in entries),
                 "first_call_seconds": first.get(name),
                 "runs": entries,
@@ -113,8 +113,9 @@ def bench(flags: Config) -> dict:
         own = next(iter(table.values()))["seconds"]
         for name, row in table.items():
             row["time_over_lft"] = row["seconds"] / own
+            success = "none" if row["asr"] is None else f"{row['asr']:.3f}"
             print(
-                f"{count} images: {name}: ASR {100 * row['asr']:.1f}, {row['seconds']:.2f} s "
+                f"{count} images: {name}: ASR {success}, {row['seconds']:.2f} s "
                 f"({row['time_over_lft']:.1f} x the LFT's), {row['forward']:.0f} forward and {row['backward']:.0f} back"
             )
         common.write_json(Path(flags.output), results)
@@ -128,9 +129,19 @@ def _timed(attack, source, rows):
     return time.perf_counter() - began, result
 
 
-def _interval(values):
-    """Half the 95% interval of the mean over draws; None for one draw."""
-    return 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+def _success(victim, test, perturbation, epsilon):
+    if perturbation is None:
+        return None
+    assert np.abs(perturbation).max() <= epsilon * (1 + 1e-5)
+    return lft_jax.attack_success_rate(victim.logits_fn, test.images, test.labels, perturbation)
+
+
+def _mean_success(values):
+    """The mean over draws and half its 95% interval: None where a run was given up, or there is one draw only."""
+    if None in values:
+        return {"asr": None, "asr_interval": None}
+    interval = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"asr": statistics.mean(values), "asr_interval": interval}
 
 
 if __name__ == "__main__":

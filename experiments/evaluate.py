@@ -92,7 +92,7 @@ def _methods(runs, source):
     grouped: dict[str, comparison.Learned] = {}
     for flags, learned in runs:
         sources = {load_victim(path).card["source"] for path in flags.victims}
-        if flags.learner == "maml" and source not in sources:
+        if flags.learner in meta_train.CONGRUOUS and source not in sources:
             continue
         if flags.learner in grouped:
             grouped[flags.learner].params.extend(learned.params)

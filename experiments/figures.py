@@ -26,6 +26,8 @@ COLOURS = {
     "uap_sgd": "#aa3377",
     "transfer, fine-tuned": "#7755dd",
     "maml": "#997700",
+    "meta_sgd": "#cc99bb",
+    "joint": "#332288",
     "l2o": "#228833",
     "lft": "#cc3311",
     "oracle": "#000000",

@@ -21,7 +21,9 @@ from lft_jax.base import Learner, check_name
 from lft_jax.features import FEATURES
 from lft_jax.victims import load_victim
 
-LEARNERS = ("lft", "l2o", "maml")
+LEARNERS = ("lft", "l2o", "maml", "meta_sgd", "joint")
+#: Those that learn an initialization and so need victims of one image shape.
+CONGRUOUS = ("maml", "meta_sgd", "joint")
 REMAT = {"auto": None, "always": True, "never": False}
 
 
@@ -32,9 +34,12 @@ class Config:
     victims: tuple[str, ...] = config.required("Folders of the victims to meta-train on, a family of tasks each.")
     workdir: str = config.required("Folder of the run: configuration, checkpoints, metrics. Resumed if it exists.")
     learner: str = config.option(
-        "lft", "What is learned: an update rule on query images (lft) or support images (l2o), or a start.", LEARNERS
+        "lft",
+        "What is learned: an update rule on query images (lft) or support images (l2o), an initialization (maml), one "
+        "with a learning rate for each pixel (meta_sgd), or an initialization and an update rule (joint).",
+        LEARNERS,
     )
-    rule: str = config.option("spatial_lstm", "Update rule (lft, l2o).", tuple(rules.RULES))
+    rule: str = config.option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
     features: tuple[str, ...] = config.option(
         (), f"What the rule sees; its default if empty. Of {', '.join(FEATURES)}."
     )
@@ -46,7 +51,7 @@ class Config:
     start_step: float = config.option(0.8, "Step of that update, in units of epsilon.")
     start_decay: float = config.option(0.5, "Momentum of that update.")
     output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
-    inner_step: float = config.option(0.2, "Step of the inner PGD of maml, in units of epsilon.")
+    inner_step: float = config.option(0.2, "Step of maml's PGD, in units of epsilon; first learning rate of meta_sgd.")
     ways: int = config.option(10, "Classes of a task.")
     shots: int = config.option(1, "Support images a class.")
     queries: int = config.option(1, "Query images a class.")
@@ -96,6 +101,8 @@ def learner_of(flags: Config) -> Learner:
     if flags.learner == "maml":
         inner = baselines.make_baselines(flags.norm)["pgd"].learner.optimizer({"step": flags.inner_step})
         return learners.maml(inner, second_order=flags.second_order)
+    if flags.learner == "meta_sgd":
+        return learners.meta_sgd(flags.inner_step, second_order=flags.second_order)
     return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order)
 
 
@@ -138,7 +145,7 @@ def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
         nonlocal flags
         lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
         flags = Config(**{**stored, **lists, "workdir": workdir})
-        families = families_of(flags, "train")[:1] if flags.learner == "maml" else ()
+        families = families_of(flags, "train")[:1] if flags.learner in CONGRUOUS else ()
         return meta.init_state(learner_of(flags), families, meta_optimizer_of(flags), jax.random.key(0))
 
     state, _ = run.load_run(workdir, like)
@@ -180,7 +187,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         checkpoint_every=flags.checkpoint_every,
         validate=validate if families else None,
     )
-    if flags.learner != "maml" and jax.process_index() == 0:
+    if flags.learner not in CONGRUOUS and jax.process_index() == 0:
         card = {**common.provenance([flags.seed]), "meta_training": stored}
         pretrained.save_rule(Path(flags.workdir) / "rule.safetensors", state.params, rule_of(flags), card)
     return state

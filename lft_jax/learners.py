@@ -1,11 +1,13 @@
-"""What can be meta-learned: an update rule (LFT, L2O), or an initialization (MAML); and what is not learned at all."""
+"""What can be meta-learned: an update rule (LFT, L2O), an initialization (MAML, Meta-SGD), or both; and nothing."""
 
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from lft_jax import base
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.rules import Rule
 from lft_jax.transform import learned_fine_tuner
@@ -54,24 +56,85 @@ def maml(inner_optimizer: optax.GradientTransformation, *, second_order: bool = 
       A learner whose `init` raises a ValueError unless all families have optimizees of the same shapes.
     """
 
-    def init(key, families):
-        shapes = [jax.eval_shape(family.init, key) for family in families]
-        for shape in shapes[1:]:
-            if shape != shapes[0]:
-                raise ValueError(
-                    "maml needs congruous tasks: one initialization cannot serve optimizees of different shapes, "
-                    f"got {shapes[0]} and {shape}. Train one for each, or meta-learn the fine-tuner (lft)."
-                )
-        return families[0].init(key)
-
     return Learner(
         name="maml",
-        init=init,
+        init=functools.partial(_congruous_start, "maml"),
         optimizer=lambda params: inner_optimizer,
         start=lambda params, family, key: family.project(params),
         objective="query",
         second_order=second_order,
     )
+
+
+def meta_sgd(learning_rate: float, *, second_order: bool = True) -> Learner:
+    """Meta-SGD: an initialization, and a learning rate for each of its coordinates, which may become negative.
+
+    Args:
+      learning_rate: of all coordinates at first, above 0.
+      second_order: as for `maml`.
+
+    Returns:
+      A learner of `{"start": theta, "rates": like theta}`, for tasks of one shape, as of `maml`.
+
+    References:
+      Li et al. 2017, Meta-SGD: learning to learn quickly for few-shot learning.
+    """
+    base.check_positive("learning_rate", learning_rate)
+
+    def init(key, families):
+        start = _congruous_start("meta_sgd", key, families)
+        return {"start": start, "rates": jax.tree.map(lambda x: jnp.full_like(x, learning_rate), start)}
+
+    return Learner(
+        name="meta_sgd",
+        init=init,
+        optimizer=_descent_at_rates,
+        start=lambda params, family, key: family.project(params["start"]),
+        objective="query",
+        second_order=second_order,
+    )
+
+
+def _descent_at_rates(params):
+    return optax.stateless(lambda grads, theta: jax.tree.map(lambda r, g: -r * g, params["rates"], grads))
+
+
+def joint(rule: Rule, *, second_order: bool = False) -> Learner:
+    """An update rule and an initialization for it, learned together on query examples, where tasks are congruous.
+
+    Returns:
+      A learner of `{"start": theta, "rule": the rule's weights}`, for tasks of one shape, as of `maml`.
+    """
+
+    def init(key, families):
+        key_rule, key_start = jax.random.split(key)
+        return {"start": _congruous_start("joint", key_start, families), "rule": rule.init(key_rule)}
+
+    return Learner(
+        name="joint",
+        init=init,
+        optimizer=_joint_optimizer(rule),
+        start=lambda params, family, key: family.project(params["start"]),
+        objective="query",
+        second_order=second_order,
+    )
+
+
+@functools.cache
+def _joint_optimizer(rule):
+    return lambda params: learned_fine_tuner(params["rule"], rule)
+
+
+def _congruous_start(name, key, families):
+    """An initialization for all families, which must have optimizees of the same shapes."""
+    shapes = [jax.eval_shape(family.init, key) for family in families]
+    for shape in shapes[1:]:
+        if shape != shapes[0]:
+            raise ValueError(
+                f"{name} needs congruous tasks: one initialization cannot serve optimizees of different shapes, "
+                f"got {shapes[0]} and {shape}. Train one for each, or meta-learn the fine-tuner alone (lft)."
+            )
+    return families[0].init(key)
 
 
 def fixed(name: str, make_optimizer: Callable[..., optax.GradientTransformation]) -> Learner:

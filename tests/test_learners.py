@@ -82,7 +82,9 @@ def test_update_rules_serve_families_of_any_shape():
     jax.tree.map(np.testing.assert_array_equal, params, RULE.init(key))
 
 
-@pytest.mark.parametrize("make", [learners.lft, learners.l2o, lambda rule, **o: learners.maml(optax.sgd(0.1), **o)])
+@pytest.mark.parametrize(
+    "make", [learners.lft, learners.l2o, learners.joint, lambda rule, **o: learners.maml(optax.sgd(0.1), **o)]
+)
 def test_second_order_is_passed_on(make):
     assert make(RULE, second_order=True).second_order
     assert not make(RULE, second_order=False).second_order
@@ -98,9 +100,55 @@ def test_maml_starts_tasks_from_its_parameters_inside_the_ball():
     assert learner.second_order
 
 
-def test_maml_refuses_incongruous_families():
-    with pytest.raises(ValueError, match=r"maml needs congruous tasks.*4, 4, 1.*3, 4, 1"):
-        learners.maml(optax.sgd(0.1)).init(jax.random.key(0), (FAMILY, FAMILY, family(height=3)))
+@pytest.mark.parametrize("learner", [learners.maml(optax.sgd(0.1)), learners.meta_sgd(0.1), learners.joint(RULE)])
+def test_initializations_refuse_incongruous_families(learner):
+    with pytest.raises(ValueError, match=rf"{learner.name} needs congruous tasks.*4, 4, 1.*3, 4, 1"):
+        learner.init(jax.random.key(0), (FAMILY, FAMILY, family(height=3)))
+
+
+def losses_of(learner, params, **options):
+    return outer_losses(learner, params, FAMILY, KEYS, num_steps=STEPS, steps=np.arange(STEPS), **options)
+
+
+def test_joint_is_the_rule_from_a_start_of_its_own(by_hand):
+    _, weights = by_hand
+    learner = learners.joint(RULE)
+    random = family(start="random")
+    params = learner.init(jax.random.key(0), (random, FAMILY))
+    assert np.abs(params["start"]).max() > 0
+    assert jax.tree.structure(params["rule"]) == jax.tree.structure(weights)
+    # From zeros it is the LFT; from elsewhere it is not; and both parts have meta-gradients.
+    zero = {"start": jnp.zeros((4, 4, 1)), "rule": weights}
+    np.testing.assert_allclose(losses_of(learner, zero), losses_of(learners.lft(RULE), weights), rtol=1e-6)
+    moved = losses_of(learner, {**zero, "start": 9 * jnp.ones((4, 4, 1))})
+    assert not np.allclose(moved, losses_of(learner, zero), rtol=1e-3)
+    grads = jax.grad(lambda params: jnp.sum(losses_of(learner, params)))(params)
+    assert all(np.abs(leaf).max() > 0 for leaf in [*jax.tree.leaves(grads["start"]), grads["rule"]["head"]["weight"]])
+
+
+def test_meta_sgd_is_maml_when_all_rates_are_equal():
+    ours, maml = learners.meta_sgd(0.4), learners.maml(optax.sgd(0.4))
+    start = jnp.asarray(RNG.uniform(-0.1, 0.1, (4, 4, 1)), jnp.float32)
+    params = ours.init(jax.random.key(0), (FAMILY,))
+    np.testing.assert_array_equal(params["rates"], np.float32(0.4))
+    params = {**params, "start": start}
+    np.testing.assert_allclose(losses_of(ours, params), losses_of(maml, start), rtol=1e-6)
+    grads = jax.grad(lambda params: jnp.sum(losses_of(ours, params)))(params)
+    expected = jax.grad(lambda start: jnp.sum(losses_of(maml, start)))(start)
+    np.testing.assert_allclose(grads["start"], expected, rtol=1e-4, atol=1e-7)
+    # All rates together are the one learning rate.
+    rate = jax.grad(lambda rate: jnp.sum(losses_of(learners.maml(optax.sgd(rate)), start)))(jnp.float32(0.4))
+    np.testing.assert_allclose(np.sum(grads["rates"]), rate, rtol=1e-4)
+    assert (ours.objective, ours.second_order, learners.meta_sgd(0.1, second_order=False).second_order) == (
+        "query",
+        True,
+        False,
+    )
+
+
+def test_a_learning_rate_must_be_positive():
+    with pytest.raises(ValueError, match="learning_rate must be a finite number above 0, got 0"):
+        learners.meta_sgd(0.0)
 
 
 def test_a_hand_designed_optimizer_takes_its_settings_as_params():

@@ -51,6 +51,15 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(st
         meta_train.meta_train(_flags(study, meta_steps=2, hidden=4))
 
 
+@pytest.mark.parametrize("learner", meta_train.CONGRUOUS)
+def test_initializations_are_stored_and_found_again(study, learner):
+    flags = _flags(study, learner=learner, workdir=str(study / learner), meta_steps=1, validation_tasks=0)
+    state = meta_train.meta_train(flags)
+    stored, learned = meta_train.load_learned(flags.workdir)
+    assert stored.learner == learned.learner.name == learner
+    jax.tree.map(np.testing.assert_array_equal, learned.params, [state.params])
+
+
 def test_evaluate_writes_results_table_and_figures(study):
     flags = evaluate.Config(
         learned=(str(study / "lft"),),

@@ -5,7 +5,7 @@ variables, and then attacks a victim of each source that meta-training never saw
 
   python -m experiments.quickstart                  about 4 minutes on 2 cores
   python -m experiments.quickstart --preset=short   a smoke run
-  python -m experiments.quickstart --preset=small   the results in the README, 40 to 50 minutes on 2 cores
+  python -m experiments.quickstart --preset=small   the results in the README, about 30 minutes on 2 cores
 
 Everything is kept in --workdir, so a run that was stopped goes on where it was.
 """

@@ -48,5 +48,5 @@ def fitting(most: int, each: int, mib: float) -> int:
     Raises:
       ValueError: for a budget that is not above 0.
     """
-    check_positive("memory", mib)
+    check_positive("memory_mib", mib)
     return max(1, min(most, int(mib * 2**20) // max(each, 1)))

@@ -234,6 +234,7 @@ def meta_trainer(
                 "jax.tree_util.register_dataclass."
             )
     base.check_at_least("tasks_per_family", tasks_per_family, 1)
+    base.check_positive("memory_mib", memory_mib)
     all_weights = step_weights(weights, num_steps)
     steps = np.flatnonzero(all_weights)
     final_weights = all_weights[steps]

@@ -58,5 +58,5 @@ def test_fitting_is_the_most_that_fits(most, each, mib):
 
 @pytest.mark.parametrize("mib", [0, -1.0, float("nan"), float("inf")])
 def test_budgets_must_be_positive_and_finite(mib):
-    with pytest.raises(ValueError, match="memory must be a finite number above 0"):
+    with pytest.raises(ValueError, match="memory_mib must be a finite number above 0"):
         fitting(3, 4, mib)

@@ -345,8 +345,8 @@ def test_the_plan_fits_its_budget():
 
 
 def test_budgets_must_be_positive():
-    with pytest.raises(ValueError, match="memory must be a finite number above 0, got -1"):
-        plan(-1)
+    with pytest.raises(ValueError, match="memory_mib must be a finite number above 0, got -1"):
+        meta_trainer(learners.lft(RULE), [quadratic(0)], meta_optimizer=optax.sgd(0.1), memory_mib=-1)
 
 
 def test_rematerialised_memory_grows_with_the_square_root_of_the_steps():

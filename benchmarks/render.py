@@ -141,10 +141,11 @@ def growth_section(results: dict, path: str) -> str:
 
 
 def _origin(results, path):
-    origin = results["provenance"]
+    origin, load = results["provenance"], results["load_of_others"]
     return (
         f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}, "
-        f"jax {origin['versions']['jax']}, {results['load_of_others']:.2f} cores used by others."
+        f"jax {origin['versions']['jax']}, {'an unknown number of' if load is None else f'{load:.2f}'} cores used by "
+        "others."
     )
 
 

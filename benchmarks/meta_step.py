@@ -28,7 +28,7 @@ class Config:
     """Flags of the binary."""
 
     output: str = config.option("results/bench_meta_step.json", "Results file.")
-    repeats: int = config.option(9, "Runs of each, in turn; the median counts.")
+    repeats: int = config.option(7, "Runs of each, in turn; the median counts.")
     smoke: bool = config.option(False, "A tiny work, on a machine that need not be quiet: whether it runs at all.")
 
 

@@ -96,5 +96,6 @@ def _commit():
             ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")  # what a run writes does not count
+    outputs = (f":(top,exclude){folder}" for folder in ("results", "docs"))  # what a run writes does not count
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *outputs)
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" + uncommitted changes" if changed else "")

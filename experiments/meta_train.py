@@ -70,9 +70,11 @@ class Config:
     seed: int = config.option(0, "Seed of the run.")
     second_order: bool = config.option(False, "Differentiate through the inner gradients too.")
     remat: str = config.option(
-        "auto", "Whether to compute steps again instead of storing them; auto: where memory asks for it.", tuple(REMAT)
+        "auto",
+        "Whether to compute steps again instead of storing them; auto: if one task needs it to fit.",
+        tuple(REMAT),
     )
-    memory: float = config.option(2048.0, "MiB that a device may store for a backward pass.")
+    memory: float = config.option(512.0, "MiB that a device may store for a backward pass.")
     checkpoint_every: int = config.option(100, "Meta-steps between checkpoints, and validations.")
     validation_tasks: int = config.option(20, "Meta-validation tasks of each victim; 0 for none.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")

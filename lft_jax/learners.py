@@ -1,4 +1,4 @@
-"""What can be meta-learned: an update rule (LFT, L2O), an initialization (MAML, Meta-SGD), or both; and nothing."""
+"""What can be meta-learned: an update rule (LFT, L2O), an initialization (MAML, Meta-SGD), or both (joint)."""
 
 import functools
 from collections.abc import Callable
@@ -89,10 +89,15 @@ def meta_sgd(learning_rate: float, *, second_order: bool = True) -> Learner:
         name="meta_sgd",
         init=init,
         optimizer=_descent_at_rates,
-        start=lambda params, family, key: family.project(params["start"]),
+        start=_own_start,
         objective="query",
         second_order=second_order,
     )
+
+
+def _own_start(params, family, key):
+    del key
+    return family.project(params["start"])
 
 
 def _descent_at_rates(params):
@@ -114,7 +119,7 @@ def joint(rule: Rule, *, second_order: bool = False) -> Learner:
         name="joint",
         init=init,
         optimizer=_joint_optimizer(rule),
-        start=lambda params, family, key: family.project(params["start"]),
+        start=_own_start,
         objective="query",
         second_order=second_order,
     )

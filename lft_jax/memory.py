@@ -8,7 +8,7 @@ import jax
 from lft_jax.base import check_positive
 
 #: MiB that one device may store for the backward pass of one family's tasks, unless told otherwise.
-DEFAULT_MIB = 2048
+DEFAULT_MIB = 512
 
 
 def stored_bytes(function: Callable[..., Any], *args: Any) -> int:

@@ -154,14 +154,16 @@ def memory_plan(
     remat: bool | None = None,
     mib: float = memory.DEFAULT_MIB,
 ) -> MemoryPlan:
-    """The plan of fewest parts whose backward pass stores at most `mib` MiB, as far as can be told without compiling.
+    """The plan of fewest parts of which neither the recurrence nor the query losses store more than `mib` MiB.
+
+    That is what can be told without compiling; a compiled meta-step has been seen to take up to twice as much.
 
     Args:
       learner, params, family: what is meta-trained, and on what.
       num_tasks: tasks of the family on one device.
       num_steps: K.
       steps: how many of the steps have a weight in the outer loss.
-      remat: None to choose it here.
+      remat: None to choose it here: only if one task does not fit without.
       mib: the budget.
     """
 
@@ -174,8 +176,8 @@ def memory_plan(
     theta = jax.eval_shape(lambda thetas: jax.tree.map(lambda x: x[0], thetas), trajectory.thetas)
     step_bytes = memory.stored_bytes(lambda params: one_step(params, jax.random.key(0))[1].thetas, params)
     loss_bytes = memory.stored_bytes(family.loss, theta, data)
-    if remat is None:
-        remat = num_tasks * max(num_steps * step_bytes, loss_bytes) > mib * 2**20
+    if remat is None:  # not before one task alone is too much: to take fewer at a time costs no computing
+        remat = num_steps * step_bytes > mib * 2**20
     block = block_length(num_steps)
     stored_steps = block + math.ceil(num_steps / block) if remat else num_steps
     tasks = memory.fitting(num_tasks, max(stored_steps * step_bytes, loss_bytes), mib)
@@ -213,9 +215,9 @@ def meta_trainer(
       tasks_per_family: tasks of each family in a meta-step.
       meta_optimizer: updates the meta-parameters; see `clipped_adam`.
       weights: of the fine-tuning steps in the outer loss, see `step_weights`.
-      remat: trade time for memory, see `fine_tune`; None: only if needed to stay within `memory_mib`.
-      memory_mib: MiB that a device may store for a backward pass. Tasks and query passes are run in as few parts as it
-        allows (at least one task, and one of its steps, at a time).
+      remat: trade time for memory, see `fine_tune`; None: only if one task does not fit into `memory_mib` without.
+      memory_mib: MiB that a device may store for a backward pass, see `memory_plan`. Tasks and query passes are run in
+        as few parts as it allows (at least one task, and one of its steps, at a time).
       mesh: devices that share the tasks, see `task_mesh`; None for the default device. The numbers are those of one
         device up to the order of summation.
 

@@ -76,9 +76,11 @@ def whole_step(optimizer: optax.GradientTransformation, architecture: str, shape
     def step(theta, state, key):
         return fine_tune_step(optimizer, oracle, theta, state, key, progress=0.0, project=family.project)[:2]
 
+    start, key = jnp.zeros(shape), jax.random.key(0)
+    fresh = optimizer.init(start)
+
     def run():
-        theta, key = jnp.zeros(shape), jax.random.key(0)
-        state = optimizer.init(theta)
+        theta, state = start, fresh
         for _ in range(10):
             theta, state = step(theta, state, key)
         jax.block_until_ready(theta)

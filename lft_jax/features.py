@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lft_jax.base import safe_sqrt
 
@@ -125,11 +126,11 @@ def _position(signal):
     features = []
     for axis in range(2):
         length = shape[axis] if axis < len(shape) else 1
-        relative = (jnp.arange(length, dtype=signal.grad.dtype) + 0.5) / length
+        relative = (np.arange(length) + 0.5) / length  # numpy's, since XLA would compute the cosines in each update
         along = [length if a == axis else 1 for a in range(len(shape))]
         for harmonic in range(1, POSITION_HARMONICS + 1):
-            wave = jnp.cos(math.pi * harmonic * relative) if length > 1 else jnp.zeros_like(relative)
-            features.append(jnp.broadcast_to(wave.reshape(along), shape))
+            wave = np.cos(np.pi * harmonic * relative) if length > 1 else np.zeros(length)
+            features.append(jnp.broadcast_to(wave.reshape(along).astype(signal.grad.dtype), shape))
     return jnp.stack(features)
 
 

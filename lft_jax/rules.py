@@ -212,7 +212,11 @@ def _affine(layer, x):
 
 def _lstm(cell, x, carry):
     hidden, memory = carry
-    hidden, memory = _gated(_affine(cell, jnp.concatenate([x, hidden])), memory)
+    weight = jnp.concatenate([cell["weight"], cell["bias"][:, None]], axis=1).astype(x.dtype)
+    # The bias is one more input, and the rows are joined under an axis of 1, or XLA makes two products of one and adds
+    # them up: all that is as large as the gates is slow to write and read.
+    rows = [part[:, None] for part in (x, hidden, jnp.ones((1, x.shape[1]), x.dtype))]
+    hidden, memory = _gated(weight @ jnp.concatenate(rows).reshape(weight.shape[1], x.shape[1]), memory)
     return hidden, (hidden, memory)
 
 

@@ -106,7 +106,9 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 def _image_gradient(shape, kernel, stride, padding, cotangent):
-    if stride > 1 or kernel.shape[2] <= _FEW_CHANNELS:
+    if kernel.shape[2] <= _FEW_CHANNELS:
+        return _shifted(shape, kernel, stride, padding, cotangent)
+    if stride > 1:
         return _scattered(shape, kernel, stride, padding, cotangent)
     # Through `_conv` again, so that the gradient of the gradient is as fast.
     before = [size - 1 - low for size, (low, _) in zip(kernel.shape[:2], padding, strict=True)]
@@ -116,6 +118,37 @@ def _image_gradient(shape, kernel, stride, padding, cotangent):
     ]
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     return _conv(cotangent, flipped, 1, tuple(zip(before, after, strict=True)))
+
+
+def _shifted(shape, kernel, stride, padding, cotangent):
+    """One matrix product for all offsets of the kernel, whose long rows are shifted and added up: for few channels.
+
+    Rows are images laid end to end, each with zeros between its lines, so that a shift is a plain slice. Adding the
+    offsets where they came from, as `_scattered` does, XLA would compute twice where mean and spread of the images'
+    gradients are wanted.
+    """
+    n, height, width, features = cotangent.shape
+    offsets, channels = kernel.shape[:2], kernel.shape[2]
+    down, right = ((size - 1) // stride for size in offsets)  # farthest shifts
+    padded = jnp.pad(cotangent, ((0, 0), (0, down), (0, right), (0, 0)))
+    height, width = height + down, width + right
+    length, farthest = n * height * width, down * width + right
+    lines = jnp.concatenate([jnp.zeros((farthest, features), padded.dtype), padded.reshape(length, features)])
+    pieces = (kernel.reshape(-1, features) @ lines.T).reshape(*offsets, channels, farthest + length)
+
+    def phase(a, b):  # of the offsets that meet each stride-th pixel, the a-th row and b-th column of them
+        total = 0
+        for i, j in np.ndindex(offsets):
+            if i % stride == a and j % stride == b:
+                first = farthest - i // stride * width - j // stride
+                total += pieces[i, j, :, first : first + length]
+        return total
+
+    phases = jnp.stack([phase(a, b) for a, b in np.ndindex(stride, stride)])
+    phases = phases.reshape(stride, stride, channels, n, height, width).transpose(3, 4, 0, 5, 1, 2)
+    full = phases.reshape(n, stride * height, stride * width, channels)
+    (top, _), (left, _) = padding
+    return full[:, top : top + shape[1], left : left + shape[2]]
 
 
 def _scattered(shape, kernel, stride, padding, cotangent):

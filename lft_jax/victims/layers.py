@@ -58,15 +58,13 @@ def _conv(images, kernel, stride, padding):
     # computes it anew wherever it is read, with other rounding, and a maximum pool does not find its own maximum.
     padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     size = kernel.shape[:2]
-    height, width = (length - k + stride for length, k in zip(padded.shape[1:3], size, strict=True))
+    height, width = ((length - k) // stride + 1 for length, k in zip(padded.shape[1:3], size, strict=True))
     if banded:
-        rows = [padded[:, i : i + height, :, 0] for i in range(size[0])]
-        patches, weights = jnp.concatenate(rows, axis=-1), _band(kernel, padded_width, width)
+        rows = jnp.concatenate([padded[:, i : i + height, :, 0] for i in range(size[0])], axis=-1)
+        outputs = rows.reshape(-1, rows.shape[-1]) @ _band(kernel, padded_width, width)
     else:
-        taps = [padded[:, i : i + height : stride, j : j + width : stride] for i, j in np.ndindex(size)]
-        patches, weights = jnp.concatenate(taps, axis=-1), kernel.reshape(-1, features)
-    outputs = patches.reshape(-1, patches.shape[-1]) @ weights
-    return outputs.reshape(len(images), -(-height // stride), -(-width // stride), features)
+        outputs = _patches(padded, size, stride, height, width) @ kernel.reshape(-1, features)
+    return outputs.reshape(len(images), height, width, features)
 
 
 def _conv_of_small_images(images, kernel, padding):
@@ -137,7 +135,7 @@ def _shifted(shape, kernel, stride, padding, cotangent):
     pieces = (kernel.reshape(-1, features) @ lines.T).reshape(*offsets, channels, farthest + length)
 
     def phase(a, b):  # of the offsets that meet each stride-th pixel, the a-th row and b-th column of them
-        total = 0
+        total = jnp.zeros((channels, length), pieces.dtype)
         for i, j in np.ndindex(offsets):
             if i % stride == a and j % stride == b:
                 first = farthest - i // stride * width - j // stride
@@ -168,21 +166,27 @@ def _scattered(shape, kernel, stride, padding, cotangent):
 
 
 def _kernel_gradient(images, shape, stride, padding, cotangent):
-    zero = jnp.zeros((), images.dtype)
-    images = lax.pad(images, zero, [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
-    n, height, width, channels = cotangent.shape
+    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    n, height, width, features = cotangent.shape
+    cotangent = cotangent.reshape(n * height * width, features)
+    if shape[2] <= _FEW_CHANNELS:
+        return (_patches(padded, shape[:2], stride, height, width).T @ cotangent).reshape(shape)
     last = (stride * (height - 1) + 1, stride * (width - 1) + 1)
-    # One product an image with the cotangent's channels in front: 1.5 times faster than one product of all images.
-    left = cotangent.transpose(0, 3, 1, 2).reshape(n, channels, height * width)
 
     def at(offset):
-        window = lax.dynamic_slice(images, tuple(offset), (n, *last, images.shape[3]))
-        window = window[:, ::stride, ::stride].reshape(n, height * width, images.shape[3])
-        return jnp.sum(left @ window, 0).T
+        window = lax.dynamic_slice(padded, tuple(offset), (n, *last, shape[2]))[:, ::stride, ::stride]
+        return window.reshape(n * height * width, shape[2]).T @ cotangent
 
     # A loop, since one product for each of 25 offsets takes seconds to compile.
     offsets = np.stack(np.indices((1, *shape[:2], 1)), -1).reshape(-1, 4).astype(np.int32)
     return lax.map(at, offsets).reshape(shape)
+
+
+def _patches(padded, size, stride, height, width):
+    """`[N * height * width, k * k' * I]`: what a kernel of the given size meets at each place."""
+    taps = [padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i, j in np.ndindex(size)]
+    patches = jnp.concatenate([tap[:, :height, :width] for tap in taps], axis=-1)
+    return patches.reshape(-1, patches.shape[-1])
 
 
 class Conv(nn.Module):

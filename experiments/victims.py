@@ -87,9 +87,7 @@ def train_missing(flags: Config) -> None:
             path = _path(flags.folder, source, recipe)
             if not Path(path, "card.json").exists():
                 given = {name: getattr(recipe, name) for name in ("architecture", "seed", "epochs")}
-                train_victim.train(
-                    train_victim.Config(source=source, output=path, data_dir=flags.data_dir, **given)
-                )
+                train_victim.train(train_victim.Config(source=source, output=path, data_dir=flags.data_dir, **given))
 
 
 def _path(folder, source, recipe):

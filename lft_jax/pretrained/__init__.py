@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
-import safetensors
-import safetensors.numpy
 
 from lft_jax import base
 from lft_jax.rules import Rule, rule_from_dict, rule_to_dict
 from lft_jax.transform import learned_fine_tuner
+from lft_jax.weights import read_weights, save_weights
 
 PyTree = Any
 _FOLDER = Path(__file__).parent
@@ -67,7 +65,7 @@ def save_rule(path: str | os.PathLike[str], params: PyTree, rule: Rule, card: Ma
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in _named(params)}, path)
+    save_weights(path, params)
     text = json.dumps({**card, "rule": rule_to_dict(rule)}, indent=1)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
@@ -94,19 +92,7 @@ def _load(path, weights, description):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"name: the card of {path} does not describe a rule ({error}).") from error
     try:
-        stored = safetensors.numpy.load(weights)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"name: {path} cannot be read ({error}); is it truncated?") from error
-    like = jax.eval_shape(rule.init, jax.random.key(0))
-    wanted = {name: leaf.shape for name, leaf in _named(like)}
-    found = {name: value.shape for name, value in stored.items()}
-    if wanted != found:
-        raise ValueError(f"name: the weights in {path} are not those of the rule on its card: {found}, not {wanted}.")
-    leaves = [jax.numpy.asarray(stored[name]) for name, _ in _named(like)]
-    params = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        params = read_weights(weights, jax.eval_shape(rule.init, jax.random.key(0)))
+    except ValueError as error:
+        raise ValueError(f"name: {path} {error}.") from error
     return params, rule, learned_fine_tuner(params, rule)
-
-
-def _named(tree):
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]

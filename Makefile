@@ -8,7 +8,7 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint results-small results-render bench clean .venv
+.PHONY: quickstart test test-slow lint victims results results-small results-render bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -22,6 +22,15 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The victims of the studies on real images, those that victims/ lacks, and the studies; they need TFDS_DATA_DIR.
+victims: $(INSTALLED)
+	$(RUN) -m experiments.victims
+
+results: victims
+	$(RUN) -m experiments.study --study=hard --seeds=0,1,2
+	$(RUN) -m experiments.study --study=query --seeds=0,1,2
+	$(RUN) -m experiments.study --study=paper --seeds=0,1,2
 
 results-small: $(INSTALLED)
 	$(RUN) -m experiments.quickstart --preset=small --output=results/small/results.json

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lft_jax import comparison, tasks
+from lft_jax import comparison, oracles, tasks
 from lft_jax.data import load_source
 from lft_jax.victims import Victim, load_victim
 
@@ -29,8 +29,10 @@ class TaskConfig:
 
     Attributes:
       ways, shots, queries: see `lft_jax.uap_family`.
-      norm: "linf" or "l2" (balls).
+      norm: "linf" or "l2" (balls), "l1" or "l2" (penalties).
       epsilon: radius by source; sources that it does not name take `DEFAULT_EPSILON`.
+      penalty: weight of the norm in the loss, instead of a ball; or None.
+      num_directions: of zeroth-order estimates; 0 for exact gradients.
       loss: the objective, of the query images.
       support_loss: of the support images.
       start: "zeros" or "random".
@@ -41,6 +43,8 @@ class TaskConfig:
     queries: int = 5
     norm: str = "linf"
     epsilon: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    penalty: float | None = None
+    num_directions: int = 0
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
     start: str = "zeros"
@@ -50,10 +54,18 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     """The UAP tasks of a stored victim on one split of its source."""
     name = victim.card["source"]
     source = load_source(name, split, data_dir=data_dir)
-    epsilon = config.epsilon.get(name, DEFAULT_EPSILON.get(name))
-    if epsilon is None:
-        raise ValueError(f"epsilon: no radius is known for source {name!r}; give one.")
-    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"epsilon": epsilon}
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    num_directions = options.pop("num_directions")
+    if num_directions:
+        options["estimator"] = oracles.ZerothOrder(num_directions)
+    if config.penalty is None:
+        options["epsilon"] = config.epsilon.get(name, DEFAULT_EPSILON.get(name))
+        if options["epsilon"] is None:
+            raise ValueError(f"epsilon: no radius is known for source {name!r}; give one.")
+    elif config.epsilon:
+        raise ValueError(f"penalty: give a penalty or radii of balls, got {config.penalty} and {dict(config.epsilon)}.")
+    else:
+        options["epsilon"] = None
     return tasks.uap_family(source.images, source.labels, victim.logits_fn, **options)
 
 

@@ -89,16 +89,21 @@ def _write(output, rows, tasks_config, protocol, runs, origin):
 
 def _methods(runs, source):
     """The learned methods that can attack a source: every update rule, and the initializations made for it."""
-    grouped: dict[str, comparison.Learned] = {}
+    usable = []
     for flags, learned in runs:
-        sources = {load_victim(path).card["source"] for path in flags.victims}
-        if flags.learner in meta_train.CONGRUOUS and source not in sources:
-            continue
-        if flags.learner in grouped:
-            grouped[flags.learner].params.extend(learned.params)
-        else:
-            grouped[flags.learner] = comparison.Learned(learned.learner, list(learned.params))
-    return grouped
+        sources = tuple(sorted({load_victim(path).card["source"] for path in flags.victims}))
+        if flags.learner not in meta_train.CONGRUOUS or source in sources:
+            usable.append((flags, sources, learned))
+    grouped: dict[str, tuple[dict, comparison.Learned]] = {}
+    for flags, sources, learned in usable:
+        alone = len({of for other, of, _ in usable if other.learner == flags.learner}) == 1
+        name = flags.learner if alone else f"{flags.learner} ({' + '.join(sources)})"
+        settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("seed", *meta_train.WHERE)}
+        first, method = grouped.setdefault(name, (settings, comparison.Learned(learned.learner, [])))
+        if different := [k for k in settings if settings[k] != first[k]]:
+            raise ValueError(f"learned: runs of {name} may differ in their seed only, not in {', '.join(different)}.")
+        method.params.extend(learned.params)
+    return {name: method for name, (_, method) in grouped.items()}
 
 
 def _transfer_families(runs, source, tasks_config, flags):

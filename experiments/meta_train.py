@@ -55,8 +55,12 @@ class Config:
     ways: int = config.option(10, "Classes of a task.")
     shots: int = config.option(1, "Support images a class.")
     queries: int = config.option(1, "Query images a class.")
-    norm: str = config.option("linf", "Norm of the ball.", ("linf", "l2"))
+    norm: str = config.option("linf", "Norm of the ball (linf, l2) or of the penalty (l1, l2).", ("linf", "l2", "l1"))
     epsilon: tuple[str, ...] = config.option((), "Radius by source, as source=radius,...; sources have defaults.")
+    penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
+    num_directions: int = config.option(
+        0, "Random directions, each tried both ways, of the zeroth-order gradients that fine-tune; 0: exact gradients."
+    )
     loss: str = config.option(
         "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
     )
@@ -87,7 +91,7 @@ class Config:
 
 
 #: Flags that say where a run is made, not which: it may go on elsewhere.
-_WHERE = ("workdir", "data_dir", "remat", "memory", "devices", "coordinator", "num_processes", "process_id")
+WHERE = ("workdir", "data_dir", "remat", "memory", "devices", "coordinator", "num_processes", "process_id")
 
 
 def tasks_of(flags: Config) -> common.TaskConfig:
@@ -179,7 +183,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         asr = [float(evaluation.evaluate(learner, params, f, keys, **options)["asr"].mean()) for f in families]
         return {"validation_asr": sum(asr) / len(asr), "validation_asr_by_victim": asr}
 
-    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _WHERE}
+    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in WHERE}
     state = run.meta_train(
         trainer,
         jax.random.key(flags.seed),

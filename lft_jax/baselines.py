@@ -92,7 +92,10 @@ def _grid(losses, **values) -> tuple[Setting, ...]:
 
 @functools.cache
 def make_baselines(norm: str) -> dict[str, Baseline]:
-    """The first-order baselines of PROTOCOL 2 for an "linf" or "l2" ball, by name."""
+    """The baselines of PROTOCOL 2 for a ball or a penalty of the given norm, by name.
+
+    Under zeroth-order gradients "pgd" is ZO-signSGD, "sgd" is ZO-SGD, and "adam" is ZO-Adam.
+    """
     hinge, entropy = GRID_LOSSES[0], GRID_LOSSES[-1]
     steepest = normalized_gradient if norm == "l2" else projected_gradient
     pgd = learners.fixed("pgd", steepest)

@@ -195,6 +195,7 @@ def _rows(target, runs, protocol):
                 "difference_to_tuned_pgd": [_finite(x) for x in difference],
                 "steps_to_tuned_pgd": None if reached is None else protocol.at[reached - 1],
                 "gap_closed": evaluation.gap_closed(means[-1], max(tuned), ceiling),
+                "queries": [float(np.mean(q)) for q in metrics[0]["queries"].T] if "queries" in metrics[0] else None,
                 "clean_accuracy": float(np.mean([m["clean_accuracy"][:, -1] for m in metrics])),
                 **{n: float(np.mean([m[n][:, -1] for m in metrics])) for n in ("l1", "l2", "linf")},
                 "seeds": len(metrics),

@@ -16,6 +16,7 @@ Letters in shape comments: `q` directions, `n` of them in one chunk, `S` example
 leaves together.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -189,6 +190,23 @@ def zeroth_order(
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
 
     return oracle
+
+
+@dataclasses.dataclass(frozen=True)
+class ZerothOrder:
+    """`zeroth_order` with its settings, as an estimator for `lft_jax.uap_family`.
+
+    Two of equal settings are equal, so families that differ only in their victim's weights share a compilation.
+    """
+
+    num_directions: int = 10
+    smoothing: float = 1e-2
+    directions: str = "rademacher"
+    antithetic: bool = True
+
+    def __call__(self, loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int) -> Oracle:
+        """The oracle of `loss_fn`, `theta -> []`, one call of which evaluates so many examples."""
+        return zeroth_order(loss_fn, evaluations=evaluations, **dataclasses.asdict(self))
 
 
 def zeroth_order_value_and_grad(

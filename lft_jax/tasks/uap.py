@@ -37,7 +37,7 @@ class UapFamily(TaskFamily):
       queries: query images a class.
       start: "zeros", or "random": uniform in the constraint's scale.
       estimator: None for exact gradients, or `(loss_fn, *, evaluations) -> Oracle`, for instance
-        `functools.partial(lft_jax.oracles.zeroth_order, num_directions=20)`.
+        `lft_jax.oracles.ZerothOrder(num_directions=20)`.
     """
 
     images: jax.Array

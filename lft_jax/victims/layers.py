@@ -119,11 +119,10 @@ def _image_gradient(shape, kernel, stride, padding, cotangent):
 
 
 def _shifted(shape, kernel, stride, padding, cotangent):
-    """One matrix product for all offsets of the kernel, whose long rows are shifted and added up: for few channels.
+    """One matrix product for all offsets of the kernel, whose long columns are shifted and added: for few channels.
 
-    Rows are images laid end to end, each with zeros between its lines, so that a shift is a plain slice. Adding the
-    offsets where they came from, as `_scattered` does, XLA would compute twice where mean and spread of the images'
-    gradients are wanted.
+    A column is all images end to end, with zeros between their lines, so that a shift is a plain slice. If offsets were
+    added where they came from, as in `_scattered`, XLA would store each where mean and spread over images are wanted.
     """
     n, height, width, features = cotangent.shape
     offsets, channels = kernel.shape[:2], kernel.shape[2]
@@ -132,18 +131,18 @@ def _shifted(shape, kernel, stride, padding, cotangent):
     height, width = height + down, width + right
     length, farthest = n * height * width, down * width + right
     lines = jnp.concatenate([jnp.zeros((farthest, features), padded.dtype), padded.reshape(length, features)])
-    pieces = (kernel.reshape(-1, features) @ lines.T).reshape(*offsets, channels, farthest + length)
+    pieces = (lines @ kernel.reshape(-1, features).T).reshape(farthest + length, *offsets, channels)
 
     def phase(a, b):  # of the offsets that meet each stride-th pixel, the a-th row and b-th column of them
-        total = jnp.zeros((channels, length), pieces.dtype)
+        total = jnp.zeros((length, channels), pieces.dtype)
         for i, j in np.ndindex(offsets):
             if i % stride == a and j % stride == b:
                 first = farthest - i // stride * width - j // stride
-                total += pieces[i, j, :, first : first + length]
+                total += pieces[first : first + length, i, j]
         return total
 
     phases = jnp.stack([phase(a, b) for a, b in np.ndindex(stride, stride)])
-    phases = phases.reshape(stride, stride, channels, n, height, width).transpose(3, 4, 0, 5, 1, 2)
+    phases = phases.reshape(stride, stride, n, height, width, channels).transpose(2, 3, 0, 4, 1, 5)
     full = phases.reshape(n, stride * height, stride * width, channels)
     (top, _), (left, _) = padding
     return full[:, top : top + shape[1], left : left + shape[2]]

@@ -1,7 +1,14 @@
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
+import pytest
+
 from experiments import common
+from lft_jax import oracles
+from lft_jax.tasks.perturbation import Constraint
+from lft_jax.victims import Victim, build_model
 
 
 def test_provenance_names_the_module_that_runs_and_not_where_the_data_lay(monkeypatch):
@@ -9,3 +16,16 @@ def test_provenance_names_the_module_that_runs_and_not_where_the_data_lay(monkey
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", ["/somewhere/meta_step.py", "--repeats=2", "--data_dir=/private"])
     assert common.provenance([0])["command"] == "python -m benchmarks.meta_step --repeats=2"
+
+
+def test_tasks_have_a_ball_or_a_penalty_and_exact_or_estimated_gradients():
+    model = build_model("small_cnn", 10)
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    card = {"architecture": "small_cnn", "num_classes": 10, "image_shape": [8, 8, 1], "source": "digits"}
+    victim = Victim(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(like)), card)
+    ball = common.make_family(victim, "train", common.TaskConfig())
+    assert (ball.constraint, ball.estimator) == (Constraint("linf", common.DEFAULT_EPSILON["digits"]), None)
+    penalty = common.make_family(victim, "train", common.TaskConfig(norm="l1", penalty=0.1, num_directions=4))
+    assert (penalty.constraint, penalty.estimator) == (Constraint("l1", None, 0.1), oracles.ZerothOrder(4))
+    with pytest.raises(ValueError, match=r"penalty: give a penalty or radii of balls, got 0\.1 and \{'digits': 0\.2\}"):
+        common.make_family(victim, "train", common.TaskConfig(norm="l1", penalty=0.1, epsilon={"digits": 0.2}))

@@ -162,9 +162,7 @@ def test_the_oracle_knows_mean_and_spread_of_the_image_gradients(support, option
 def test_a_zeroth_order_estimator_differs_only_in_the_attack_gradient(support, penalty):
     options = {"norm": "l1", "epsilon": None, "penalty": penalty} if penalty else {}
     exact = build(support_loss="cross_entropy", **options)
-    estimator = functools.partial(
-        oracles.zeroth_order, num_directions=16, directions="coordinate", antithetic=True, smoothing=1e-2
-    )
+    estimator = oracles.ZerothOrder(16, directions="coordinate")
     estimated = dataclasses.replace(exact, estimator=estimator)
     theta = jnp.where(jnp.abs(THETA) < 0.02, 0.02, THETA)  # away from the kink of the l1 norm
     theta = theta.at[0, 0, 0].set(0)  # where only an exact penalty gradient is 0

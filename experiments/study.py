@@ -1,0 +1,121 @@
+r"""A study on real images: meta-trains what it compares, then attacks victims that meta-training never saw.
+
+  python -m experiments.victims
+  python -m experiments.study --study=hard --seeds=0,1,2
+
+Runs are kept in --workdir, so a study that was stopped goes on where it was, and one of more seeds keeps those of
+fewer. --only=lft/mnist+cifar10 makes and compares some of its runs. See PROTOCOL in the results for how each number
+came about.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from experiments import config, evaluate, meta_train, victims
+
+_BOTH = ("mnist", "cifar10")
+_ATTACKED = (*_BOTH, "digits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is meta-trained.
+
+    Attributes:
+      learner: as for experiments.meta_train.
+      sources: whose victims it is trained on.
+    """
+
+    learner: str
+    sources: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As --only takes it."""
+        return f"{self.learner}/{'+'.join(self.sources)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    Attributes:
+      runs: what it compares.
+      meta: settings of every run, of experiments.meta_train.
+      protocol: settings of the comparison, of experiments.evaluate.
+    """
+
+    runs: tuple[Run, ...]
+    meta: dict[str, Any]
+    protocol: dict[str, Any]
+
+
+_RULES = (Run("lft", _BOTH), Run("l2o", _BOTH))
+_CONGRUOUS = tuple(Run(learner, (source,)) for learner in ("maml", "joint") for source in _BOTH)
+_META = {"meta_steps": 400, "validation_tasks": 10}
+_PROTOCOL = {"num_tasks": 100, "num_validation": 20, "oracle_steps": 200, "oracle_targeted": True}
+STUDIES = {
+    # All ten classes, one image of each, exact gradients, linf ball.
+    "hard": Study((*_RULES, Run("lft", ("mnist",)), Run("lft", ("cifar10",)), *_CONGRUOUS), _META, _PROTOCOL),
+    # The same with ten random directions a step instead of gradients.
+    "query": Study(_RULES, {**_META, "num_directions": 10}, _PROTOCOL),
+    # The paper's: two classes, two images of each, hinge and a penalty on the l1 norm.
+    "paper": Study(
+        (*_RULES, *_CONGRUOUS),
+        {**_META, "ways": 2, "shots": 2, "queries": 2, "norm": "l1", "penalty": 0.01, "loss": "hinge"},
+        {**_PROTOCOL, "queries": 10},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    study: str = config.option("hard", "Which study.", tuple(STUDIES))
+    seeds: tuple[int, ...] = config.option((0,), "Meta-training seeds of every run.")
+    only: tuple[str, ...] = config.option((), "Names of the runs to make and to compare; all if empty.")
+    attacked: tuple[str, ...] = config.option(_ATTACKED, "Sources whose unseen victims are attacked.")
+    victims: str = config.option("victims", "Folder of the victims, made by experiments.victims.")
+    workdir: str = config.option("runs/studies", "Folder for the meta-training runs.")
+    output: str | None = config.option(None, "Results file; results/STUDY/results.json if not given.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+def study(flags: Config) -> None:
+    """Makes the runs that are missing and compares them all."""
+    chosen = STUDIES[flags.study]
+    known = {run.name: run for run in chosen.runs}
+    if unknown := sorted(set(flags.only) - known.keys()):
+        raise ValueError(f"only: {flags.study} has no run {', '.join(unknown)}, only {', '.join(known)}.")
+    learned = []
+    for seed in flags.seeds:  # every run once before any of them again
+        for name in flags.only or known:
+            run, workdir = known[name], Path(flags.workdir, flags.study, f"{name.replace('/', '_')}_{seed}")
+            print(f"meta-training {name}, seed {seed}")
+            meta_train.meta_train(
+                meta_train.Config(
+                    victims=tuple(p for source in run.sources for p in victims.paths(source, "train", flags.victims)),
+                    workdir=str(workdir),
+                    learner=run.learner,
+                    seed=seed,
+                    data_dir=flags.data_dir,
+                    **chosen.meta,
+                )
+            )
+            learned.append(str(workdir))
+    attacked = [path for source in flags.attacked for path in victims.paths(source, "unseen", flags.victims)]
+    evaluate.evaluate(
+        evaluate.Config(
+            learned=tuple(learned),
+            victims=tuple(attacked),
+            output=flags.output or f"results/{flags.study}/results.json",
+            data_dir=flags.data_dir,
+            **chosen.protocol,
+        )
+    )
+
+
+if __name__ == "__main__":
+    config.main(Config, study)

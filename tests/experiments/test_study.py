@@ -1,0 +1,113 @@
+"""The studies on real images: who takes part, and a whole one that is as small as it gets."""
+
+import json
+import types
+
+import pytest
+
+from experiments import evaluate, meta_train, study, train_victim, victims
+from lft_jax import comparison, learners
+from lft_jax.rules import coordinate_lstm
+
+TINY = {
+    "digits": (
+        victims.Recipe("train", "small_cnn", 0, 1),
+        victims.Recipe("train", "small_cnn", 1, 1),
+        victims.Recipe("unseen", "small_cnn", 1000, 1),
+    )
+}
+
+
+@pytest.mark.parametrize("source", ["mnist", "cifar10"])
+def test_ten_victims_a_source_some_of_them_strangers(source):
+    recipes = victims.RECIPES[source]
+    by_role = {role: [r for r in recipes if r.role == role] for role in victims.ROLES}
+    assert len(by_role["train"]) + len(by_role["validation"]) == 8
+    assert len(by_role["unseen"]) == 2
+    assert len({r.architecture for r in recipes}) == 3
+    seen = {r.architecture for r in recipes if r.role != "unseen"}
+    assert {r.architecture for r in by_role["unseen"]} - seen
+    assert len({(r.architecture, r.seed) for r in recipes}) == 10
+    assert not {r.seed for r in by_role["unseen"]} & {r.seed for r in recipes if r.role != "unseen"}
+
+
+@pytest.mark.standard_promotion
+def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(victims, "RECIPES", TINY)
+    flags = victims.Config(sources=("digits",), folder=str(tmp_path / "victims"))
+    victims.train_missing(flags)
+    monkeypatch.setattr(train_victim, "train", lambda flags: pytest.fail("trained again"))
+    victims.train_missing(flags)
+    assert len(victims.paths("digits", "train", flags.folder)) == 2
+
+    meta = {
+        "rule": "coordinate_lstm",
+        "hidden": 2,
+        "num_steps": 2,
+        "meta_steps": 1,
+        "validation_tasks": 0,
+        "num_directions": 3,
+    }
+    protocol = {"at": (1, 2), "num_tasks": 2, "num_validation": 2, "methods": ("sgd",), "oracle_steps": 2}
+    tiny = study.Study((study.Run("lft", ("digits",)), study.Run("maml", ("digits",))), meta, protocol)
+    monkeypatch.setattr(study, "STUDIES", {"tiny": tiny})
+    output = tmp_path / "results.json"
+    given = study.Config(
+        study="tiny",
+        seeds=(0, 1),
+        only=("lft/digits",),
+        attacked=("digits",),
+        victims=flags.folder,
+        workdir=str(tmp_path / "runs"),
+        output=str(output),
+    )
+    study.study(given)
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["lft"]["seeds"] == 2
+    assert not rows["lft"]["seen_victim"]
+    # Three directions, each tried both ways, on ten support images.
+    assert rows["lft"]["queries"] == rows["sgd"]["queries"] == [60, 120]
+    assert "maml" not in rows
+    with pytest.raises(ValueError, match="only: tiny has no run lft/mnist, only lft/digits, maml/digits"):
+        study.study(study.Config(study="tiny", only=("lft/mnist",)))
+
+
+def test_unplanned_sources_are_refused():
+    with pytest.raises(ValueError, match="sources: no victims are planned for 'svhn'"):
+        victims.train_missing(victims.Config(sources=("svhn",)))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Makes runs of evaluate from flags, on victims that are named after their source."""
+
+    def load(path):
+        return types.SimpleNamespace(card={"source": path})
+
+    monkeypatch.setattr(evaluate, "load_victim", load)
+
+    def make(*changes):
+        learner = learners.lft(coordinate_lstm(2))
+        return [
+            (meta_train.Config(workdir=f"{number}", **c), comparison.Learned(learner, [number]))
+            for number, c in enumerate(changes)
+        ]
+
+    return make
+
+
+def test_seeds_of_one_run_are_one_method(runs):
+    (method,) = evaluate._methods(runs({"victims": ("a",), "seed": 0}, {"victims": ("a",), "seed": 1}), "b").items()
+    assert (method[0], method[1].params) == ("lft", [0, 1])
+
+
+def test_runs_on_other_sources_are_other_methods(runs):
+    methods = evaluate._methods(
+        runs({"victims": ("a",)}, {"victims": ("a", "b")}, {"victims": ("a",), "learner": "maml"}), "b"
+    )
+    assert list(methods) == ["lft (a)", "lft (a + b)"]  # no initialization of other shapes
+
+
+def test_runs_of_other_settings_are_not_taken_for_seeds(runs):
+    with pytest.raises(ValueError, match="learned: runs of lft may differ in their seed only, not in hidden"):
+        evaluate._methods(runs({"victims": ("a",)}, {"victims": ("a",), "hidden": 3}), "a")

@@ -40,7 +40,6 @@ def conv(images: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
 
 
 _FEW_CHANNELS = 3
-_BANDED_WIDTH = 64  # the product's zeros grow with the width
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -48,23 +47,41 @@ def _conv(images, kernel, stride, padding):
     channels, features = kernel.shape[2:]
     if stride == 1 and images.shape[1] * images.shape[2] <= kernel.shape[0] * kernel.shape[1]:
         return _conv_of_small_images(images, kernel, padding)
-    padded_width = images.shape[2] + sum(padding[1])
-    banded = channels == 1 and stride == 1 and padded_width <= _BANDED_WIDTH
-    if not banded and not 1 < channels <= _FEW_CHANNELS:
+    if channels > _FEW_CHANNELS:
         return lax.conv_general_dilated(
             images, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
     # A sum of shifted images, without any product of matrices, would be faster still for one channel. But XLA then
     # computes it anew wherever it is read, with other rounding, and a maximum pool does not find its own maximum.
-    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
-    size = kernel.shape[:2]
+    if stride == 1:
+        return _conv_by_blocks(images, kernel, padding)
+    padded, size = jnp.pad(images, ((0, 0), *padding, (0, 0))), kernel.shape[:2]
     height, width = ((length - k) // stride + 1 for length, k in zip(padded.shape[1:3], size, strict=True))
-    if banded:
-        rows = jnp.concatenate([padded[:, i : i + height, :, 0] for i in range(size[0])], axis=-1)
-        outputs = rows.reshape(-1, rows.shape[-1]) @ _band(kernel, padded_width, width)
-    else:
-        outputs = _patches(padded, size, stride, height, width) @ kernel.reshape(-1, features)
+    outputs = _patches(padded, size, stride, height, width) @ kernel.reshape(-1, features)
     return outputs.reshape(len(images), height, width, features)
+
+
+def _conv_by_blocks(images, kernel, padding):
+    """Blocks of a few pixels of a line by one product, of what they see with a banded matrix: for few channels."""
+    n, height, width, channels = images.shape
+    height, width = (
+        size + low + high - k + 1 for size, (low, high), k in zip((height, width), padding, kernel.shape, strict=False)
+    )
+    more = kernel.shape[1] - 1
+    block = max(4, more)
+    blocks = -(-width // block)
+    (top, bottom), (left, _) = padding
+    right = (blocks + 1) * block - left - images.shape[2]
+    lines = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    lines = lines.reshape(n, -1, blocks + 1, block * channels)
+    seen = [
+        part
+        for i in range(kernel.shape[0])
+        for part in (lines[:, i : i + height, :-1], lines[:, i : i + height, 1:, : more * channels])
+    ]
+    band = _band(kernel, block)
+    outputs = jnp.concatenate(seen, axis=-1).reshape(-1, len(band)) @ band
+    return outputs.reshape(n, height, blocks * block, -1)[:, :, :width]
 
 
 def _conv_of_small_images(images, kernel, padding):
@@ -82,11 +99,12 @@ def _conv_of_small_images(images, kernel, padding):
     return outputs.reshape(len(images), *linear.shape[3:])
 
 
-def _band(kernel, padded_width, width):
-    """`[k * padded_width, width * features]`: what maps k whole rows of an image to one row of the output."""
-    column = np.arange(padded_width)[None, :, None] == np.arange(kernel.shape[1])[:, None, None] + np.arange(width)
-    band = jnp.einsum("jpw,ijo->ipwo", column.astype(kernel.dtype), kernel[:, :, 0])
-    return band.reshape(-1, width * kernel.shape[3])
+def _band(kernel, block):
+    """`[k * (block + k' - 1) * I, block * O]`: takes what `block` neighbours see of k lines to their outputs."""
+    column = np.arange(block + kernel.shape[1] - 1)[None, :, None]
+    column = column == np.arange(kernel.shape[1])[:, None, None] + np.arange(block)
+    band = jnp.einsum("jpw,ijco->ipcwo", column.astype(kernel.dtype), kernel)
+    return band.reshape(-1, block * kernel.shape[3])
 
 
 def _conv_forward(images, kernel, stride, padding):

@@ -31,6 +31,8 @@ results: victims
 	$(RUN) -m experiments.study --study=hard --seeds=0,1,2
 	$(RUN) -m experiments.study --study=query --seeds=0,1,2
 	$(RUN) -m experiments.study --study=paper --seeds=0,1,2
+	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000
+	$(RUN) -m experiments.sine
 
 results-small: $(INSTALLED)
 	$(RUN) -m experiments.quickstart --preset=small --output=results/small/results.json
@@ -38,6 +40,7 @@ results-small: $(INSTALLED)
 
 results-render: $(INSTALLED)
 	$(RUN) -m experiments.render --results=$(RESULTS) --document=README.md
+	$(RUN) -m experiments.render --results=results/theory_gap.json,results/sine.json --document=docs/results.md
 
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt

@@ -40,7 +40,7 @@ class Config:
     epsilon: float = config.option(0.3, "Radius of the linf ball.")
     images: tuple[int, ...] = config.option((10, 100, 1000), "Images that a perturbation is made from.")
     draws: tuple[int, ...] = config.option((3, 1, 1), "Draws of so many images, for each of --images.")
-    limit: float = config.option(40.0, "Seconds after which a run of ART is given up.")
+    limit: float = config.option(30.0, "Seconds after which a run of ART is given up.")
     smoke: bool = config.option(False, "Tiny, on a machine that need not be quiet: whether it runs at all.")
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 import lft_jax
-from lft_jax import meta, oracles
+from lft_jax import oracles
+from lft_jax.outer_loss import outer_losses
 from lft_jax.tasks import UapFamily
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import constrained_oracle
@@ -108,9 +109,7 @@ def our_gradient(work: Work, family: UapFamily, params, keys):
     learner = lft_jax.learners.lft(make_rule(work))
 
     def total(params):
-        losses = meta.outer_losses(
-            learner, params, family, keys, num_steps=work.num_steps, steps=np.arange(work.num_steps)
-        )
+        losses = outer_losses(learner, params, family, keys, num_steps=work.num_steps, steps=np.arange(work.num_steps))
         return jnp.sum(jnp.mean(losses, 0))
 
     return jax.jit(jax.value_and_grad(total))(params)

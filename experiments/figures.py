@@ -26,6 +26,7 @@ COLOURS = {
     "uap_sgd": "#aa3377",
     "transfer, fine-tuned": "#7755dd",
     "maml": "#997700",
+    "reptile": "#ddaa33",
     "meta_sgd": "#cc99bb",
     "joint": "#332288",
     "l2o": "#228833",
@@ -46,15 +47,20 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.axis("off")
     for axis, (source, victim, seen) in zip(axes.flat, targets, strict=False):
         of_target = {row["method"]: row for row in rows if (row["source"], row["victim"]) == (source, victim)}
-        for method, colour in COLOURS.items():  # in this order, the learned ones on top
-            if method not in of_target:
-                continue
-            row = of_target[method]
+        # In the order of the colours, the learned ones on top; runs of one learner on other sources by their lines.
+        others = [m for m in of_target if m not in COLOURS and not m.endswith("(untuned)")]
+        variants = [
+            (n, m) for n in COLOURS for m in (n, *others) if m in of_target and (m == n or m.startswith(f"{n} ("))
+        ]
+        for name, method in variants:
+            row, colour = of_target[method], COLOURS[name]
+            alike = [m for n, m in variants if n == name]
+            style = ("-", "--", "-.", ":")[alike.index(method) % 4]
             if method == "oracle":
                 axis.axhline(row["asr"][-1], color=colour, linestyle=":", label="oracle (all images)")
                 continue
             at, asr, width = (np.asarray(row[name], float) for name in ("at", "asr", "asr_interval"))
-            axis.plot(at, asr, color=colour, marker="o", markersize=2, label=method)
+            axis.plot(at, asr, color=colour, linestyle=style, marker="o", markersize=2, label=method)
             axis.fill_between(at, asr - width, asr + width, color=colour, alpha=0.15, linewidth=0)
         axis.set(title=f"{victim} ({'seen' if seen else 'unseen'} victim)", xlabel="fine-tuning step", ylim=(0, None))
         axis.set_xticks(tables.shown_steps(of_target["pgd"]["at"]))
@@ -100,6 +106,51 @@ def attack(
             show(axis, image)
             axis.set_title(f"{label} -> {answer}", fontsize=9, color="tab:red" if answer != label else "black")
     axes[0, 0].set_title("perturbation", fontsize=9)
+    _save(figure, path)
+
+
+def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel a network: mean squared error against the fine-tuning step, with 95% bands."""
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(3.8 * len(widths), 3.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, width in zip(axes[0], widths, strict=True):
+        for row in (row for row in rows if row["width"] == width):
+            error, band = np.asarray(row["error"]), np.asarray(row["error_interval"])
+            steps, colour = np.arange(1, len(error) + 1), COLOURS[row["method"]]
+            axis.semilogy(steps, error, color=colour, marker="o", markersize=3, label=row["method"])
+            axis.fill_between(steps, error - band, error + band, color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=f"network of two layers of {width}", xlabel="fine-tuning step")
+        axis.legend(fontsize=8, frameon=False)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("mean squared error on other points")
+    _save(figure, path)
+
+
+def theory_gap(results: Mapping[str, Any], path: Path) -> None:
+    """The gap of the meta-gradients, and the standard deviations that bound it, against the number of images."""
+    rows = results["rows"]
+    figure, axes = plt.subplots(1, len(rows), figsize=(4.6 * len(rows), 3.8), squeeze=False, layout="constrained")
+    drawn = (
+        ("gaps", "gap on a task", COLOURS["lft"], 1),
+        ("norms", "LFT's meta-gradient on a task", COLOURS["pgd"], 1),
+        ("query_variance", "std of the query gradient", "#bbbbbb", 0.5),
+        ("support_variance", "std of the support gradient", "#777777", 0.5),
+    )
+    for axis, (name, lines) in zip(axes[0], rows.items(), strict=True):
+        images = np.asarray([line["images"] for line in lines], float)
+        for quantity, label, colour, power in drawn:
+            axis.loglog(
+                images, [line[quantity]["mean"] ** power for line in lines], color=colour, marker="o", label=label
+            )
+        axis.loglog(images, [line["mean_gap"] for line in lines], color=COLOURS["l2o"], marker="o", label="mean's gap")
+        start = lines[0]["gaps"]["mean"]
+        axis.loglog(images, start * (images / images[0]) ** -0.5, "k:", label="images^-0.5")
+        decay = results.get("decay", {}).get(name)
+        fit = "" if decay is None else f": gap ~ images^-{decay['exponent']:.2f}"
+        axis.set(title=f"{name}{fit}", xlabel="support, and query, images")
+    axes[0, 0].legend(fontsize=8, frameon=False)
     _save(figure, path)
 
 

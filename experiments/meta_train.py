@@ -18,12 +18,14 @@ import optax
 from experiments import common, config
 from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, tasks
 from lft_jax.base import Learner, check_name
+from lft_jax.estimators import EvolutionStrategies
 from lft_jax.features import FEATURES
+from lft_jax.outer_loss import STEP_WEIGHTS
 from lft_jax.victims import load_victim
 
-LEARNERS = ("lft", "l2o", "maml", "meta_sgd", "joint")
+LEARNERS = ("lft", "l2o", "maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an initialization and so need victims of one image shape.
-CONGRUOUS = ("maml", "meta_sgd", "joint")
+CONGRUOUS = ("maml", "reptile", "meta_sgd", "joint")
 REMAT = {"auto": None, "always": True, "never": False}
 
 
@@ -35,8 +37,8 @@ class Config:
     workdir: str = config.required("Folder of the run: configuration, checkpoints, metrics. Resumed if it exists.")
     learner: str = config.option(
         "lft",
-        "What is learned: an update rule on query images (lft) or support images (l2o), an initialization (maml), one "
-        "with a learning rate for each pixel (meta_sgd), or an initialization and an update rule (joint).",
+        "What is learned: an update rule on query images (lft) or support images (l2o), an initialization (maml, "
+        "reptile), one with a learning rate for each pixel (meta_sgd), or an initialization and update rule (joint).",
         LEARNERS,
     )
     rule: str = config.option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
@@ -51,7 +53,9 @@ class Config:
     start_step: float = config.option(0.8, "Step of that update, in units of epsilon.")
     start_decay: float = config.option(0.5, "Momentum of that update.")
     output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
-    inner_step: float = config.option(0.2, "Step of maml's PGD, in units of epsilon; first learning rate of meta_sgd.")
+    inner_step: float = config.option(
+        0.2, "Step of the PGD of maml and reptile, in units of epsilon; first learning rate of meta_sgd."
+    )
     ways: int = config.option(10, "Classes of a task.")
     shots: int = config.option(1, "Support images a class.")
     queries: int = config.option(1, "Query images a class.")
@@ -67,11 +71,22 @@ class Config:
     support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
     task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
     num_steps: int = config.option(20, "Fine-tuning steps of a task (K).")
-    weights: str = config.option("uniform", "Weights of the steps in the outer loss.", tuple(meta.STEP_WEIGHTS))
+    weights: str = config.option("uniform", "Weights of the steps in the outer loss.", tuple(STEP_WEIGHTS))
     tasks_per_family: int = config.option(1, "Tasks of each victim in a meta-step.")
     meta_steps: int = config.option(1000, "Meta-steps.")
     meta_learning_rate: float = config.option(1e-2, "Peak learning rate of the meta-optimizer, Adam.")
     seed: int = config.option(0, "Seed of the run.")
+    window: int | None = config.option(
+        None, "Steps that the meta-gradient goes back at most (truncated backpropagation); all if not given."
+    )
+    meta_gradient: str = config.option(
+        "backprop",
+        "Backpropagation through the steps, or evolution strategies (es), which need no derivative of the victim: with "
+        "--num_directions nothing is ever differentiated.",
+        ("backprop", "es"),
+    )
+    es_pairs: int = config.option(16, "Pairs of mirrored changes that es tries in a meta-step, for each victim.")
+    es_sigma: float = config.option(0.01, "Size of those changes, in units of the meta-parameters.")
     second_order: bool = config.option(False, "Differentiate through the inner gradients too.")
     remat: str = config.option(
         "auto",
@@ -104,9 +119,13 @@ def tasks_of(flags: Config) -> common.TaskConfig:
 def learner_of(flags: Config) -> Learner:
     """The learner that the flags describe."""
     check_name("learner", flags.learner, LEARNERS)
-    if flags.learner == "maml":
+    if flags.learner in ("maml", "reptile"):
         inner = baselines.make_baselines(flags.norm)["pgd"].learner.optimizer({"step": flags.inner_step})
-        return learners.maml(inner, second_order=flags.second_order)
+        if flags.learner == "maml":
+            return learners.maml(inner, second_order=flags.second_order)
+        if flags.second_order:
+            raise ValueError("second_order: reptile differentiates nothing; leave it out.")
+        return learners.reptile(inner)
     if flags.learner == "meta_sgd":
         return learners.meta_sgd(flags.inner_step, second_order=flags.second_order)
     return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order)
@@ -130,6 +149,16 @@ def families_of(flags: Config, split: str) -> list[tasks.UapFamily]:
 def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
     """The meta-optimizer that the flags describe."""
     return meta.clipped_adam(flags.meta_learning_rate, flags.meta_steps)
+
+
+def estimator_of(flags: Config) -> EvolutionStrategies | None:
+    """The estimator of meta-gradients that the flags describe; None for backpropagation."""
+    if flags.meta_gradient == "backprop":
+        return None
+    for name in ("second_order", "window"):
+        if getattr(flags, name):
+            raise ValueError(f"{name}: evolution strategies differentiate nothing; leave it out.")
+    return EvolutionStrategies(flags.es_pairs, flags.es_sigma)
 
 
 def mesh_of(flags: Config) -> jax.sharding.Mesh | None:
@@ -171,6 +200,8 @@ def meta_train(flags: Config) -> meta.MetaState:
         tasks_per_family=flags.tasks_per_family,
         meta_optimizer=meta_optimizer_of(flags),
         weights=flags.weights,
+        window=flags.window,
+        estimator=estimator_of(flags),
         remat=REMAT[check_name("remat", flags.remat, REMAT)],
         memory_mib=flags.memory,
         mesh=mesh_of(flags),

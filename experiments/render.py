@@ -1,6 +1,7 @@
-r"""Puts the tables of a results file into a document, between its `<!-- results -->` marks, and draws its curves anew.
+r"""Puts the tables of results files into a document, between its `<!-- results -->` marks, and draws their curves anew.
 
 python -m experiments.render --results=results/small/results.json --document=README.md
+python -m experiments.render --results=results/sine.json,results/theory_gap.json --document=docs/results.md
 """
 
 import dataclasses
@@ -9,6 +10,12 @@ from pathlib import Path
 
 from experiments import config, figures, tables
 
+#: By the binary that made a file, its tables and its figure; all others are comparisons.
+KINDS = {
+    "experiments.sine": (tables.sine_section, lambda results, path: figures.sine(results["rows"], path)),
+    "experiments.theory_gap": (tables.theory_section, figures.theory_gap),
+}
+COMPARISON = (tables.results_section, lambda results, path: figures.asr_against_step(results["rows"], path))
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -16,7 +23,7 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 class Config:
     """Flags of the binary."""
 
-    results: tuple[str, ...] = config.required("Results files of experiments.evaluate or experiments.quickstart.")
+    results: tuple[str, ...] = config.required("Results files of the experiments, .json.")
     document: str = config.option("README.md", "Markdown file with the marks.")
 
 
@@ -27,11 +34,14 @@ def render(flags: Config) -> None:
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
+    sections = []
     for found, path in results:
-        figures.asr_against_step(found["rows"], Path(path).with_suffix(".png"))
+        section, draw = KINDS.get(found["provenance"]["command"].split()[2], COMPARISON)
+        draw(found, Path(path).with_suffix(".png"))
+        sections.append(section(found, path))
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    sections = "\n".join(tables.results_section(*pair) for pair in results)
-    document.write_text(f"{before}{BEGIN}\n{sections}{END}{after}", encoding="utf-8")
+    joined = "\n".join(sections)
+    document.write_text(f"{before}{BEGIN}\n{joined}{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,82 @@ def results_section(results: Mapping[str, Any], path: str) -> str:
     return "\n".join(parts)
 
 
+def sine_section(results: Mapping[str, Any], path: str) -> str:
+    """Sine regression: mean squared errors by network and method."""
+    flags, rows = results["flags"], results["rows"]
+    lines = [
+        "## Sine regression",
+        "",
+        f"Mean squared error on 100 points of a curve after steps on 10 others, mean ± 95% interval over "
+        f"{flags['num_tasks']} curves, and the mean of {len(flags['seeds'])} meta-training seeds. The LFT is one, "
+        f"meta-trained on networks of all {len(flags['widths'])} widths together; it, SGD and Adam start from random "
+        f"weights. {_origin(results, path)}",
+        "",
+    ]
+    for width in dict.fromkeys(row["width"] for row in rows):
+        shown = shown_steps(range(1, 1 + len(rows[0]["error"])))
+        lines += [
+            f"Network of two layers of {width}:",
+            "",
+            "| method | "
+            + " | ".join(f"{k} step{'s' if k > 1 else ''}" for k in shown)
+            + " | minus SGD | minus Adam |",
+            "|---" * (len(shown) + 3) + "|",
+        ]
+        for row in (row for row in rows if row["width"] == width):
+            cells = [f"{row['error'][k - 1]:.3f} ± {row['error_interval'][k - 1]:.3f}" for k in shown]
+            cells += ["{:+.3f} ± {:.3f}".format(*row[f"difference_to_{name}"]) for name in ("sgd", "adam")]
+            rate = f", learning rate {row['learning_rate']}" if "learning_rate" in row else ""
+            lines.append(f"| {row['method']}{rate} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join([*lines, f"![errors]({_beside(path)})", "", ""])
+
+
+def theory_section(results: Mapping[str, Any], path: str) -> str:
+    """The gap between the meta-gradients of LFT and L2O against the number of images."""
+    flags, victim = results["flags"], results["victim"]
+    lines = [
+        "## The gap between LFT and L2O",
+        "",
+        f"Norms of meta-gradients on tasks of `{victim['source']}` against a `{victim['architecture']}`, K = "
+        f"{flags['num_steps']}, {flags['ways']} classes, means over {flags['num_tasks']} tasks; the rule is "
+        f"`{flags['rule']}`, as it was shipped and with weights that were not meta-trained. {_origin(results, path)}",
+        "",
+    ]
+    for name, rows in results["rows"].items():
+        decay = results["decay"][name]
+        lines += [
+            f"**{name}**: the gap on a task falls with the number of images to the power of "
+            f"-{decay['exponent']:.3f} (95% interval {decay['low']:.3f} to {decay['high']:.3f}).",
+            "",
+            "| support = query images | gap on a task | LFT's meta-gradient on a task | gap of the means | LFT's mean "
+            "meta-gradient | std of the support gradient | of the query gradient |",
+            "|---" * 7 + "|",
+        ]
+        for row in rows:
+            numbers = [
+                row["gaps"]["mean"],
+                row["norms"]["mean"],
+                row["mean_gap"],
+                row["mean_norm"],
+                row["support_variance"]["mean"] ** 0.5,
+                row["query_variance"]["mean"] ** 0.5,
+            ]
+            lines.append(f"| {row['images']} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |")
+        lines.append("")
+    return "\n".join([*lines, f"![gap]({_beside(path)})", "", ""])
+
+
+def _origin(results, path):
+    origin = results["provenance"]
+    return f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
+
+
+def _beside(path):
+    """Where the figure of a results file lies, seen from docs/."""
+    return f"../{path.removesuffix('.json')}.png"
+
+
 def _target_table(target, rows):
     source, victim, seen = target
     at = rows[0]["at"]

@@ -3,6 +3,7 @@
 from lft_jax import learners
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
+from lft_jax.estimators import EvolutionStrategies
 from lft_jax.fine_tune import fine_tune, fine_tune_step
 from lft_jax.meta import MetaState, MetaTrainer, clipped_adam, meta_trainer
 from lft_jax.oracles import zeroth_order_value_and_grad
@@ -16,6 +17,7 @@ __all__ = [
     "AttackLoss",
     "Episode",
     "Estimate",
+    "EvolutionStrategies",
     "LearnedFineTunerState",
     "Learner",
     "MetaState",

@@ -115,7 +115,8 @@ class Learner:
       init: `(key, families) -> params`. Raises ValueError if the families do not fit the learner.
       optimizer: `params -> optax transformation` that fine-tunes.
       start: `(params, family, key) -> theta`, the initial optimizee of a task.
-      objective: "query" (LFT, MAML: validation data) or "support" (L2O: training data), PAPER "The method".
+      objective: the outer loss: "query" (LFT, MAML: validation data) or "support" (L2O: training data), PAPER "The
+        method", or "end", half the squared distance of a learned start from where fine-tuning ends (Reptile).
       second_order: whether meta-gradients flow through the inner gradients.
     """
 

@@ -14,7 +14,7 @@ from lft_jax import baselines, oracles
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.baselines import Baseline, Setting
 from lft_jax.fine_tune import fine_tune
-from lft_jax.meta import run_task
+from lft_jax.outer_loss import run_task
 from lft_jax.tasks.perturbation import AttackLoss, perturb
 from lft_jax.tasks.uap import UapFamily
 

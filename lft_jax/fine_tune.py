@@ -1,5 +1,6 @@
 """The one inner loop: every optimizer, learned or hand-designed, fine-tunes here."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,7 @@ def fine_tune(
     project: Callable[[PyTree], PyTree] = lambda theta: theta,
     second_order: bool = False,
     remat: bool = False,
+    window: int | None = None,
 ) -> Trajectory:
     """Fine-tunes `theta` for `num_steps` (K) steps in one `jax.lax.scan` (PAPER "The method").
 
@@ -66,14 +68,18 @@ def fine_tune(
         of the model is taken inside the scan.
       remat: store the state only after every sqrt(K)-th step and compute the steps between again in the backward pass:
         memory grows with sqrt(K) instead of K, for one more forward pass.
+      window: T, of truncated backpropagation: after every T-th step `theta` and the optimizer's state go on as
+        constants, so that no derivative spans more than T steps. None for K.
 
     Returns:
       The trajectory.
 
     Raises:
-      ValueError: if `num_steps` is below 1.
+      ValueError: if `num_steps` or `window` is below 1.
     """
     base.check_at_least("num_steps", num_steps, 1)
+    if window is not None:
+        base.check_at_least("window", window, 1)
 
     def step(carry, xs):
         theta, state = carry
@@ -92,6 +98,8 @@ def fine_tune(
 
     xs = (jnp.arange(num_steps, dtype=jnp.float32), jax.random.split(key, num_steps))
     scan = _nested_scan if remat else jax.lax.scan
+    if window is not None and window < num_steps:
+        scan = functools.partial(_truncated_scan, scan, window)
     (_, state), (thetas, values, queries) = scan(step, (theta, optimizer.init(theta)), xs)
     return Trajectory(thetas, values, jnp.cumsum(queries), state)
 
@@ -103,14 +111,23 @@ def block_length(num_steps: int) -> int:
 
 def _nested_scan(step, carry, xs):
     """`jax.lax.scan` in blocks, whose insides are not stored."""
-    length = len(xs[0])
-    block = block_length(length)
-    whole = length // block * block
+    return _in_blocks(jax.checkpoint(functools.partial(jax.lax.scan, step)), block_length(len(xs[0])), carry, xs)
 
-    @jax.checkpoint
+
+def _truncated_scan(scan, window, step, carry, xs):
+    """`scan` in blocks, which no derivative leaves."""
+
     def steps(carry, xs):
-        return jax.lax.scan(step, carry, xs)
+        carry, outputs = scan(step, carry, xs)
+        return jax.lax.stop_gradient(carry), outputs
 
+    return _in_blocks(steps, window, carry, xs)
+
+
+def _in_blocks(steps, block, carry, xs):
+    """Scans `steps`, which takes `block` inputs at a time, the last time what is left."""
+    length = len(xs[0])
+    whole = length // block * block
     blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block, *x.shape[1:]), xs)
     carry, outputs = jax.lax.scan(steps, carry, blocks)
     outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)

@@ -1,4 +1,4 @@
-"""What can be meta-learned: an update rule (LFT, L2O), an initialization (MAML, Meta-SGD), or both (joint)."""
+"""What can be meta-learned: an update rule (LFT, L2O), an initialization (MAML and kin), or both (joint)."""
 
 import functools
 from collections.abc import Callable
@@ -63,6 +63,28 @@ def maml(inner_optimizer: optax.GradientTransformation, *, second_order: bool = 
         start=lambda params, family, key: family.project(params),
         objective="query",
         second_order=second_order,
+    )
+
+
+def reptile(inner_optimizer: optax.GradientTransformation) -> Learner:
+    """Reptile: an initialization that moves towards where fine-tuning on the support set takes it; no query examples.
+
+    Args:
+      inner_optimizer: fine-tunes.
+
+    Returns:
+      A learner for tasks of one shape, as of `maml`. Its meta-gradient is the mean of start - end over tasks, whatever
+      the weights of the steps.
+
+    References:
+      Nichol et al. 2018, On first-order meta-learning algorithms.
+    """
+    return Learner(
+        name="reptile",
+        init=functools.partial(_congruous_start, "reptile"),
+        optimizer=lambda params: inner_optimizer,
+        start=lambda params, family, key: family.project(params),
+        objective="end",
     )
 
 

@@ -19,19 +19,17 @@ import numpy as np
 import optax
 
 from lft_jax import base, memory
-from lft_jax.base import Episode, Learner, TaskFamily, Trajectory
-from lft_jax.fine_tune import block_length, fine_tune
+from lft_jax.base import Learner, TaskFamily
+from lft_jax.estimators import EvolutionStrategies
+from lft_jax.fine_tune import block_length
+from lft_jax.outer_loss import outer_losses, run_task, step_weights
 
 PyTree = Any
 
 #: The mesh axis that tasks are split over.
 TASK_AXIS = "task"
 
-STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "uniform": np.ones_like,
-    "linear": lambda k: k,
-    "final": lambda k: (k == k[-1]).astype(k.dtype),
-}
+_BESIDE_TASKS = 1000  # folded into a task's key it gives one that `run_task` does not split off
 
 
 class MetaState(NamedTuple):
@@ -60,73 +58,6 @@ class MetaTrainer(NamedTuple):
 
     init: Callable[[jax.Array], MetaState]
     step: Callable[[MetaState], tuple[MetaState, dict[str, jax.Array]]]
-
-
-def step_weights(name: str, num_steps: int) -> np.ndarray:
-    """`[K]`, the outer loss' weights w_k, summing to 1: "uniform", "linear" (w_k ~ k) or "final"."""
-    base.check_at_least("num_steps", num_steps, 1)
-    weights = STEP_WEIGHTS[base.check_name("step_weights", name, STEP_WEIGHTS)](np.arange(1.0, num_steps + 1))
-    return weights / weights.sum()
-
-
-def run_task(
-    learner: Learner, params: PyTree, family: TaskFamily, key: jax.Array, *, num_steps: int, remat: bool = False
-) -> tuple[Episode, Trajectory]:
-    """Samples one task and fine-tunes on its support set: what meta-training and evaluation have in common."""
-    key_sample, key_start, key_tune = jax.random.split(key, 3)
-    episode = family.sample(key_sample)
-    trajectory = fine_tune(
-        learner.optimizer(params),
-        family.oracle(episode.support),
-        learner.start(params, family, key_start),
-        key_tune,
-        num_steps=num_steps,
-        project=family.project,
-        second_order=learner.second_order,
-        remat=remat,
-    )
-    return episode, trajectory
-
-
-def outer_losses(
-    learner: Learner,
-    params: PyTree,
-    family: TaskFamily,
-    keys: jax.Array,
-    *,
-    num_steps: int,
-    steps: np.ndarray,
-    remat: bool = False,
-    steps_at_once: int | None = None,
-) -> jax.Array:
-    """`[T, len(steps)]`, the loss that the learner's objective asks for after each of `steps`, of `T` tasks.
-
-    Tasks and steps are scored in batched calls after the scan, `steps_at_once` (all if None) steps of all tasks each:
-    with constant inner gradients only the recurrence is differentiated through time. The gradient with respect to each
-    optimizee is taken at once and kept instead of what it was computed from, so this can be differentiated once only.
-    """
-
-    def task(key):
-        return run_task(learner, params, family, key, num_steps=num_steps, remat=remat)
-
-    episodes, trajectories = jax.vmap(task)(keys)
-    data = episodes.query if learner.objective == "query" else episodes.support
-    thetas = jax.tree.map(lambda x: jnp.moveaxis(x[:, steps], 1, 0), trajectories.thetas)
-
-    def scored(thetas):
-        return jax.vmap(functools.partial(_loss_and_its_gradient, family.loss))(thetas, data)
-
-    return jax.lax.map(scored, thetas, batch_size=steps_at_once or len(steps)).T
-
-
-def _loss_and_its_gradient(loss, theta, data):
-    """`loss(theta, data)`, whose derivative is computed with it; only its first one is right."""
-    value, grads = jax.value_and_grad(loss)(jax.lax.stop_gradient(theta), data)
-    return jax.tree.reduce(
-        lambda total, part: total + part,
-        jax.tree.map(lambda g, x: jnp.sum(g * (x - jax.lax.stop_gradient(x))), grads, theta),
-        value,
-    )
 
 
 class MemoryPlan(NamedTuple):
@@ -202,6 +133,8 @@ def meta_trainer(
     tasks_per_family: int = 8,
     meta_optimizer: optax.GradientTransformation,
     weights: str = "uniform",
+    window: int | None = None,
+    estimator: EvolutionStrategies | None = None,
     remat: bool | None = None,
     memory_mib: float = memory.DEFAULT_MIB,
     mesh: jax.sharding.Mesh | None = None,
@@ -215,6 +148,8 @@ def meta_trainer(
       tasks_per_family: tasks of each family in a meta-step.
       meta_optimizer: updates the meta-parameters; see `clipped_adam`.
       weights: of the fine-tuning steps in the outer loss, see `step_weights`.
+      window: of truncated backpropagation, see `fine_tune`; None for none.
+      estimator: of the meta-gradient; None for backpropagation through the steps.
       remat: trade time for memory, see `fine_tune`; None: only if one task does not fit into `memory_mib` without.
       memory_mib: MiB that a device may store for a backward pass, see `memory_plan`. Tasks and query passes are run in
         as few parts as it allows (at least one task, and one of its steps, at a time).
@@ -236,27 +171,38 @@ def meta_trainer(
                 "jax.tree_util.register_dataclass."
             )
     base.check_at_least("tasks_per_family", tasks_per_family, 1)
+    if window is not None:
+        base.check_at_least("window", window, 1)
     base.check_positive("memory_mib", memory_mib)
+    if estimator is not None and learner.objective == "end":
+        raise ValueError(f"estimator: {learner.name} has no outer loss to try changes at, only a meta-gradient.")
     all_weights = step_weights(weights, num_steps)
     steps = np.flatnonzero(all_weights)
     final_weights = all_weights[steps]
     groups, order = _group(families)
     optimizer = _skipping(meta_optimizer)
 
+    def mean_losses(params, *, family, keys, **options):
+        """The outer loss, and that of the last step alone."""
+        losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, **options)
+        return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
+
     def family_gradient(params, family, keys):
+        if estimator is not None:  # tries one step's query losses at a time, since nothing is stored
+            loss = functools.partial(mean_losses, family=family, keys=keys, steps_at_once=1, differentiable=False)
+            return estimator(loss, params, jax.random.fold_in(keys[0], _BESIDE_TASKS))
         plan = memory_plan(
             learner, params, family, len(keys), num_steps=num_steps, steps=len(steps), remat=remat, mib=memory_mib
         )
 
-        def loss(params, keys):
-            options = {"remat": plan.remat, "steps_at_once": plan.steps}
-            losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, **options)
-            return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
+        def gradient(keys):
+            options = {"remat": plan.remat, "window": window, "steps_at_once": plan.steps}
+            loss = functools.partial(mean_losses, family=family, keys=keys, **options)
+            return jax.value_and_grad(loss, has_aux=True)(params)
 
-        gradient = jax.value_and_grad(loss, has_aux=True)
         if plan.tasks == len(keys):
-            return gradient(params, keys)
-        parts = jax.lax.map(functools.partial(gradient, params), keys.reshape(-1, plan.tasks))
+            return gradient(keys)
+        parts = jax.lax.map(gradient, keys.reshape(-1, plan.tasks))
         return jax.tree.map(lambda x: jnp.mean(x, 0), parts)
 
     def meta_gradient(params, groups, keys):

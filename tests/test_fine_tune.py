@@ -149,6 +149,11 @@ def test_refuses_to_run_no_steps(num_steps):
         fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=num_steps)
 
 
+def test_refuses_an_empty_window():
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=2, window=0)
+
+
 # ---- The meta-gradient ----
 
 
@@ -164,6 +169,28 @@ def test_meta_gradient_in_closed_form(second_order, remat):
     shrink = 1 - 0.1
     expected = -5 * 2 * shrink**4 if second_order else -2 * sum(shrink**k for k in range(5))
     np.testing.assert_allclose(jax.grad(end)(0.1), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("window", "met"), [(1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 2, 1]), (3, [1, 2, 3, 1, 2]), (5, [1, 2, 3, 4, 5])]
+)
+def test_truncated_meta_gradients_in_closed_form(window, met, remat):
+    # As above, but only the gradients met since the last cut count; `met` is how many those are after each step.
+    def along(rate, window):
+        return fine_tune(optax.sgd(rate), quadratic, 2.0, KEY, num_steps=5, remat=remat, window=window).thetas
+
+    shrink = 1 - 0.1
+    np.testing.assert_allclose(along(0.1, window), along(0.1, None), rtol=1e-12)
+    expected = [-2 * sum(shrink**i for i in range(k + 1 - count, k + 1)) for k, count in enumerate(met)]
+    np.testing.assert_allclose(jax.jacrev(along)(0.1, window), expected, rtol=1e-10)
+
+
+def test_a_start_is_learned_from_the_first_window_alone():
+    def total(theta):
+        return jnp.sum(fine_tune(optax.sgd(0.1), quadratic, theta, KEY, num_steps=4, window=2).thetas)
+
+    np.testing.assert_allclose(jax.grad(total)(2.0), 2.0)  # of two steps, each with a constant gradient
 
 
 def meta_loss(run, loss, **options):

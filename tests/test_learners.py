@@ -7,7 +7,9 @@ import optax
 import pytest
 
 from lft_jax import learners
-from lft_jax.meta import outer_losses
+from lft_jax.estimators import EvolutionStrategies
+from lft_jax.meta import meta_trainer
+from lft_jax.outer_loss import outer_losses
 from lft_jax.rules import coordinate_lstm
 from lft_jax.tasks.uap import uap_family
 from lft_jax.transform import learned_fine_tuner
@@ -100,7 +102,15 @@ def test_maml_starts_tasks_from_its_parameters_inside_the_ball():
     assert learner.second_order
 
 
-@pytest.mark.parametrize("learner", [learners.maml(optax.sgd(0.1)), learners.meta_sgd(0.1), learners.joint(RULE)])
+INITIALIZATIONS = [
+    learners.maml(optax.sgd(0.1)),
+    learners.reptile(optax.sgd(0.1)),
+    learners.meta_sgd(0.1),
+    learners.joint(RULE),
+]
+
+
+@pytest.mark.parametrize("learner", INITIALIZATIONS, ids=lambda learner: learner.name)
 def test_initializations_refuse_incongruous_families(learner):
     with pytest.raises(ValueError, match=rf"{learner.name} needs congruous tasks.*4, 4, 1.*3, 4, 1"):
         learner.init(jax.random.key(0), (FAMILY, FAMILY, family(height=3)))
@@ -108,6 +118,24 @@ def test_initializations_refuse_incongruous_families(learner):
 
 def losses_of(learner, params, **options):
     return outer_losses(learner, params, FAMILY, KEYS, num_steps=STEPS, steps=np.arange(STEPS), **options)
+
+
+def test_reptile_goes_where_fine_tuning_ends():
+    learner = learners.reptile(optax.sgd(0.5))
+    start = jnp.asarray(RNG.uniform(-0.1, 0.1, (4, 4, 1)), jnp.float32)
+    ends = []
+    for key in KEYS:  # by hand
+        episode, theta = FAMILY.sample(jax.random.split(key, 3)[0]), start
+        for _ in range(STEPS):
+            theta = jnp.clip(theta - 0.5 * jax.grad(entropy)(theta, episode.support), -EPSILON, EPSILON)
+        ends.append(theta)
+    losses, pull_back = jax.vjp(lambda start: losses_of(learner, start), start)
+    expected = [np.sum(np.square(start - end)) / 2 for end in ends]
+    np.testing.assert_allclose(losses, np.repeat(np.asarray(expected)[:, None], STEPS, axis=1), rtol=1e-4)
+    (grad,) = pull_back(jnp.zeros((2, STEPS)).at[:, -1].set(0.5))
+    np.testing.assert_allclose(grad, start - np.mean(ends, axis=0), rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="estimator: reptile has no outer loss"):
+        meta_trainer(learner, [FAMILY], meta_optimizer=optax.sgd(0.1), estimator=EvolutionStrategies())
 
 
 def test_joint_is_the_rule_from_a_start_of_its_own(by_hand):

@@ -15,10 +15,9 @@ from lft_jax.meta import (
     clipped_adam,
     memory_plan,
     meta_trainer,
-    outer_losses,
-    step_weights,
     task_mesh,
 )
+from lft_jax.outer_loss import outer_losses, step_weights
 from lft_jax.rules import coordinate_lstm
 
 RULE = coordinate_lstm(3, 1, features="raw", output_scale=0.5)

@@ -63,17 +63,14 @@ def _conv(images, kernel, stride, padding):
 
 def _conv_by_blocks(images, kernel, padding):
     """Blocks of a few pixels of a line by one product, of what they see with a banded matrix: for few channels."""
-    n, height, width, channels = images.shape
-    height, width = (
-        size + low + high - k + 1 for size, (low, high), k in zip((height, width), padding, kernel.shape, strict=False)
-    )
-    more = kernel.shape[1] - 1
-    block = max(4, more)
+    n, _, length, channels = images.shape
+    (top, bottom), (left, right) = padding
+    height, more = images.shape[1] + top + bottom - kernel.shape[0] + 1, kernel.shape[1] - 1
+    width, block = length + left + right - more, max(4, more)
     blocks = -(-width // block)
-    (top, bottom), (left, _) = padding
-    right = (blocks + 1) * block - left - images.shape[2]
+    right = (blocks + 1) * block - left - length
     lines = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    lines = lines.reshape(n, -1, blocks + 1, block * channels)
+    lines = lines.reshape(n, -1, blocks + 1, block * channels)  # a block sees itself and a part of the next
     seen = [
         part
         for i in range(kernel.shape[0])

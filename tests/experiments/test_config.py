@@ -6,9 +6,9 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import attack, config, evaluate, meta_train, quickstart, study, train_victim, victims
+from experiments import attack, config, evaluate, meta_train, quickstart, sine, study, theory_gap, train_victim, victims
 
-BINARIES = (attack, evaluate, meta_train, quickstart, study, train_victim, victims)
+BINARIES = (attack, evaluate, meta_train, quickstart, sine, study, theory_gap, train_victim, victims)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@ import pytest
 
 from experiments import meta_train
 from lft_jax import rules
+from lft_jax.estimators import EvolutionStrategies
 
 
 def flags(**changes):
@@ -23,7 +24,7 @@ def test_flags_describe_tasks():
 def test_flags_describe_learners(name):
     learner = meta_train.learner_of(flags(learner=name))
     assert learner.name == name
-    assert learner.objective == ("support" if name == "l2o" else "query")
+    assert learner.objective == {"l2o": "support", "reptile": "end"}.get(name, "query")
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,11 @@ def test_flags_describe_learners(name):
 def test_unknown_names_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         meta_train.learner_of(flags(**changes))
+
+
+def test_flags_describe_estimators():
+    assert meta_train.estimator_of(flags()) is None
+    assert meta_train.estimator_of(flags(meta_gradient="es", es_pairs=3, es_sigma=0.1)) == EvolutionStrategies(3, 0.1)
+    for name, value in {"second_order": True, "window": 5}.items():
+        with pytest.raises(ValueError, match=f"{name}: evolution strategies differentiate nothing"):
+            meta_train.estimator_of(flags(meta_gradient="es", **{name: value}))

@@ -1,0 +1,106 @@
+"""One task fine-tuned, and the outer loss of it: what meta-training, evaluation and theory have in common."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax import base
+from lft_jax.base import Episode, Learner, PyTree, TaskFamily, Trajectory
+from lft_jax.fine_tune import fine_tune
+
+STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "uniform": np.ones_like,
+    "linear": lambda k: k,
+    "final": lambda k: (k == k[-1]).astype(k.dtype),
+}
+
+
+def step_weights(name: str, num_steps: int) -> np.ndarray:
+    """`[K]`, the outer loss' weights w_k, summing to 1: "uniform", "linear" (w_k ~ k) or "final"."""
+    base.check_at_least("num_steps", num_steps, 1)
+    weights = STEP_WEIGHTS[base.check_name("step_weights", name, STEP_WEIGHTS)](np.arange(1.0, num_steps + 1))
+    return weights / weights.sum()
+
+
+def run_task(
+    learner: Learner, params: PyTree, family: TaskFamily, key: jax.Array, *, num_steps: int, **options: Any
+) -> tuple[Episode, Trajectory]:
+    """Samples one task and fine-tunes on its support set: what meta-training and evaluation have in common.
+
+    The options are those of `fine_tune`, `remat` and `window`.
+    """
+    key_sample, key_start, key_tune = jax.random.split(key, 3)
+    episode = family.sample(key_sample)
+    trajectory = fine_tune(
+        learner.optimizer(params),
+        family.oracle(episode.support),
+        learner.start(params, family, key_start),
+        key_tune,
+        num_steps=num_steps,
+        project=family.project,
+        second_order=learner.second_order,
+        **options,
+    )
+    return episode, trajectory
+
+
+def outer_losses(
+    learner: Learner,
+    params: PyTree,
+    family: TaskFamily,
+    keys: jax.Array,
+    *,
+    num_steps: int,
+    steps: np.ndarray,
+    remat: bool = False,
+    window: int | None = None,
+    steps_at_once: int | None = None,
+    differentiable: bool = True,
+) -> jax.Array:
+    """`[T, len(steps)]`, the loss that the learner's objective asks for after each of `steps`, of `T` tasks.
+
+    Tasks and steps are scored in batched calls after the scan, `steps_at_once` (all if None) steps of all tasks each:
+    with constant inner gradients only the recurrence is differentiated through time. The gradient with respect to each
+    optimizee is taken at once and kept instead of what it was computed from, so this can be differentiated once only;
+    if not `differentiable` it is not taken at all.
+    """
+    loss = functools.partial(_loss_and_its_gradient, family.loss) if differentiable else family.loss
+
+    def task(key):
+        return run_task(learner, params, family, key, num_steps=num_steps, remat=remat, window=window)
+
+    episodes, trajectories = jax.vmap(task)(keys)
+    data = episodes.query if learner.objective == "query" else episodes.support
+    if learner.objective == "end":
+        distances = _distances_to_the_end(learner.start(params, family, keys[0]), trajectories.thetas)
+        return jnp.broadcast_to(distances[:, None], (len(keys), len(steps)))
+    thetas = jax.tree.map(lambda x: jnp.moveaxis(x[:, steps], 1, 0), trajectories.thetas)
+
+    def scored(thetas):
+        return jax.vmap(loss)(thetas, data)
+
+    return jax.lax.map(scored, thetas, batch_size=steps_at_once or len(steps)).T
+
+
+def _distances_to_the_end(start, thetas):
+    """`[T]`, half the squared distances from a start to the last of thetas `[T, K, ...]`, which are constants."""
+
+    def distance(start, end):
+        offsets = start[None] - jax.lax.stop_gradient(end)
+        return jnp.sum(offsets.reshape(len(end), -1) ** 2, axis=1) / 2
+
+    return sum(jax.tree.leaves(jax.tree.map(lambda s, x: distance(s, x[:, -1]), start, thetas)))
+
+
+def _loss_and_its_gradient(loss, theta, data):
+    """`loss(theta, data)`, whose derivative is computed with it; only its first one is right."""
+    value, grads = jax.value_and_grad(loss)(jax.lax.stop_gradient(theta), data)
+    return jax.tree.reduce(
+        lambda total, part: total + part,
+        jax.tree.map(lambda g, x: jnp.sum(g * (x - jax.lax.stop_gradient(x))), grads, theta),
+        value,
+    )

@@ -1,0 +1,28 @@
+import json
+
+import numpy as np
+import pytest
+
+from experiments import sine, tables
+
+
+@pytest.mark.standard_promotion
+def test_every_method_is_judged_on_the_networks_it_serves(tmp_path):
+    flags = sine.Config(
+        output=str(tmp_path / "sine.json"), widths=(4, 3), seeds=(0,), maml_steps=100, lft_steps=100, num_tasks=5
+    )
+    sine.sine(flags)
+    rows = json.loads((tmp_path / "sine.json").read_text())["rows"]
+    methods = {width: [row["method"] for row in rows if row["width"] == width] for width in (4, 3)}
+    assert methods[3] == ["lft", "sgd", "adam"]
+    assert methods[4] == [*methods[3], "maml", "meta_sgd", "reptile"]
+    for row in rows:
+        assert len(row["error"]) == 10 and np.all(np.isfinite(row["error"]))
+    of = {row["method"]: row for row in rows if row["width"] == 3}
+    np.testing.assert_allclose(of["lft"]["difference_to_sgd"][0], of["lft"]["error"][-1] - of["sgd"]["error"][-1])
+    assert of["sgd"]["difference_to_sgd"] == [0, 0]
+    assert of["adam"]["learning_rate"] in sine.RATES["adam"]
+    section = tables.sine_section(json.loads((tmp_path / "sine.json").read_text()), "results/sine.json")
+    assert section.count("| lft | ") == 2
+    assert f"| adam, learning rate {of['adam']['learning_rate']} | {of['adam']['error'][0]:.3f} ± " in section
+    assert (tmp_path / "sine.png").stat().st_size > 10_000

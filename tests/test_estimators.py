@@ -1,0 +1,114 @@
+"""Evolution strategies against gradients, within the sampling error that their formula states."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lft_jax import learners, oracles
+from lft_jax.estimators import EvolutionStrategies
+from lft_jax.meta import meta_trainer
+from lft_jax.rules import coordinate_lstm
+from lft_jax.tasks.quadratic import QuadraticFamily, quadratic_family
+
+KEY = jax.random.key(5)
+
+
+def test_a_linear_loss_has_its_gradient_and_the_stated_variance(x64):
+    params = {"a": jnp.ones((4, 5)), "b": jnp.zeros(30)}
+    slopes = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+
+    def loss(params):
+        value = sum(jnp.sum(s * x) for s, x in zip(jax.tree.leaves(slopes), jax.tree.leaves(params), strict=True))
+        return value, {"twice": 2 * value}
+
+    pairs, size = 5000, 50
+    (value, aux), grads = EvolutionStrategies(pairs, 0.3)(loss, params, KEY)
+    np.testing.assert_allclose(value, loss(params)[0])  # mirrored tries cancel
+    np.testing.assert_allclose(aux["twice"], 2 * value)
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, slopes)) ** 2
+    expected = (size + 1) * optax.tree.norm(slopes) ** 2 / pairs
+    assert 0.4 < error / expected < 2  # a sum of fifty squares scatters by a fifth
+
+
+def test_it_is_the_gradient_of_the_smoothed_loss(x64):
+    # E sin(x + s e) = exp(-s^2 / 2) sin(x); its variance is below 1 / (2 s)^2.
+    sigma, pairs = 0.8, 40_000
+    _, grad = EvolutionStrategies(pairs, sigma)(lambda x: (jnp.sin(x), ()), jnp.asarray(0.3), KEY)
+    expected = np.exp(-(sigma**2) / 2) * np.cos(0.3)
+    assert abs(grad - expected) < 4 / (2 * sigma) / np.sqrt(pairs) < 0.05 * expected
+
+
+def test_in_meta_training_it_agrees_with_backpropagation(x64):
+    rule = coordinate_lstm(2, 1, features="raw", output_scale=0.5)
+    families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.3, 0.2, 0.1])]
+
+    def gradient(estimator):
+        options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0), "estimator": estimator}
+        trainer = meta_trainer(learners.lft(rule), families, **options)
+        state = trainer.init(jax.random.key(0))
+        after, metrics = trainer.step(state)
+        return jax.tree.map(jnp.subtract, state.params, after.params), metrics
+
+    exact, of_exact = gradient(None)
+    pairs = 3000
+    found, of_found = gradient(EvolutionStrategies(pairs, 1e-3))
+    for name in ("loss", "family_loss", "final_loss"):
+        np.testing.assert_allclose(of_found[name], of_exact[name], rtol=1e-4)
+    size, norm = optax.tree.size(exact), float(optax.tree.norm(exact))
+    error = float(optax.tree.norm(jax.tree.map(jnp.subtract, found, exact)))
+    # Each of two families has half the weight and changes of its own.
+    assert error < 2 * norm * np.sqrt((size + 1) / pairs) < 0.5 * norm
+
+
+@pytest.mark.parametrize(("window", "same"), [(3, True), (1, False)])
+def test_truncation_by_all_steps_is_none(window, same):
+    options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
+    trainers = [
+        meta_trainer(learners.lft(coordinate_lstm(2, 1)), [quadratic_family(np.ones(2, np.float32))], **options, **more)
+        for more in ({}, {"window": window})
+    ]
+    full, cut = (trainer.step(trainer.init(jax.random.key(0)))[1] for trainer in trainers)
+    np.testing.assert_allclose(cut["loss"], full["loss"], rtol=1e-6)
+    assert np.isclose(cut["grad_norm"], full["grad_norm"], rtol=1e-5) == same
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Opaque(QuadraticFamily):
+    """Quadratic tasks whose loss only NumPy can tell."""
+
+    def oracle(self, support):
+        return oracles.zeroth_order(lambda theta: self.loss(theta, support), num_directions=3, smoothing=0.1)
+
+    def loss(self, theta, data):
+        def on_numpy(theta, data):
+            return np.mean((np.asarray(theta)[None] - np.asarray(data)) ** 2, dtype=np.float32)
+
+        return jax.pure_callback(on_numpy, jax.ShapeDtypeStruct((), jnp.float32), theta, data, vmap_method="sequential")
+
+
+def test_an_opaque_model_can_be_meta_trained_on():
+    family = Opaque(jnp.ones(3), support=2, query=2)
+    learner = learners.lft(coordinate_lstm(2, 1, features="raw"))
+    options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
+    trainer = meta_trainer(learner, [family], estimator=EvolutionStrategies(2), **options)
+    state = trainer.init(jax.random.key(0))
+    after, metrics = trainer.step(state)
+    assert np.isfinite(metrics["loss"])
+    assert metrics["grad_norm"] > 0
+    assert metrics["skipped"] == 0
+    with pytest.raises(ValueError, match="callback"):
+        meta_trainer(learner, [family], **options).step(after)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"pairs": 0}, "pairs must be at least 1, got 0"), ({"sigma": 0.0}, "sigma must be a finite number above 0")],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvolutionStrategies(**options)

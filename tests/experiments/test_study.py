@@ -1,13 +1,18 @@
 """The studies on real images: who takes part, and a whole one that is as small as it gets."""
 
 import json
+import os
+import pathlib
 import types
 
+import jax.numpy as jnp
 import pytest
 
 from experiments import evaluate, meta_train, study, train_victim, victims
 from lft_jax import comparison, learners
+from lft_jax.data import load_source
 from lft_jax.rules import coordinate_lstm
+from lft_jax.victims import clean_accuracy, load_victim
 
 TINY = {
     "digits": (
@@ -111,3 +116,27 @@ def test_runs_on_other_sources_are_other_methods(runs):
 def test_runs_of_other_settings_are_not_taken_for_seeds(runs):
     with pytest.raises(ValueError, match="learned: runs of lft may differ in their seed only, not in hidden"):
         evaluate._methods(runs({"victims": ("a",)}, {"victims": ("a",), "hidden": 3}), "a")
+
+
+def test_stored_victims_are_those_of_the_recipes():
+    folder = pathlib.Path(victims.__file__).parents[1] / "victims"
+    planned = {}
+    for source, recipes in victims.RECIPES.items():
+        of_source = {f"{folder}/{source}_{r.architecture}_{r.seed}": r for r in recipes}
+        assert of_source.keys() == {p for role in victims.ROLES for p in victims.paths(source, role, str(folder))}
+        planned |= of_source
+    stored = [str(card.parent) for card in folder.glob("*/card.json")]
+    assert len(stored) >= 18
+    for path in stored:
+        victim, recipe = load_victim(path), planned[path]
+        made = tuple(victim.card[name] for name in ("architecture", "seed", "epochs"))
+        assert made == (recipe.architecture, recipe.seed, recipe.epochs)
+        assert victim.logits_fn(jnp.zeros((1, *victim.card["image_shape"]))).shape == (1, 10)
+
+
+@pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
+def test_a_stored_victim_is_as_accurate_as_its_card_says():
+    victim = load_victim(pathlib.Path(victims.__file__).parents[1] / "victims" / "mnist_small_cnn_0")
+    test = load_source("mnist", "test")
+    found = clean_accuracy(victim.logits_fn, test.images, test.labels)
+    assert abs(found - victim.card["test_accuracy"]) < 1e-3  # rounding differs between machines

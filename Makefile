@@ -40,7 +40,7 @@ results-small: $(INSTALLED)
 
 results-render: $(INSTALLED)
 	$(RUN) -m experiments.render --results=$(RESULTS) --document=README.md
-	$(RUN) -m experiments.render --results=results/theory_gap.json,results/sine.json --document=docs/results.md
+	$(RUN) -m experiments.render --results=results/theory_gap.json --document=docs/results.md
 
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt

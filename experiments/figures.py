@@ -151,6 +151,7 @@ def theory_gap(results: Mapping[str, Any], path: Path) -> None:
         fit = "" if decay is None else f": gap ~ images^-{decay['exponent']:.2f}"
         axis.set(title=f"{name}{fit}", xlabel="support, and query, images")
     axes[0, 0].legend(fontsize=8, frameon=False)
+    axes[0, 0].set_ylabel("norm")
     _save(figure, path)
 
 

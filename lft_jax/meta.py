@@ -1,4 +1,4 @@
-"""Meta-training: outer loss, meta-gradient, and the step that updates the meta-parameters.
+"""Meta-training: the meta-gradient, and the step that updates the meta-parameters.
 
 A meta-step is one pure, jitted function of the state. Each family contributes `tasks_per_family` tasks, vmapped;
 families that share a pytree structure and shapes (victims of one architecture on one source) are stacked and mapped
@@ -157,8 +157,8 @@ def meta_trainer(
         device up to the order of summation.
 
     Raises:
-      ValueError: for no families, numbers below 1, tasks that the mesh cannot share evenly, or families that the
-        learner cannot serve together.
+      ValueError: for no families, numbers below 1, tasks that the mesh cannot share evenly, families that the
+        learner cannot serve together, or an estimator with a window, a second-order learner or Reptile.
       TypeError: for a family that is not a registered pytree.
     """
     families = tuple(families)
@@ -174,6 +174,8 @@ def meta_trainer(
     if window is not None:
         base.check_at_least("window", window, 1)
     base.check_positive("memory_mib", memory_mib)
+    if estimator is not None and (window is not None or learner.second_order):
+        raise ValueError("estimator: it differentiates nothing; leave window out, and take a first-order learner.")
     if estimator is not None and learner.objective == "end":
         raise ValueError(f"estimator: {learner.name} has no outer loss to try changes at, only a meta-gradient.")
     all_weights = step_weights(weights, num_steps)

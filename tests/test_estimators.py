@@ -105,6 +105,14 @@ def test_an_opaque_model_can_be_meta_trained_on():
         meta_trainer(learner, [family], **options).step(after)
 
 
+@pytest.mark.parametrize(("window", "second_order"), [(2, False), (None, True)])
+def test_what_only_derivatives_have_is_refused(window, second_order):
+    learner = learners.lft(coordinate_lstm(2, 1), second_order=second_order)
+    family = quadratic_family(np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="estimator: it differentiates nothing"):
+        meta_trainer(learner, [family], meta_optimizer=optax.sgd(1.0), estimator=EvolutionStrategies(), window=window)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"pairs": 0}, "pairs must be at least 1, got 0"), ({"sigma": 0.0}, "sigma must be a finite number above 0")],

@@ -57,6 +57,7 @@ def sine(flags: Config) -> dict[str, Any]:
             learner = learners.fixed(name, OPTIMIZERS[name])
             tried = [{"learning_rate": np.float32(rate)} for rate in rates]
             scores = [_errors(learner, [rate], test, flags, tuning=True)[:, -1].mean() for rate in tried]
+            scores = np.nan_to_num(scores, nan=np.inf)  # of rates that diverge
             settings[name] = {"learning_rate": rates[int(np.argmin(scores))], "settings_tried": len(rates)}
             errors[name] = _errors(learner, [tried[int(np.argmin(scores))]], test, flags)
         if width == flags.widths[0]:  # a learned initialization serves one network alone

@@ -31,7 +31,7 @@ results: victims
 	$(RUN) -m experiments.study --study=hard --seeds=0,1,2
 	$(RUN) -m experiments.study --study=query --seeds=0,1,2
 	$(RUN) -m experiments.study --study=paper --seeds=0,1,2
-	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000
+	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine
 
 results-small: $(INSTALLED)

@@ -81,8 +81,8 @@ class Config:
     )
     meta_gradient: str = config.option(
         "backprop",
-        "Backpropagation through the steps, or evolution strategies (es), which need no derivative of the victim: with "
-        "--num_directions nothing is ever differentiated.",
+        "Backpropagation through the steps, or evolution strategies (es), on one device, which need no derivative of "
+        "the outer loss: with --num_directions no victim is ever differentiated.",
         ("backprop", "es"),
     )
     es_pairs: int = config.option(16, "Pairs of mirrored changes that es tries in a meta-step, for each victim.")
@@ -153,7 +153,7 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
 
 def estimator_of(flags: Config) -> EvolutionStrategies | None:
     """The estimator of meta-gradients that the flags describe; None for backpropagation."""
-    if flags.meta_gradient == "backprop":
+    if check_name("meta_gradient", flags.meta_gradient, ("backprop", "es")) == "backprop":
         return None
     for name in ("second_order", "window"):
         if getattr(flags, name):
@@ -163,6 +163,10 @@ def estimator_of(flags: Config) -> EvolutionStrategies | None:
 
 def mesh_of(flags: Config) -> jax.sharding.Mesh | None:
     """The devices that share the tasks, or None for one."""
+    if flags.meta_gradient == "es":
+        if flags.devices > 1 or jax.process_count() > 1:
+            raise ValueError("meta_gradient: es runs on one device of one process; leave devices and coordinator out.")
+        return None
     count = flags.devices or max(n for n in range(1, jax.device_count() + 1) if flags.tasks_per_family % n == 0)
     if count < jax.device_count() and jax.process_count() > 1:
         raise ValueError(

@@ -73,8 +73,8 @@ def reptile(inner_optimizer: optax.GradientTransformation) -> Learner:
       inner_optimizer: fine-tunes.
 
     Returns:
-      A learner for tasks of one shape, as of `maml`. Its meta-gradient is the mean of start - end over tasks, whatever
-      the weights of the steps.
+      A learner for tasks of one shape, as of `maml`. Its meta-gradient is the mean of start - end over tasks, the
+      start being projected onto the feasible set; the weights of the steps do not matter.
 
     References:
       Nichol et al. 2018, On first-order meta-learning algorithms.

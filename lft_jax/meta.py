@@ -158,7 +158,8 @@ def meta_trainer(
 
     Raises:
       ValueError: for no families, numbers below 1, tasks that the mesh cannot share evenly, families that the
-        learner cannot serve together, or an estimator with a window, a second-order learner or Reptile.
+        learner cannot serve together, an estimator with a window, a second-order learner, Reptile or several devices,
+        or Reptile with a window.
       TypeError: for a family that is not a registered pytree.
     """
     families = tuple(families)
@@ -176,6 +177,10 @@ def meta_trainer(
     base.check_positive("memory_mib", memory_mib)
     if estimator is not None and (window is not None or learner.second_order):
         raise ValueError("estimator: it differentiates nothing; leave window out, and take a first-order learner.")
+    if estimator is not None and mesh is not None and mesh.size > 1:
+        raise ValueError(f"estimator: it draws its changes for one device, got a mesh of {mesh.size}.")
+    if learner.objective == "end" and window is not None:
+        raise ValueError(f"window: {learner.name} differentiates nothing through its steps; leave it out.")
     if estimator is not None and learner.objective == "end":
         raise ValueError(f"estimator: {learner.name} has no outer loss to try changes at, only a meta-gradient.")
     all_weights = step_weights(weights, num_steps)

@@ -76,7 +76,10 @@ def outer_losses(
     episodes, trajectories = jax.vmap(task)(keys)
     data = episodes.query if learner.objective == "query" else episodes.support
     if learner.objective == "end":
-        distances = _distances_to_the_end(learner.start(params, family, keys[0]), trajectories.thetas)
+        start = learner.start(params, family, keys[0])
+        # The projection moves the start, but is not differentiated: its derivative is not 1 beyond the ball's border.
+        start = jax.tree.map(lambda p, s: p + jax.lax.stop_gradient(s - p), params, start)
+        distances = _distances_to_the_end(start, trajectories.thetas)
         return jnp.broadcast_to(distances[:, None], (len(keys), len(steps)))
     thetas = jax.tree.map(lambda x: jnp.moveaxis(x[:, steps], 1, 0), trajectories.thetas)
 

@@ -135,7 +135,7 @@ def fit_decay(counts: np.ndarray, values: np.ndarray, *, resamples: int = 2000, 
 
     Args:
       counts: `[N]`, numbers of examples, at least two different ones.
-      values: `[N, T]`, above 0, of T tasks at each count.
+      values: `[N, T]`, above 0, of T tasks at each count; a column is one task, resampled as a whole.
       resamples: bootstrap samples of the tasks, whose percentiles are the interval.
       seed: of the bootstrap.
 
@@ -153,9 +153,6 @@ def fit_decay(counts: np.ndarray, values: np.ndarray, *, resamples: int = 2000, 
         return -np.polyfit(np.log(counts), np.log(means), 1)[0]
 
     generator, size = np.random.default_rng(seed), values.shape[1]
-    draws = [
-        exponent(np.take_along_axis(values, generator.integers(0, size, values.shape), axis=1).mean(1))
-        for _ in range(resamples)
-    ]
+    draws = [exponent(values[:, generator.integers(0, size, size)].mean(1)) for _ in range(resamples)]
     low, high = np.percentile(draws, (2.5, 97.5))
     return Decay(float(exponent(values.mean(1))), float(low), float(high))

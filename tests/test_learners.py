@@ -120,20 +120,23 @@ def losses_of(learner, params, **options):
     return outer_losses(learner, params, FAMILY, KEYS, num_steps=STEPS, steps=np.arange(STEPS), **options)
 
 
-def test_reptile_goes_where_fine_tuning_ends():
+@pytest.mark.parametrize("size", [0.1, 0.6])  # the second one reaches out of the ball
+def test_reptile_goes_where_fine_tuning_ends(size):
     learner = learners.reptile(optax.sgd(0.5))
-    start = jnp.asarray(RNG.uniform(-0.1, 0.1, (4, 4, 1)), jnp.float32)
-    ends = []
+    params = jnp.asarray(RNG.uniform(-size, size, (4, 4, 1)), jnp.float32)
+    start, ends = jnp.clip(params, -EPSILON, EPSILON), []
     for key in KEYS:  # by hand
         episode, theta = FAMILY.sample(jax.random.split(key, 3)[0]), start
         for _ in range(STEPS):
             theta = jnp.clip(theta - 0.5 * jax.grad(entropy)(theta, episode.support), -EPSILON, EPSILON)
         ends.append(theta)
-    losses, pull_back = jax.vjp(lambda start: losses_of(learner, start), start)
+    losses, pull_back = jax.vjp(lambda params: losses_of(learner, params), params)
     expected = [np.sum(np.square(start - end)) / 2 for end in ends]
     np.testing.assert_allclose(losses, np.repeat(np.asarray(expected)[:, None], STEPS, axis=1), rtol=1e-4)
     (grad,) = pull_back(jnp.zeros((2, STEPS)).at[:, -1].set(0.5))
     np.testing.assert_allclose(grad, start - np.mean(ends, axis=0), rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="window: reptile differentiates nothing"):
+        meta_trainer(learner, [FAMILY], meta_optimizer=optax.sgd(0.1), window=2)
     with pytest.raises(ValueError, match="estimator: reptile has no outer loss"):
         meta_trainer(learner, [FAMILY], meta_optimizer=optax.sgd(0.1), estimator=EvolutionStrategies())
 

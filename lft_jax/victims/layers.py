@@ -199,7 +199,7 @@ def _kernel_gradient(images, shape, stride, padding, cotangent):
 def _patches(padded, size, stride, height, width):
     """`[N * height * width, k * k' * I]`: what a kernel of the given size meets at each place."""
     taps = [padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i, j in np.ndindex(size)]
-    patches = jnp.concatenate([tap[:, :height, :width] for tap in taps], axis=-1)
+    patches = jnp.concatenate(taps, axis=-1)
     return patches.reshape(-1, patches.shape[-1])
 
 

@@ -37,7 +37,7 @@ def ours(images, kernel, stride):
     width=st.integers(1, 7),
     size=st.sampled_from([(1, 1), (3, 3), (5, 5), (1, 3)]),
     stride=st.sampled_from([1, 2]),
-    channels=st.sampled_from([1, 2, 4]),  # each takes another way through `conv`
+    channels=st.sampled_from([1, 2, 4]),  # few, few and many
 )
 def test_value_and_gradients_equal_autodiff(height, width, size, stride, channels):
     with jax.enable_x64(True):
@@ -47,6 +47,18 @@ def test_value_and_gradients_equal_autodiff(height, width, size, stride, channel
             for f in (ours, reference)
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("shape", [(6, 13), (7, 8)])  # wider than the blocks that few channels are cut into
+def test_lines_of_several_blocks(x64, shape, channels, stride):
+    arguments = sample((2, *shape, channels), (5, 5, channels, 3))
+    found, expected = (
+        jax.jit(lambda *a, f=f: (f(*a, stride), jax.grad(objective(f, stride), argnums=(0, 1))(*a)))(*arguments)
+        for f in (ours, reference)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
 
 
 @pytest.mark.parametrize(("stride", "channels"), [(1, 1), (2, 2), (1, 4), (2, 4)])

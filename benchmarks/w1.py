@@ -50,10 +50,12 @@ class Unclipped(UapFamily):
     """UAP tasks whose perturbed images may leave [0, 1]: the victim is then linear in its first layer."""
 
     def oracle(self, support):
-        def losses(theta):
-            return self.support_loss(self.logits_fn(support.images + theta), support.labels)
+        def attack(images):
+            def losses(theta):
+                return self.support_loss(self.logits_fn(images + theta), support.labels)
 
-        attack = oracles.per_example_gradient(losses, num_examples=len(support.labels))
+            return oracles.per_example_gradient(losses, num_examples=len(support.labels))
+
         return constrained_oracle(attack, self.constraint, support.images)
 
     def loss(self, theta, data):

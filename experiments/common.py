@@ -16,11 +16,12 @@ import jax
 
 from lft_jax import comparison, oracles, tasks
 from lft_jax.data import load_source
+from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.victims import Victim, load_victim
 
 #: Radius of the linf ball by source, in units of the image range: near where a full-data UAP fools four in five
 #: images of small victims.
-DEFAULT_EPSILON = {"digits": 0.25, "mnist_5k": 0.3, "mnist": 0.3, "cifar10": 0.05}
+DEFAULT_EPSILON = {"digits": 0.25, "mnist_5k": 0.3, "mnist": 0.3, "cifar10": 0.06}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TaskConfig:
       loss: the objective, of the query images.
       support_loss: of the support images.
       start: "zeros" or "random".
+      augment: whether the support images are changed anew in each step (`lft_jax.Augmentation`).
     """
 
     ways: int = 10
@@ -48,6 +50,7 @@ class TaskConfig:
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
     start: str = "zeros"
+    augment: bool = True
 
 
 def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
@@ -55,6 +58,7 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     name = victim.card["source"]
     source = load_source(name, split, data_dir=data_dir)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    options["augmentation"] = Augmentation() if options.pop("augment") else None
     num_directions = options.pop("num_directions")
     if num_directions:
         options["estimator"] = oracles.ZerothOrder(num_directions)

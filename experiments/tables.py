@@ -125,8 +125,8 @@ def _target_table(target, rows):
         "",
         "| query ASR, % | "
         + " | ".join(f"K = {k}" for k in shown)
-        + " | minus tuned PGD | steps | gap closed | l1 | l2 | linf |",
-        "|---" * (len(shown) + 7) + "|",
+        + " | minus tuned PGD | steps | gap closed | augmented | l1 | l2 | linf |",
+        "|---" * (len(shown) + 8) + "|",
     ]
     for row in rows:
         cells = [
@@ -139,11 +139,11 @@ def _target_table(target, rows):
         elif row["seeds"] > 1:
             cells[-1] += f" ({100 * min(row['seed_asr']):.1f} to {100 * max(row['seed_asr']):.1f})"
         mean, width = row["difference_to_tuned_pgd"]
-        gap = row["gap_closed"]
+        gaps = [row[name] for name in ("gap_closed", "gap_closed_augmented")]
         cells += [
             f"{100 * mean:+.1f} ± {_percent(width)}",
             str(row["steps_to_tuned_pgd"] or ""),
-            "" if gap is None else f"{100 * gap:.0f}%",
+            *("" if gap is None else f"{100 * gap:.0f}%" for gap in gaps),
             f"{row['l1']:.1f}",
             f"{row['l2']:.2f}",
             f"{row['linf']:.3f}",

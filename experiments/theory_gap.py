@@ -47,7 +47,7 @@ def measure(flags: Config) -> dict:
     rows: dict[str, list[dict]] = {name: [] for name in weights}
     gaps: dict[str, list[np.ndarray]] = {name: [] for name in weights}
     for shots in flags.shots:
-        tasks = common.TaskConfig(ways=flags.ways, shots=shots, queries=shots)
+        tasks = common.TaskConfig(ways=flags.ways, shots=shots, queries=shots, augment=False)
         family = common.make_family(victim, "train", tasks, flags.data_dir)
         for name, params in weights.items():
             found = theory.meta_gradient_gap(learner, params, family, keys, num_steps=flags.num_steps, batch_size=5)

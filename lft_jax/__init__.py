@@ -9,12 +9,14 @@ from lft_jax.meta import MetaState, MetaTrainer, clipped_adam, meta_trainer
 from lft_jax.oracles import zeroth_order_value_and_grad
 from lft_jax.pretrained import list_pretrained, load_pretrained
 from lft_jax.rules import MomentumStart, Rule, coordinate_lstm, spatial_lstm
+from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import UapFamily, uap_family
 from lft_jax.transform import LearnedFineTunerState, learned_fine_tuner
 
 __all__ = [
     "AttackLoss",
+    "Augmentation",
     "Episode",
     "Estimate",
     "EvolutionStrategies",

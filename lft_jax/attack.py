@@ -13,6 +13,7 @@ from lft_jax import base, oracles
 from lft_jax.data import check_images_labels, unit_range
 from lft_jax.fine_tune import fine_tune_step
 from lft_jax.pretrained import load_fine_tuner
+from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.uap import attack_metrics, constrained_oracle
 
@@ -44,6 +45,7 @@ def universal_perturbation(
     optimizer: str | optax.GradientTransformation = "uap-linf",
     oracle: str = "gradient",
     loss: str | AttackLoss = "cross_entropy",
+    augmentation: Augmentation | None = Augmentation(),
     num_directions: int = 10,
     smoothing: float = 1e-2,
     max_queries: int | None = None,
@@ -67,13 +69,15 @@ def universal_perturbation(
         transformation.
       oracle: "gradient", or "query": `logits_fn` is only called, never differentiated.
       loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
+      augmentation: how the images are changed anew in each step, at no queries, or None. Few images are overfitted
+        without; with hundreds it makes little difference.
       num_directions: random (Rademacher) directions of a zeroth-order estimate (`oracle="query"`), each tried both
         ways: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the history. (With
         `oracle="gradient"` it costs 2.)
       smoothing: of a zeroth-order estimate, in units of the image range.
       max_queries: image evaluations at most, the one of each clean image at the beginning included; the run ends
         before a step that would exceed it. None for no bound.
-      key: of the zeroth-order directions; `jax.random.key(0)` if None.
+      key: of the augmentation and the zeroth-order directions; `jax.random.key(0)` if None.
       callback: called after each step with the history's last entries (and `step`, from 1); stops the run if it
         returns True.
 
@@ -89,6 +93,8 @@ def universal_perturbation(
     check_images_labels(images, labels)
     constraint = Constraint(norm, epsilon).check()
     loss = (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
+    if augmentation is not None:
+        augmentation.check()
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
     logits_fn = _as_partial(logits_fn) if oracle == "gradient" else _on_numpy(logits_fn)
@@ -97,7 +103,7 @@ def universal_perturbation(
     loss.check(clean.shape[-1])
     num_images = len(batch.labels)
     if oracle == "gradient":
-        step, cost = functools.partial(_gradient_step, logits_fn, tx), 2 * num_images
+        step, cost = functools.partial(_gradient_step, logits_fn, tx, augmentation), 2 * num_images
     else:
         estimate = functools.partial(
             oracles.zeroth_order,
@@ -110,7 +116,8 @@ def universal_perturbation(
             opaque=True,
         )
         jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
-        step, cost = functools.partial(_query_step, logits_fn, jitted, estimate), (2 * num_directions + 1) * num_images
+        step = functools.partial(_query_step, logits_fn, jitted, augmentation, estimate)
+        cost = (2 * num_directions + 1) * num_images
     queries = num_images  # the clean images
     if max_queries is not None and max_queries < queries + cost:
         raise ValueError(f"max_queries: one step takes {queries + cost} image evaluations, got only {max_queries}.")
@@ -196,27 +203,32 @@ def _check_logits(logits, labels):
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _gradient_step(logits_fn, tx, loss, constraint, batch, clean, theta, state, key, progress):
-    def image_losses(thetas):
-        return loss(logits_fn(perturb(batch.images, thetas)), batch.labels)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _gradient_step(logits_fn, tx, augmentation, loss, constraint, batch, clean, theta, state, key, progress):
+    def attack(images):
+        def image_losses(thetas):
+            return loss(logits_fn(perturb(images, thetas)), batch.labels)
 
-    attack = oracles.per_example_gradient(image_losses, num_examples=len(batch.labels))
-    return _step(logits_fn, tx, attack, loss, constraint, batch, clean, theta, state, key, progress)
+        return oracles.per_example_gradient(image_losses, num_examples=len(batch.labels))
 
-
-def _query_step(logits_fn, tx, estimate, loss, constraint, batch, clean, theta, state, key, progress):
-    def losses_at(thetas):
-        images = perturb(batch.images[None], jnp.asarray(thetas)[:, None])
-        logits = logits_fn(images.reshape(-1, *batch.images.shape[1:]))
-        losses = loss(logits, jnp.tile(batch.labels, len(thetas)))
-        return jnp.mean(losses.reshape(len(thetas), -1), axis=1)
-
-    return _step(logits_fn, tx, estimate(losses_at), loss, constraint, batch, clean, theta, state, key, progress)
+    return _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress)
 
 
-def _step(logits_fn, tx, attack, loss, constraint, batch, clean, theta, state, key, progress):
-    oracle = constrained_oracle(attack, constraint, batch.images)
+def _query_step(logits_fn, tx, augmentation, estimate, loss, constraint, batch, clean, theta, state, key, progress):
+    def attack(images):
+        def losses_at(thetas):
+            points = perturb(images[None], jnp.asarray(thetas)[:, None])
+            logits = logits_fn(points.reshape(-1, *images.shape[1:]))
+            losses = loss(logits, jnp.tile(batch.labels, len(thetas)))
+            return jnp.mean(losses.reshape(len(thetas), -1), axis=1)
+
+        return estimate(losses_at)
+
+    return _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress)
+
+
+def _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress):
+    oracle = constrained_oracle(attack, constraint, batch.images, augmentation)
     theta, state, _ = fine_tune_step(tx, oracle, theta, state, key, progress=progress, project=constraint.project)
     logits = logits_fn(perturb(batch.images, theta))
     return theta, state, attack_metrics(clean, logits, batch.labels, theta, loss, constraint)

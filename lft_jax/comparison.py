@@ -14,6 +14,9 @@ from lft_jax.tasks.uap import UapFamily
 
 #: What the paired differences and the steps-to-reach are measured against.
 REFERENCE = "pgd"
+TRANSFER = "transfer, fine-tuned"
+#: Ends the names of baselines that were given the learned methods' augmentation.
+AUGMENTED = ", augmented"
 
 
 class Target(NamedTuple):
@@ -88,6 +91,9 @@ def compare(
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Tunes the baselines on the target's validation tasks and runs every method once on its test tasks.
 
+    The baselines see the support images as they are. Where the target's tasks augment them, as they then do for the
+    learned methods, the best baseline and the fine-tuned transfer start are also tuned and run with augmentation.
+
     Args:
       target: who is attacked.
       learned: the meta-learned methods.
@@ -114,28 +120,32 @@ def compare(
         runs[name] = (metrics, notes)
         report(f"{target.source}/{target.victim}: {name} {np.mean([m['asr'][:, -1] for m in metrics]):.3f}")
 
-    candidates = []
+    def run_tuned(label, baseline, target, **notes):
+        tuned = evaluation.tune(baseline, target.validation, keys_validation, **options)
+        family = evaluation.minimising(target.test, tuned.setting.support_loss)
+        notes |= {"setting": _setting(tuned.setting), "settings_tried": len(baseline.grid)}
+        run(label, baseline.learner, [tuned.setting.params], family, **notes)
+        return max(score for _, score in tuned.scores)
+
     table = baselines.make_baselines(target.test.constraint.norm)
+    plain, scores = _without_augmentation(target), {}
     for name in dict.fromkeys((REFERENCE, *protocol.methods)):
         baseline = table[name]
-        tuned = evaluation.tune(baseline, target.validation, keys_validation, **options)
-        for label, setting in ((name, tuned.setting), (f"{name} (untuned)", baseline.default)):
-            family = evaluation.minimising(target.test, setting.support_loss)
-            notes = {"setting": _setting(setting), "settings_tried": len(baseline.grid)}
-            run(label, baseline.learner, [setting.params], family, **notes)
-        candidates.append((max(score for _, score in tuned.scores), baseline))
-
+        scores[name] = run_tuned(name, baseline, plain)
+        family = evaluation.minimising(plain.test, baseline.default.support_loss)
+        run(f"{name} (untuned)", baseline.learner, [baseline.default.params], family, setting=_setting(baseline.default))
+    best = max(scores, key=scores.get)
+    strongest = {best: table[best]}
     if transfer_from:
         theta, _ = evaluation.full_data_uap(
             transfer_from, transfer_from[0], key_transfer, num_steps=protocol.oracle_steps
         )
         runs["transfer"] = ([_repeat(theta, target, keys, protocol)], {"victims": len(transfer_from)})
-        best = max(candidates, key=lambda pair: pair[0])[1]
-        started = baselines.from_start(best, theta)
-        tuned = evaluation.tune(started, target.validation, keys_validation, **options)
-        family = evaluation.minimising(target.test, tuned.setting.support_loss)
-        notes = {"setting": _setting(tuned.setting), "settings_tried": len(started.grid), "by": best.learner.name}
-        run("transfer, fine-tuned", started.learner, [tuned.setting.params], family, **notes)
+        strongest[TRANSFER] = baselines.from_start(table[best], theta)
+        run_tuned(TRANSFER, strongest[TRANSFER], plain, by=best)
+    if target.test.augmentation is not None:
+        for name, baseline in strongest.items():
+            run_tuned(name + AUGMENTED, baseline, target, by=best)
 
     for name, method in learned.items():
         run(name, method.learner, method.params, target.test)
@@ -158,6 +168,11 @@ def compare(
     return _rows(target, runs, protocol), pictures
 
 
+def _without_augmentation(target):
+    families = {name: getattr(target, name) for name in ("train", "validation", "test")}
+    return target._replace(**{n: dataclasses.replace(f, augmentation=None) for n, f in families.items()})
+
+
 def _setting(setting):
     return {**setting.params, **dataclasses.asdict(setting.support_loss)}
 
@@ -174,8 +189,12 @@ def _rows(target, runs, protocol):
 
     reference = per_task(REFERENCE)
     goal = reference[:, -1].mean()
-    rivals = {REFERENCE, *protocol.methods, "transfer", "transfer, fine-tuned"} & runs.keys()
-    tuned = [per_task(name)[:, -1].mean() for name in rivals]
+    plain = {REFERENCE, *protocol.methods, "transfer", TRANSFER} & runs.keys()
+    augmented = {name for name in runs if name.endswith(AUGMENTED)}
+    rivals = {
+        name: max(per_task(rival)[:, -1].mean() for rival in group)
+        for name, group in (("gap_closed", plain), ("gap_closed_augmented", plain | augmented))
+    }
     ceiling = per_task("oracle")[:, -1].mean()
     rows = []
     for name, (metrics, notes) in runs.items():
@@ -194,10 +213,10 @@ def _rows(target, runs, protocol):
                 "asr_interval": [_finite(width) for width in widths],
                 "difference_to_tuned_pgd": [_finite(x) for x in difference],
                 "steps_to_tuned_pgd": None if reached is None else protocol.at[reached - 1],
-                "gap_closed": evaluation.gap_closed(means[-1], max(tuned), ceiling),
+                **{name: evaluation.gap_closed(means[-1], rival, ceiling) for name, rival in rivals.items()},
                 "queries": [float(np.mean(q)) for q in metrics[0]["queries"].T] if "queries" in metrics[0] else None,
                 "clean_accuracy": float(np.mean([m["clean_accuracy"][:, -1] for m in metrics])),
-                **{n: float(np.mean([m[n][:, -1] for m in metrics])) for n in ("l1", "l2", "linf")},
+                **{n: float(np.mean([m[n][:, -1] for m in metrics])) for n in ("loss", "l1", "l2", "linf")},
                 "seeds": len(metrics),
                 "seed_asr": [float(m["asr"][:, -1].mean()) for m in metrics],
                 "task_asr": np.round(asr[:, -1], 4).tolist(),

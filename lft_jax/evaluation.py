@@ -97,10 +97,15 @@ def _first_perturbation(learner, params, family, key, num_steps):
 
 
 class Tuned(NamedTuple):
-    """The outcome of a grid: the chosen setting and every setting's mean ASR on the tasks it was chosen on."""
+    """The outcome of a grid: the chosen setting and every setting's mean merit on the tasks it was chosen on."""
 
     setting: Setting
     scores: list[tuple[Setting, float]]
+
+
+def merit(family: UapFamily, metrics: dict[str, jax.Array]) -> jax.Array:
+    """What settings are chosen by: success, or, since it is no end in itself under a penalty, minus the loss there."""
+    return metrics["asr"] if family.constraint.penalty is None else -metrics["loss"]
 
 
 def minimising(family: UapFamily, loss: AttackLoss) -> UapFamily:
@@ -109,7 +114,7 @@ def minimising(family: UapFamily, loss: AttackLoss) -> UapFamily:
 
 
 def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: int, batch_size: int = 10) -> Tuned:
-    """Runs the whole grid on (meta-validation) tasks and picks the setting of the best mean query ASR at step K."""
+    """Runs the whole grid on (meta-validation) tasks and picks the setting of the best mean `merit` at step K."""
     scores = []
     for setting in baseline.grid:
         metrics = evaluate(
@@ -121,7 +126,7 @@ def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: i
             at=(num_steps,),
             batch_size=batch_size,
         )
-        scores.append((setting, float(jnp.mean(metrics["asr"]))))
+        scores.append((setting, float(jnp.nan_to_num(jnp.mean(merit(family, metrics)), nan=-jnp.inf))))
     return Tuned(max(scores, key=lambda score: score[1])[0], scores)
 
 
@@ -191,7 +196,7 @@ def full_data_uap(
       num_judged: at most so many of the judge's images are used.
 
     Returns:
-      The perturbation `[H, W, C]`, and a record of all runs: loss, target, step, ASR on the judge's images.
+      The perturbation `[H, W, C]` of the best `merit`, and a record of all runs: loss, target, step, ASR on the judge's images.
     """
     families = tuple(families)
     goal = judge.attack_loss.target
@@ -201,19 +206,20 @@ def full_data_uap(
     # Evenly spread, since images may be sorted by class.
     batch = judge.batch(np.linspace(0, len(judge.labels) - 1, min(num_judged, len(judge.labels))).astype(int))
     theta0 = jnp.zeros_like(families[0].init(key))
-    best, records = (-1.0, theta0), []
+    best, records = (-math.inf, theta0), []
     for kind, target, step in runs:
         theta = _full_data_run(
             families, theta0, key, step, AttackLoss(kind, target=target), num_steps=num_steps, batch_size=batch_size
         )
-        asr = float(jax.jit(_asr)(judge, theta, batch))
-        records.append({"loss": kind, "target": target, "step": step, "asr": asr})
-        best = max(best, (asr, theta), key=lambda pair: pair[0])
+        metrics = _judged(judge, theta, batch)
+        records.append({"loss": kind, "target": target, "step": step, "asr": float(metrics["asr"])})
+        best = max(best, (float(merit(judge, metrics)), theta), key=lambda pair: pair[0])
     return best[1], records
 
 
-def _asr(family, theta, batch):
-    return family.metrics(theta, batch)["asr"]
+@jax.jit
+def _judged(family, theta, batch):
+    return family.metrics(theta, batch)
 
 
 def gap_closed(asr: float, baseline: float, ceiling: float) -> float | None:

@@ -10,6 +10,7 @@ import numpy as np
 from lft_jax import base, oracles
 from lft_jax.base import Episode, Estimate, Oracle, TaskFamily
 from lft_jax.data import check_images_labels, class_table, unit_range
+from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, margins, norm, perturb
 
 STARTS = ("zeros", "random")
@@ -38,6 +39,7 @@ class UapFamily(TaskFamily):
       start: "zeros", or "random": uniform in the constraint's scale.
       estimator: None for exact gradients, or `(loss_fn, *, evaluations) -> Oracle`, for instance
         `lft_jax.oracles.ZerothOrder(num_directions=20)`.
+      augmentation: how the support images are changed anew in each step, or None.
     """
 
     images: jax.Array
@@ -53,6 +55,7 @@ class UapFamily(TaskFamily):
     queries: int = dataclasses.field(metadata=_STATIC)
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
+    augmentation: Augmentation | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def sample(self, key: jax.Array) -> Episode:
         """Draws classes, then disjoint support and query images of each: `Batch`es of ways * shots, ways * queries."""
@@ -83,14 +86,15 @@ class UapFamily(TaskFamily):
     def oracle(self, support: Batch) -> Oracle:
         """The gradient of the support loss, with the extras that a rule for perturbations can use."""
 
-        def image_losses(theta):
-            return self.support_loss(self.logits_fn(perturb(support.images, theta)), support.labels)
+        def attack(images):
+            def image_losses(theta):
+                return self.support_loss(self.logits_fn(perturb(images, theta)), support.labels)
 
-        if self.estimator is None:
-            attack = oracles.per_example_gradient(image_losses, num_examples=len(support.labels))
-        else:
-            attack = self.estimator(lambda theta: jnp.mean(image_losses(theta)), evaluations=len(support.labels))
-        return constrained_oracle(attack, self.constraint, support.images)
+            if self.estimator is None:
+                return oracles.per_example_gradient(image_losses, num_examples=len(support.labels))
+            return self.estimator(lambda theta: jnp.mean(image_losses(theta)), evaluations=len(support.labels))
+
+        return constrained_oracle(attack, self.constraint, support.images, self.augmentation)
 
     def loss(self, theta: jax.Array, data: Batch) -> jax.Array:
         """`[]`, the mean attack loss over the images plus the penalty, if any."""
@@ -107,12 +111,28 @@ class UapFamily(TaskFamily):
         return attack_metrics(clean, attacked, data.labels, theta, self.attack_loss, self.constraint)
 
 
-def constrained_oracle(attack: Oracle, constraint: Constraint, support_images: jax.Array) -> Oracle:
-    """An oracle of the attack loss, with the penalty, if any, and the extras `scale` and `context` added."""
-    context = jnp.stack([jnp.mean(support_images, 0), jnp.std(support_images, 0)])
+def constrained_oracle(
+    attack: Callable[[jax.Array], Oracle],
+    constraint: Constraint,
+    images: jax.Array,
+    augmentation: Augmentation | None = None,
+) -> Oracle:
+    """An oracle of the attack loss on support images, with the penalty, if any, and the extras `scale` and `context`.
+
+    Args:
+      attack: images like those given -> an oracle of the attack loss on them.
+      constraint: the ball or the penalty.
+      images: `[S, H, W, C]`, the support images.
+      augmentation: how they are changed anew in each step, or None.
+    """
+    context = jnp.stack([jnp.mean(images, 0), jnp.std(images, 0)])
 
     def oracle(theta, key):
-        estimate = attack(theta, key)
+        seen = images
+        if augmentation is not None:
+            key, key_images = jax.random.split(key)
+            seen = augmentation(images, key_images)
+        estimate = attack(seen)(theta, key)
         extras = {**estimate.extras, "scale": constraint.scale(theta), "context": context}
         # The penalty does not touch the victim: its gradient is always exact.
         cost, pull = jax.value_and_grad(constraint.cost)(theta)
@@ -170,6 +190,7 @@ def uap_family(
     support_loss: str | AttackLoss | None = None,
     start: str = "zeros",
     estimator: Callable[..., Oracle] | None = None,
+    augmentation: Augmentation | None = None,
 ) -> UapFamily:
     """A family of UAP tasks: `ways` classes, `shots` support and `queries` query images of each, one victim.
 
@@ -188,6 +209,7 @@ def uap_family(
       support_loss: what is minimised on the support images; the objective if None.
       start: "zeros" or "random".
       estimator: None for exact gradients, or `(loss_fn, *, evaluations) -> Oracle`.
+      augmentation: how the support images are changed anew in each step, or None.
 
     Raises:
       ValueError: for images outside [0, 1], labels out of range, a class with fewer than shots + queries images,
@@ -197,6 +219,8 @@ def uap_family(
         base.check_at_least(name, value, 1)
     base.check_name("start", start, STARTS)
     constraint = Constraint(norm, epsilon, penalty).check()
+    if augmentation is not None:
+        augmentation.check()
     attack_loss = _attack_loss(loss)
     support_loss = attack_loss if support_loss is None else _attack_loss(support_loss)
     if not isinstance(victim_logits_fn, jax.tree_util.Partial):
@@ -212,7 +236,17 @@ def uap_family(
         raise ValueError(f"ways: {ways} classes a task were asked for, but the labels have only {np.sum(counts > 0)}.")
     arrays = [jnp.asarray(x) for x in (images, labels, table, counts)]
     return UapFamily(
-        *arrays, victim_logits_fn, attack_loss, support_loss, constraint, ways, shots, queries, start, estimator
+        *arrays,
+        victim_logits_fn,
+        attack_loss,
+        support_loss,
+        constraint,
+        ways,
+        shots,
+        queries,
+        start,
+        estimator,
+        augmentation,
     )
 
 

@@ -53,8 +53,14 @@ class Study:
 
 _RULES = (Run("lft", _BOTH), Run("l2o", _BOTH))
 _CONGRUOUS = tuple(Run(learner, (source,)) for learner in ("maml", "joint") for source in _BOTH)
-_META = {"meta_steps": 400, "validation_tasks": 10}
-_PROTOCOL = {"num_tasks": 100, "num_validation": 20, "oracle_steps": 200, "oracle_targeted": True}
+_META = {"meta_steps": 150, "validation_tasks": 0}
+_PROTOCOL = {
+    "at": (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20),
+    "num_tasks": 100,
+    "num_validation": 10,
+    "oracle_steps": 200,
+    "oracle_targeted": True,
+}
 STUDIES = {
     # All ten classes, one image of each, exact gradients, linf ball.
     "hard": Study((*_RULES, Run("lft", ("mnist",)), Run("lft", ("cifar10",)), *_CONGRUOUS), _META, _PROTOCOL),
@@ -78,7 +84,7 @@ class Config:
     study: str = config.option("hard", "Which study.", tuple(STUDIES))
     seeds: tuple[int, ...] = config.option((0,), "Meta-training seeds of every run.")
     only: tuple[str, ...] = config.option((), "Names of the runs to make and to compare; all if empty.")
-    attacked: tuple[str, ...] = config.option(_ATTACKED, "Sources whose unseen victims are attacked.")
+    attacked: tuple[str, ...] = config.option(_ATTACKED, "Sources whose unseen victims are attacked; none to train only.")
     victims: str = config.option("victims", "Folder of the victims, made by experiments.victims.")
     workdir: str = config.option("runs/studies", "Folder for the meta-training runs.")
     output: str | None = config.option(None, "Results file; results/STUDY/results.json if not given.")
@@ -108,6 +114,8 @@ def study(flags: Config) -> None:
             )
             learned.append(str(workdir))
     attacked = [path for source in flags.attacked for path in victims.paths(source, "unseen", flags.victims)]
+    if not attacked:
+        return
     evaluate.evaluate(
         evaluate.Config(
             learned=tuple(learned),

@@ -18,6 +18,8 @@ from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.uap import attack_metrics, constrained_oracle
 
 ORACLES = ("gradient", "query")
+#: Of the front door, unless another is given.
+AUGMENTATION = Augmentation()
 _IMAGES_PER_CALL = 1024  # of an opaque model, at most (but for one pair of directions, if that is more)
 
 
@@ -45,7 +47,7 @@ def universal_perturbation(
     optimizer: str | optax.GradientTransformation = "uap-linf",
     oracle: str = "gradient",
     loss: str | AttackLoss = "cross_entropy",
-    augmentation: Augmentation | None = Augmentation(),
+    augmentation: Augmentation | None = AUGMENTATION,
     num_directions: int = 10,
     smoothing: float = 1e-2,
     max_queries: int | None = None,

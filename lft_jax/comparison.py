@@ -133,7 +133,9 @@ def compare(
         baseline = table[name]
         scores[name] = run_tuned(name, baseline, plain)
         family = evaluation.minimising(plain.test, baseline.default.support_loss)
-        run(f"{name} (untuned)", baseline.learner, [baseline.default.params], family, setting=_setting(baseline.default))
+        run(
+            f"{name} (untuned)", baseline.learner, [baseline.default.params], family, setting=_setting(baseline.default)
+        )
     best = max(scores, key=scores.get)
     strongest = {best: table[best]}
     if transfer_from:

@@ -196,7 +196,8 @@ def full_data_uap(
       num_judged: at most so many of the judge's images are used.
 
     Returns:
-      The perturbation `[H, W, C]` of the best `merit`, and a record of all runs: loss, target, step, ASR on the judge's images.
+      The perturbation `[H, W, C]` of the best `merit`, and a record of all runs: loss, target, step, ASR on the
+      judge's images.
     """
     families = tuple(families)
     goal = judge.attack_loss.target

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import AttackLoss, attack_success_rate, learned_fine_tuner, universal_perturbation
+from lft_jax import AttackLoss, Augmentation, attack_success_rate, learned_fine_tuner, universal_perturbation
 from lft_jax.pretrained import save_rule
 from lft_jax.rules import MomentumStart, coordinate_lstm
 
@@ -41,7 +41,8 @@ class Counted:
 
 
 def run(logits_fn=linear, images=IMAGES, labels=LABELS, **options):
-    options = {"steps": STEPS, "optimizer": DESCENT, "num_directions": DIRECTIONS, "epsilon": EPSILON, **options}
+    options = {"steps": STEPS, "optimizer": DESCENT, "num_directions": DIRECTIONS, **options}
+    options = {"epsilon": EPSILON, "augmentation": None, **options}
     return universal_perturbation(logits_fn, images, labels, **options)
 
 
@@ -89,6 +90,21 @@ def test_gradient_steps_are_those_of_a_loop(results):
         losses.append(mean_loss(np.asarray(theta)))
     np.testing.assert_allclose(results["gradient"][0].perturbation, theta, atol=1e-6)
     np.testing.assert_allclose(results["gradient"][0].history["loss"], losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("oracle", COSTS)
+def test_augmented_images_cost_no_queries_and_only_the_search_sees_them(results, oracle):
+    plain, victim = results[oracle][0], Counted()
+    given = linear if oracle == "gradient" else victim
+    result = run(given, oracle=oracle, augmentation=Augmentation(shift=0.25))
+    assert not np.allclose(result.perturbation, plain.perturbation)
+    np.testing.assert_array_equal(result.history["queries"], plain.history["queries"])
+    np.testing.assert_allclose(result.history["loss"][-1], mean_loss(result.perturbation), rtol=1e-4)
+    assert mean_loss(result.perturbation) < mean_loss(0 * result.perturbation) - 0.1
+    again = run(given, oracle=oracle, augmentation=Augmentation(shift=0.25))
+    np.testing.assert_array_equal(again.perturbation, result.perturbation)
+    with pytest.raises(ValueError, match="augmentation: mix must be"):
+        run(augmentation=Augmentation(mix=2.0))
 
 
 def test_no_image_is_evaluated_that_is_not_counted(results):

@@ -1,5 +1,6 @@
 """One table of the protocol, on a linear victim of 4x4 images."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lft_jax import comparison, evaluation, learners
+from lft_jax import Augmentation, comparison, evaluation, learners
 from lft_jax.baselines import Setting, make_baselines
 from lft_jax.comparison import Learned, Protocol, Target, compare
 from lft_jax.rules import MomentumStart, coordinate_lstm
@@ -34,7 +35,8 @@ def family(weights=WEIGHTS):
     labels = ((images - 0.5).reshape(40, -1) @ WEIGHTS).argmax(1)
     labels[::10] = (labels[::10] + 1) % 3
     victim = jax.tree_util.Partial(linear, jnp.asarray(weights))
-    return uap_family(images, labels, victim, ways=2, shots=2, queries=3, epsilon=0.1)
+    augmentation = Augmentation(shift=0.25)
+    return uap_family(images, labels, victim, ways=2, shots=2, queries=3, epsilon=0.1, augmentation=augmentation)
 
 
 TARGET = Target("toy", "linear", False, *(family() for _ in range(3)))
@@ -70,7 +72,10 @@ def keys():
 
 def test_every_method_has_a_row(compared):
     rows, pictures, lines, _ = compared
-    run = ["pgd", "pgd (untuned)", "uap_sgd", "uap_sgd (untuned)", "transfer, fine-tuned", "lft"]
+    best = rows["transfer, fine-tuned"]["by"]
+    assert best in ("pgd", "uap_sgd")
+    run = ["pgd", "pgd (untuned)", "uap_sgd", "uap_sgd (untuned)", "transfer, fine-tuned"]
+    run += [f"{best}, augmented", "transfer, fine-tuned, augmented", "lft"]
     assert list(rows) == [*run[:4], "transfer", *run[4:], "oracle"]
     assert [line.rsplit(" ", 1)[0] for line in lines] == [f"toy/linear: {name}" for name in run]
     assert pictures.keys() == {"lft", "oracle"}
@@ -94,7 +99,7 @@ def test_learned_rows_are_means_over_seeds_and_paired_with_tuned_pgd(compared):
     setting = rows["pgd"]["setting"]
     tuned = next(s for s in table["pgd"].grid if s.params["step"] == setting["step"])
     assert setting == {**tuned.params, "kind": tuned.support_loss.kind, "kappa": 0.0, "beta": 12.0, "target": None}
-    judged = evaluation.minimising(TARGET.test, tuned.support_loss)
+    judged = evaluation.minimising(dataclasses.replace(TARGET.test, augmentation=None), tuned.support_loss)
     pgd = np.float64(evaluation.evaluate(table["pgd"].learner, tuned.params, judged, keys()[0], **OPTIONS)["asr"])
     seeds = [evaluation.evaluate(learners.lft(RULE), p, TARGET.test, keys()[0], **OPTIONS) for p in SEEDS]
     lft = np.mean([np.float64(metrics["asr"]) for metrics in seeds], axis=0)
@@ -113,10 +118,14 @@ def test_learned_rows_are_means_over_seeds_and_paired_with_tuned_pgd(compared):
 
 def test_baselines_are_tuned_on_validation_tasks(compared):
     rows, _, _, table = compared
-    for name, baseline in table.items():
-        tuned = evaluation.tune(baseline, TARGET.validation, keys()[1], num_steps=2, batch_size=2)
+    plain = dataclasses.replace(TARGET.validation, augmentation=None)
+    best = rows["transfer, fine-tuned"]["by"]
+    tried = {name: (baseline, plain) for name, baseline in table.items()}
+    for name, (baseline, family) in {**tried, f"{best}, augmented": (table[best], TARGET.validation)}.items():
+        tuned = evaluation.tune(baseline, family, keys()[1], num_steps=2, batch_size=2)
         assert rows[name]["setting"]["step"] == tuned.setting.params["step"]
         assert rows[name]["settings_tried"] == 2
+    for name, baseline in table.items():
         assert rows[f"{name} (untuned)"]["setting"]["step"] == baseline.default.params["step"]
 
 
@@ -131,7 +140,7 @@ def test_fixed_perturbations_are_judged_as_they_are(compared):
 def made_up(curves, tasks=7):
     """Runs of one seed whose mean ASR curves are about these, as `compare` collects them."""
     noise = np.random.default_rng(1).uniform(-0.05, 0.05, size=(tasks, 3))
-    names = ("clean_accuracy", "l1", "l2", "linf")
+    names = ("clean_accuracy", "loss", "l1", "l2", "linf")
     return {
         name: ([{"asr": np.float32(curve + noise), **dict.fromkeys(names, np.ones((tasks, 3), np.float32))}], {})
         for name, curve in curves.items()
@@ -141,14 +150,24 @@ def made_up(curves, tasks=7):
 @pytest.mark.parametrize("methods", [("pgd", "adam"), ("adam",), ()])
 def test_gaps_and_steps_are_those_of_the_curves(methods):
     """The best baseline bounds the gap from below, tuned PGD's last point is the goal of the steps."""
-    curves = {"pgd": [0.2, 0.3, 0.5], "adam": [0.1, 0.2, 0.3], "lft": [0.3, 0.55, 0.6], "oracle": [0.8] * 3}
+    curves = {
+        "pgd": [0.2, 0.3, 0.5],
+        "adam": [0.1, 0.2, 0.3],
+        "pgd, augmented": [0.3, 0.4, 0.7],
+        "lft": [0.3, 0.55, 0.6],
+        "oracle": [0.8] * 3,
+    }
     target, protocol = Target("toy", "made up", True, None, None, None), Protocol(5, (1, 2, 5), methods=methods)
     rows = {row["method"]: row for row in comparison._rows(target, made_up(curves), protocol)}
     steps = {name: row["steps_to_tuned_pgd"] for name, row in rows.items()}
-    assert steps == {"pgd": 5, "adam": None, "lft": 2, "oracle": 1}
+    assert steps == {"pgd": 5, "adam": None, "pgd, augmented": 5, "lft": 2, "oracle": 1}
     gaps = {name: row["gap_closed"] for name, row in rows.items()}
-    assert gaps == pytest.approx({"pgd": 0, "adam": -2 / 3, "lft": 1 / 3, "oracle": 1}, abs=1e-6)
+    assert gaps == pytest.approx(
+        {"pgd": 0, "adam": -2 / 3, "pgd, augmented": 2 / 3, "lft": 1 / 3, "oracle": 1}, abs=1e-6
+    )
     assert gaps["pgd"] == 0
+    gaps = {name: row["gap_closed_augmented"] for name, row in rows.items()}
+    assert gaps == pytest.approx({"pgd": -2, "adam": -4, "pgd, augmented": 0, "lft": -1, "oracle": 1}, abs=1e-6)
     assert rows["pgd"]["difference_to_tuned_pgd"] == [0, 0]
     np.testing.assert_allclose(rows["lft"]["difference_to_tuned_pgd"], [0.1, 0], atol=1e-6)
     json.dumps(list(rows.values()), allow_nan=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lft_jax import baselines, evaluation, learners
 from lft_jax.rules import coordinate_lstm
-from lft_jax.tasks.perturbation import AttackLoss
+from lft_jax.tasks.perturbation import AttackLoss, Constraint
 from lft_jax.tasks.uap import uap_family
 
 RNG = np.random.default_rng(0)
@@ -132,6 +132,21 @@ def test_tuning_reports_all_settings_and_picks_the_best():
     scores = [score for _, score in tuned.scores]
     assert len(set(scores)) > 1
     assert tuned.setting == grid[int(np.argmax(scores))]
+
+
+@pytest.mark.standard_promotion
+def test_under_a_penalty_settings_are_chosen_by_the_loss_that_holds_it():
+    """The largest step has the most success and, with such a penalty, the largest loss."""
+    penalised = dataclasses.replace(FAMILY, constraint=Constraint("l1", penalty=1.0))
+    grid = tuple(baselines.Setting({"learning_rate": r, "decay": 0.0}, FAMILY.support_loss) for r in (1e-3, 1.0))
+    tuned = evaluation.tune(
+        baselines.make_baselines("l1")["sgd"]._replace(grid=grid), penalised, KEYS, num_steps=STEPS, batch_size=2
+    )
+    learner = baselines.make_baselines("l1")["sgd"].learner
+    metrics = [evaluate(learner, s.params, penalised, at=(STEPS,)) for s in grid]
+    assert np.mean(metrics[1]["asr"]) > np.mean(metrics[0]["asr"])
+    np.testing.assert_allclose([m for _, m in tuned.scores], [-np.mean(m["loss"]) for m in metrics], rtol=1e-5)
+    assert tuned.setting == grid[0]
 
 
 # ---- Numbers ----

@@ -55,7 +55,8 @@ def _shifted(images, reach, key):
     """Each image moved on its own by up to `reach` (rows, columns)."""
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), *[(r, r) for r in reach], (0, 0)), mode="edge")
-    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * jnp.asarray(reach) + 1)
+    axes = zip(jax.random.split(key), reach, strict=True)
+    offsets = jnp.stack([jax.random.randint(k, (len(images),), 0, 2 * r + 1) for k, r in axes], axis=1)
 
     def moved(image, offset):
         return jax.lax.dynamic_slice(image, (*offset, 0), (height, width, image.shape[-1]))

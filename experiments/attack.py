@@ -48,7 +48,7 @@ def attack(flags: Config) -> dict:
     victim = load_victim(flags.victim)
     name = victim.card["source"]
     train, test = (load_source(name, split, data_dir=flags.data_dir) for split in ("validation", "test"))
-    epsilon = common.DEFAULT_EPSILON.get(name) if flags.epsilon is None else flags.epsilon
+    epsilon = common.DEFAULT_EPSILON[flags.norm].get(name) if flags.epsilon is None else flags.epsilon
     if epsilon is None:
         raise ValueError(f"epsilon: no radius is known for source {name!r}; give one.")
     rows = _few(train, flags.shots, flags.seed)

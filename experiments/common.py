@@ -19,9 +19,12 @@ from lft_jax.data import load_source
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.victims import Victim, load_victim
 
-#: Radius of the linf ball by source, in units of the image range: near where a full-data UAP fools four in five
-#: images of small victims.
-DEFAULT_EPSILON = {"digits": 0.25, "mnist_5k": 0.3, "mnist": 0.3, "cifar10": 0.06}
+#: Radii of balls by norm and source, in units of the image range: near where a full-data UAP fools four in five images
+#: of small victims.
+DEFAULT_EPSILON = {
+    "linf": {"digits": 0.25, "mnist_5k": 0.3, "mnist": 0.3, "cifar10": 0.06},
+    "l2": {"digits": 1.2, "mnist_5k": 5.0, "mnist": 5.0, "cifar10": 2.0},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +66,9 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     if num_directions:
         options["estimator"] = oracles.ZerothOrder(num_directions)
     if config.penalty is None:
-        options["epsilon"] = config.epsilon.get(name, DEFAULT_EPSILON.get(name))
+        options["epsilon"] = config.epsilon.get(name, DEFAULT_EPSILON.get(config.norm, {}).get(name))
         if options["epsilon"] is None:
-            raise ValueError(f"epsilon: no radius is known for source {name!r}; give one.")
+            raise ValueError(f"epsilon: no radius of an {config.norm} ball is known for source {name!r}; give one.")
     elif config.epsilon:
         raise ValueError(f"penalty: give a penalty or radii of balls, got {config.penalty} and {dict(config.epsilon)}.")
     else:

@@ -79,6 +79,30 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel a target: bars of the steps until each method's mean success is the final one of tuned PGD."""
+    targets = list(dict.fromkeys(row["victim"] for row in rows))
+    shown = [row for row in rows if row["method"] not in ("oracle", "transfer") and "(untuned)" not in row["method"]]
+    methods = list(dict.fromkeys(row["method"] for row in shown))
+    size = (2.2 + 2.4 * len(targets), 0.8 + 0.26 * len(methods))
+    figure, axes = plt.subplots(1, len(targets), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, victim in zip(axes[0], targets, strict=True):
+        of_target = {row["method"]: row for row in shown if row["victim"] == victim}
+        for height, method in enumerate(methods):
+            if method not in of_target:
+                axis.text(0, height, " not comparable", va="center", fontsize=7, color="#777777")
+                continue
+            steps = of_target[method]["steps_to_tuned_pgd"]
+            colour = COLOURS.get(method.split(" (")[0].removesuffix(tables.AUGMENTED), "#777777")
+            axis.barh(height, steps or 0, color=colour)
+            axis.text(steps or 0, height, f" {steps or 'never'}", va="center", fontsize=7)
+        axis.set(title=victim, xlabel="steps", xlim=(0, 1.25 * rows[0]["at"][-1]))
+        axis.title.set_size(8)
+    axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
+    axes[0, 0].invert_yaxis()
+    _save(figure, path)
+
+
 def attack(
     logits_fn: Callable[[jax.Array], jax.Array],
     source: ImageSource,

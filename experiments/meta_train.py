@@ -124,8 +124,6 @@ def learner_of(flags: Config) -> Learner:
         inner = baselines.make_baselines(flags.norm)["pgd"].learner.optimizer({"step": flags.inner_step})
         if flags.learner == "maml":
             return learners.maml(inner, second_order=flags.second_order)
-        if flags.second_order:
-            raise ValueError("second_order: reptile differentiates nothing; leave it out.")
         return learners.reptile(inner)
     if flags.learner == "meta_sgd":
         return learners.meta_sgd(flags.inner_step, second_order=flags.second_order)
@@ -150,6 +148,29 @@ def families_of(flags: Config, split: str) -> list[tasks.UapFamily]:
 def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
     """The meta-optimizer that the flags describe."""
     return meta.clipped_adam(flags.meta_learning_rate, flags.meta_steps)
+
+
+def check(flags: Config) -> None:
+    """Raises a ValueError for a flag that what is asked for has no use for, and a choice that learns nothing."""
+    learned, es = flags.learner in ("lft", "l2o", "joint"), flags.meta_gradient == "es"
+    starts = flags.learner in ("maml", "meta_sgd")
+    useless = {
+        ("rule", "features", "hidden", "layers", "start", "output_scale"): (not learned, "learns no update rule"),
+        ("start_step", "start_decay"): (not learned or flags.start == "none", "has no hand-made update to add to"),
+        ("inner_step",): (learned, "fine-tunes by its own rule"),
+        ("weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
+        ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
+        ("epsilon",): (flags.penalty is not None, "is given a penalty instead of a ball"),
+    }
+    for names, (applies, reason) in useless.items():
+        for name in names if applies else ():
+            if getattr(flags, name) != Config.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: {flags.learner} {reason}; leave it out.")
+    if starts and flags.weights == "final" and flags.window is not None and flags.window < flags.num_steps:
+        raise ValueError(
+            f"window: the last of {flags.num_steps} steps alone, cut off after {flags.window}, tells {flags.learner} "
+            "nothing about where to start; choose other weights, or a longer window."
+        )
 
 
 def estimator_of(flags: Config) -> EvolutionStrategies | None:
@@ -194,6 +215,7 @@ def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
 
 def meta_train(flags: Config) -> meta.MetaState:
     """Runs, or resumes, the meta-training that the flags describe."""
+    check(flags)
     if flags.coordinator is not None:
         address = None if flags.coordinator == "auto" else flags.coordinator
         jax.distributed.initialize(address, flags.num_processes, flags.process_id)

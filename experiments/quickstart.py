@@ -43,7 +43,6 @@ class Preset:
     protocol: dict[str, Any]
 
 
-_FEATURES = ("momentum", "spread", "constraint", "progress", "context", "position")
 PRESETS = {
     "short": Preset(
         architectures={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
@@ -68,7 +67,7 @@ PRESETS = {
         seeds=1,
         maml=False,
         attack_seen=False,
-        meta={"features": _FEATURES, "validation_tasks": 0},
+        meta={"validation_tasks": 0},
         protocol={
             "num_tasks": 100,
             "num_validation": 8,
@@ -84,7 +83,7 @@ PRESETS = {
         seeds=3,
         maml=True,
         attack_seen=True,
-        meta={"features": _FEATURES, "validation_tasks": 10},
+        meta={"validation_tasks": 10},
         protocol={"num_tasks": 100, "num_validation": 16, "oracle_steps": 200, "oracle_targeted": True},
     ),
 }

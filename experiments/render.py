@@ -6,16 +6,26 @@ python -m experiments.render --results=results/sine.json,results/theory_gap.json
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from experiments import config, figures, tables
 
-#: By the binary that made a file, its tables and its figure; all others are comparisons.
+
+def _draw_comparison(results, path):
+    figures.asr_against_step(results["rows"], path)
+    unseen = [row for row in results["rows"] if not row["seen_victim"]]
+    figures.steps_to_reach(unseen, path.with_name(f"{path.stem}_steps.png"))
+
+
+#: By the binary that made a file, its tables and its figure, if any; all others are comparisons.
 KINDS = {
     "experiments.sine": (tables.sine_section, lambda results, path: figures.sine(results["rows"], path)),
     "experiments.theory_gap": (tables.theory_section, figures.theory_gap),
+    "experiments.breadth": (tables.breadth_section, lambda results, path: None),
+    "experiments.ablation": (tables.ablation_section, lambda results, path: None),
 }
-COMPARISON = (tables.results_section, lambda results, path: figures.asr_against_step(results["rows"], path))
+COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -38,7 +48,8 @@ def render(flags: Config) -> None:
     for found, path in results:
         section, draw = KINDS.get(found["provenance"]["command"].split()[2], COMPARISON)
         draw(found, Path(path).with_suffix(".png"))
-        sections.append(section(found, path))
+        beside = os.path.relpath(Path(path).with_suffix(""), document.parent)
+        sections.append(section(found, path, beside))
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     joined = "\n".join(sections)
     document.write_text(f"{before}{BEGIN}\n{joined}{END}{after}", encoding="utf-8")

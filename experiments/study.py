@@ -84,7 +84,9 @@ class Config:
     study: str = config.option("hard", "Which study.", tuple(STUDIES))
     seeds: tuple[int, ...] = config.option((0,), "Meta-training seeds of every run.")
     only: tuple[str, ...] = config.option((), "Names of the runs to make and to compare; all if empty.")
-    attacked: tuple[str, ...] = config.option(_ATTACKED, "Sources whose unseen victims are attacked; none to train only.")
+    attacked: tuple[str, ...] = config.option(
+        _ATTACKED, "Sources whose unseen victims are attacked; none to train only."
+    )
     victims: str = config.option("victims", "Folder of the victims, made by experiments.victims.")
     workdir: str = config.option("runs/studies", "Folder for the meta-training runs.")
     output: str | None = config.option(None, "Results file; results/STUDY/results.json if not given.")

@@ -1,7 +1,11 @@
 """Results as Markdown."""
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from lft_jax.comparison import AUGMENTED
 
 _SHOWN = (1, 2, 5, 10, 20)  # PROTOCOL 4
 
@@ -17,29 +21,98 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(_target_table(target, [r for r in rows if r["victim"] == target[1]]) for target in targets)
 
 
-def results_section(results: Mapping[str, Any], path: str) -> str:
-    """The tables of a results file, those of unseen victims first, and where they come from."""
-    rows, origin = results["rows"], results["provenance"]
-    tasks, protocol = results["tasks"], results["protocol"]
-    victims = {victim for run in results["meta_training"] for victim in run["victims"]}
+def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """The tables of a results file, those of unseen victims first, where they come from, and the figures."""
+    rows, tasks, protocol = results["rows"], results["tasks"], results["protocol"]
+    bound = f"a penalty of {tasks['penalty']} on the {tasks['norm']} norm" if tasks.get("penalty") else "a ball"
+    directions = tasks.get("num_directions")
+    gradients = f"zeroth-order gradients of {directions} directions a step" if directions else "exact gradients"
     about = (
-        f"Attack success rate on unseen images after K fine-tuning steps on {tasks['shots']} support image(s) of each "
-        f"of {tasks['ways']} classes; mean ± 95% interval over {protocol['num_tasks']} tasks. One LFT, and one L2O, "
-        f"meta-trained on {len(victims)} victims of all sources together (of several seeds: the mean, and the range of "
-        "their ASR at the last K). Baselines are tuned over grids of 24 to 48 "
+        f"Attack success rate on unseen images after K fine-tuning steps with {gradients} on {tasks['shots']} support "
+        f"image(s) of each of {tasks['ways']} classes, within {bound}; mean ± 95% interval over "
+        f"{protocol['num_tasks']} tasks (of several seeds: the mean, and the range of their ASR at the last K). "
+        f"Meta-trained: {_meta_trained(results['meta_training'])}. Baselines are tuned over grids of 24 to 48 "
         "settings (step, momentum, schedule, loss) on validation tasks of the same victim; the oracle sees all "
-        'training images. "Steps" are those until a method\'s mean ASR reaches the final one of tuned PGD. '
-        f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
+        'training images. "Steps" are those until a method\'s mean ASR reaches the final one of tuned PGD; "gap '
+        'closed" is the part of the way from the best tuned baseline to the oracle'
+        + (', "augmented" that from the best one which augments too' if _augmented(rows) else "")
+        + f". {_origin(results, path)}"
     )
     unseen = [row for row in rows if not row["seen_victim"]]
     seen = [row for row in rows if row["seen_victim"]]
-    parts = [about, "", comparison_table(unseen)]
+    setting = f"{tasks['ways']} classes, {tasks['shots']} image{'s' if tasks['shots'] > 1 else ''} of each, {gradients}"
+    title = f"## Attacks on {' and '.join(dict.fromkeys(row['source'] for row in rows))}: {setting}"
+    parts = [title, "", about, "", comparison_table(unseen)]
     if seen:
         parts += ["Victims that were in meta-training (unseen images only):", "", comparison_table(seen)]
+    parts += [
+        f"![success against the step]({figures}.png)",
+        "",
+        f"![steps to reach tuned PGD]({figures}_steps.png)",
+        "",
+    ]
+    for victim in dict.fromkeys(row["victim"] for row in unseen):
+        parts += [f"![perturbations of {victim}]({figures}_{victim}.png)", ""]
     return "\n".join(parts)
 
 
-def sine_section(results: Mapping[str, Any], path: str) -> str:
+def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """A pretrained rule away from what it was trained on."""
+    del figures
+    flags, rows = results["flags"], results["rows"]
+    methods = list(rows[0]["methods"])
+    lines = [
+        f"## `{flags['optimizer']}` away from its training",
+        "",
+        f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks against victims that "
+        "meta-training did not see. PGD is tuned for each line on validation tasks; the start is what the rule's "
+        "output is added to: sign steps of 0.8 epsilon, momentum 0.5. Sizes that no victim has are those of stored "
+        "victims that see their images scaled down, fewer classes those whose other logits are left out. "
+        f"{_origin(results, path)}",
+        "",
+        "| victim | image | classes | images a class | epsilon | K | " + " | ".join(methods) + " | minus tuned PGD |",
+        "|---" * (7 + len(methods)) + "|",
+    ]
+    for row in rows:
+        height, width, channels = row["image_shape"]
+        cells = [row["victim"], f"{height}x{width}x{channels}", row["classes"], row["shots"], f"x {row['factor']}"]
+        cells += [row["num_steps"]]
+        found = [row["methods"][name] for name in methods]
+        cells += [f"{100 * m['asr']:.1f} ± {100 * m['interval']:.1f}" for m in found]
+        cells += ["{:+.1f} ± {:.1f}".format(*(100 * x for x in found[-1]["difference_to_tuned_pgd"]))]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """What each part of the fine-tuner is worth."""
+    del figures
+    flags, rows = results["flags"], results["rows"]
+    base, last = rows[0]["variant"], rows[0]["at"][-1]
+    lines = [
+        "## What the parts are worth",
+        "",
+        f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims after "
+        f"{flags['meta_steps']} meta-steps, one seed; in brackets, paired with `{base}` at K = {last}, the "
+        f"difference and its 95% interval. {_origin(results, path)}",
+        "",
+    ]
+    victims = list(dict.fromkeys(row["victim"] for row in rows))
+    lines += [
+        "| variant | " + " | ".join(f"{v}, K = {k}" for v in victims for k in (rows[0]["at"][0], last)) + " |",
+        "|---" * (1 + 2 * len(victims)) + "|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["variant"] == variant):
+            mean, width = row["difference"][-1]
+            change = "" if variant == base else f" ({100 * mean:+.1f} ± {100 * width:.1f})"
+            cells += [f"{100 * row['asr'][0]:.1f}", f"{100 * row['asr'][-1]:.1f}{change}"]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """Sine regression: mean squared errors by network and method."""
     flags, rows = results["flags"], results["rows"]
     lines = [
@@ -67,10 +140,10 @@ def sine_section(results: Mapping[str, Any], path: str) -> str:
             rate = f", learning rate {row['learning_rate']}" if "learning_rate" in row else ""
             lines.append(f"| {row['method']}{rate} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join([*lines, f"![errors]({_beside(path)})", "", ""])
+    return "\n".join([*lines, f"![errors]({figures}.png)", "", ""])
 
 
-def theory_section(results: Mapping[str, Any], path: str) -> str:
+def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """The gap between the meta-gradients of LFT and L2O against the number of images."""
     flags, victim = results["flags"], results["victim"]
     lines = [
@@ -82,10 +155,13 @@ def theory_section(results: Mapping[str, Any], path: str) -> str:
         "",
     ]
     for name, rows in results["rows"].items():
-        decay = results["decay"][name]
+        decay = results.get("decay", {}).get(name)  # a single number of images has none
+        falls = decay and (
+            ": the gap on a task falls with the number of images to the power of "
+            f"-{decay['exponent']:.3f} (95% interval {decay['low']:.3f} to {decay['high']:.3f})"
+        )
         lines += [
-            f"**{name}**: the gap on a task falls with the number of images to the power of "
-            f"-{decay['exponent']:.3f} (95% interval {decay['low']:.3f} to {decay['high']:.3f}).",
+            f"**{name}**{falls or ''}.",
             "",
             "| support = query images | gap on a task | LFT's meta-gradient on a task | gap of the means | LFT's mean "
             "meta-gradient | std of the support gradient | of the query gradient |",
@@ -102,7 +178,26 @@ def theory_section(results: Mapping[str, Any], path: str) -> str:
             ]
             lines.append(f"| {row['images']} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |")
         lines.append("")
-    return "\n".join([*lines, f"![gap]({_beside(path)})", "", ""])
+    return "\n".join([*lines, f"![gap]({figures}.png)", "", ""])
+
+
+def _meta_trained(runs):
+    """Learners, with how many seeds and victims of which sources."""
+    seeds = {}
+    for run in runs:
+        seeds.setdefault((run["learner"], tuple(run["victims"])), []).append(run["seed"])
+    parts = []
+    for (learner, victims), of_run in seeds.items():
+        names = [Path(victim).name for victim in victims]
+        sources = dict.fromkeys(re.sub("_(small_cnn|lenet|vgg)_.*", "", name) for name in names)
+        plural = "seed" if len(of_run) == 1 else "seeds"
+        parts.append(f"{learner} ({len(of_run)} {plural}) on {len(victims)} victims of {' and '.join(sources)}")
+    return "; ".join(parts)
+
+
+def _augmented(rows):
+    """Whether the learned methods, and some baselines, had augmented support images."""
+    return any(row["method"].endswith(AUGMENTED) for row in rows)
 
 
 def _origin(results, path):
@@ -110,14 +205,9 @@ def _origin(results, path):
     return f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
 
 
-def _beside(path):
-    """Where the figure of a results file lies, seen from docs/."""
-    return f"../{path.removesuffix('.json')}.png"
-
-
 def _target_table(target, rows):
     source, victim, seen = target
-    at = rows[0]["at"]
+    at, augmented = rows[0]["at"], _augmented(rows)
     shown = shown_steps(at)
     lines = [
         f"**{source}**, victim `{victim}` ({'seen' if seen else 'not seen'} in meta-training), "
@@ -125,8 +215,10 @@ def _target_table(target, rows):
         "",
         "| query ASR, % | "
         + " | ".join(f"K = {k}" for k in shown)
-        + " | minus tuned PGD | steps | gap closed | augmented | l1 | l2 | linf |",
-        "|---" * (len(shown) + 8) + "|",
+        + " | minus tuned PGD | steps | gap closed | "
+        + ("augmented | " if augmented else "")
+        + "l1 | l2 | linf |",
+        "|---" * (len(shown) + 7 + augmented) + "|",
     ]
     for row in rows:
         cells = [
@@ -139,7 +231,7 @@ def _target_table(target, rows):
         elif row["seeds"] > 1:
             cells[-1] += f" ({100 * min(row['seed_asr']):.1f} to {100 * max(row['seed_asr']):.1f})"
         mean, width = row["difference_to_tuned_pgd"]
-        gaps = [row[name] for name in ("gap_closed", "gap_closed_augmented")]
+        gaps = [row[name] for name in ("gap_closed", "gap_closed_augmented")[: 1 + augmented]]
         cells += [
             f"{100 * mean:+.1f} ± {_percent(width)}",
             str(row["steps_to_tuned_pgd"] or ""),

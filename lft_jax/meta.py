@@ -64,7 +64,7 @@ class MemoryPlan(NamedTuple):
     """How a family's share of a meta-step is cut up.
 
     Attributes:
-      remat: whether the recurrence is stored at every sqrt(K)-th step only.
+      remat: whether the recurrence is stored at every sqrt(K)-th step only (of a window at a time, if there is one).
       tasks: tasks at a time, a divisor of all.
       steps: fine-tuning steps of those tasks whose query losses are computed at a time.
     """
@@ -82,6 +82,7 @@ def memory_plan(
     *,
     num_steps: int,
     steps: int,
+    window: int | None = None,
     remat: bool | None = None,
     mib: float = memory.DEFAULT_MIB,
 ) -> MemoryPlan:
@@ -94,6 +95,7 @@ def memory_plan(
       num_tasks: tasks of the family on one device.
       num_steps: K.
       steps: how many of the steps have a weight in the outer loss.
+      window: of truncated backpropagation, or None.
       remat: None to choose it here: only if one task does not fit without.
       mib: the budget.
     """
@@ -109,8 +111,9 @@ def memory_plan(
     loss_bytes = memory.stored_bytes(family.loss, theta, data)
     if remat is None:  # not before one task alone is too much: to take fewer at a time costs no computing
         remat = num_steps * step_bytes > mib * 2**20
-    block = block_length(num_steps)
-    stored_steps = block + math.ceil(num_steps / block) if remat else num_steps
+    span = min(window or num_steps, num_steps)  # cut up on its own
+    block = block_length(span)
+    stored_steps = block + math.ceil(num_steps / span) * math.ceil(span / block) if remat else num_steps
     tasks = memory.fitting(num_tasks, max(stored_steps * step_bytes, loss_bytes), mib)
     tasks = max(n for n in range(1, tasks + 1) if num_tasks % n == 0)
     return MemoryPlan(remat, tasks, memory.fitting(steps, tasks * loss_bytes, mib))
@@ -198,9 +201,8 @@ def meta_trainer(
         if estimator is not None:  # tries one step's query losses at a time, since nothing is stored
             loss = functools.partial(mean_losses, family=family, keys=keys, steps_at_once=1, differentiable=False)
             return estimator(loss, params, jax.random.fold_in(keys[0], _BESIDE_TASKS))
-        plan = memory_plan(
-            learner, params, family, len(keys), num_steps=num_steps, steps=len(steps), remat=remat, mib=memory_mib
-        )
+        options = {"num_steps": num_steps, "steps": len(steps), "window": window, "remat": remat, "mib": memory_mib}
+        plan = memory_plan(learner, params, family, len(keys), **options)
 
         def gradient(keys):
             options = {"remat": plan.remat, "window": window, "steps_at_once": plan.steps}

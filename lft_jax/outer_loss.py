@@ -22,7 +22,7 @@ STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def step_weights(name: str, num_steps: int) -> np.ndarray:
     """`[K]`, the outer loss' weights w_k, summing to 1: "uniform", "linear" (w_k ~ k) or "final"."""
     base.check_at_least("num_steps", num_steps, 1)
-    weights = STEP_WEIGHTS[base.check_name("step_weights", name, STEP_WEIGHTS)](np.arange(1.0, num_steps + 1))
+    weights = STEP_WEIGHTS[base.check_name("weights", name, STEP_WEIGHTS)](np.arange(1.0, num_steps + 1))
     return weights / weights.sum()
 
 

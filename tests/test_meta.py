@@ -97,7 +97,7 @@ def test_step_weights(name, expected):
 
 
 def test_unknown_step_weights_and_no_steps_are_refused():
-    with pytest.raises(ValueError, match=r"step_weights: unknown name 'lineal'\. Did you mean 'linear'"):
+    with pytest.raises(ValueError, match=r"weights: unknown name 'lineal'\. Did you mean 'linear'"):
         step_weights("lineal", 3)
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         step_weights("uniform", 0)
@@ -331,6 +331,13 @@ def plan(mib, **options):
 def test_the_plan_fits_its_budget():
     assert plan(1000) == MemoryPlan(remat=False, tasks=12, steps=8)
     assert plan(1e-9) == MemoryPlan(remat=True, tasks=1, steps=1)
+
+
+def test_windows_of_one_step_store_every_step_with_and_without_remat():
+    budgets = np.geomspace(1e-4, 1, 25)
+    whole, cut = ([plan(mib, window=window, remat=True).tasks for mib in budgets] for window in (None, 1))
+    assert all(few <= many for few, many in zip(cut, whole, strict=True))
+    assert cut != whole
     assert plan(1000, remat=True).remat
     assert not plan(1e-9, remat=False).remat
     plans = [plan(mib) for mib in np.geomspace(1e-5, 1, 12)]

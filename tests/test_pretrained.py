@@ -128,13 +128,13 @@ def test_damage_is_refused_by_the_name_of_the_file(stored, damage, message):
         load_pretrained(str(stored))
 
 
-def test_every_shipped_rule_is_small_works_and_says_where_it_comes_from():
-    for name in list_pretrained():
-        params, rule = load_pretrained(name)
-        assert (pretrained._FOLDER / f"{name}.safetensors").stat().st_size < 1e6
-        card = pretrained_card(name)
-        assert {"rule", "command", "commit", "versions", "seeds"} <= card.keys(), name
-        tx = learned_fine_tuner(params, rule)
-        for grad in (jnp.zeros((8, 8, 1)), jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 3)), jnp.float32)):
-            updates, _ = jax.jit(tx.update)(grad, tx.init(grad), grad)
-            assert np.all(np.isfinite(updates)), name
+@pytest.mark.parametrize("name", list_pretrained())
+def test_every_shipped_rule_is_small_works_and_says_where_it_comes_from(name):
+    params, rule = load_pretrained(name)
+    assert (pretrained._FOLDER / f"{name}.safetensors").stat().st_size < 1e6
+    card = pretrained_card(name)
+    assert {"rule", "command", "commit", "versions", "seeds", "meta_test", "where_it_fails"} <= card.keys()
+    tx = learned_fine_tuner(params, rule)
+    for grad in (jnp.zeros((8, 8, 1)), jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 3)), jnp.float32)):
+        updates, _ = jax.jit(tx.update)(grad, tx.init(grad), grad)
+        assert np.all(np.isfinite(updates))

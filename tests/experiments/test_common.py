@@ -24,7 +24,7 @@ def test_tasks_have_a_ball_or_a_penalty_and_exact_or_estimated_gradients():
     card = {"architecture": "small_cnn", "num_classes": 10, "image_shape": [8, 8, 1], "source": "digits"}
     victim = Victim(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(like)), card)
     ball = common.make_family(victim, "train", common.TaskConfig())
-    assert (ball.constraint, ball.estimator) == (Constraint("linf", common.DEFAULT_EPSILON["digits"]), None)
+    assert (ball.constraint, ball.estimator) == (Constraint("linf", common.DEFAULT_EPSILON["linf"]["digits"]), None)
     penalty = common.make_family(victim, "train", common.TaskConfig(norm="l1", penalty=0.1, num_directions=4))
     assert (penalty.constraint, penalty.estimator) == (Constraint("l1", None, 0.1), oracles.ZerothOrder(4))
     with pytest.raises(ValueError, match=r"penalty: give a penalty or radii of balls, got 0\.1 and \{'digits': 0\.2\}"):

@@ -40,6 +40,39 @@ def test_unknown_names_are_refused(changes, message):
         meta_train.learner_of(flags(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learner": "maml", "hidden": 3}, "hidden: maml learns no update rule; leave it out"),
+        ({"learner": "meta_sgd", "features": ("raw",)}, "features: meta_sgd learns no update rule"),
+        ({"start": "none", "start_step": 0.1}, "start_step: lft has no hand-made update to add to"),
+        ({"learner": "joint", "inner_step": 0.1}, "inner_step: joint fine-tunes by its own rule"),
+        ({"learner": "reptile", "weights": "final"}, "weights: reptile differentiates nothing"),
+        ({"learner": "reptile", "second_order": True}, "second_order: reptile differentiates nothing"),
+        ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
+        ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft is given a penalty"),
+        ({"learner": "maml", "weights": "final", "window": 5}, "window: the last of 20 steps alone, cut off after 5"),
+    ],
+)
+def test_flags_without_a_use_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        meta_train.meta_train(flags(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"learner": "maml", "inner_step": 0.1, "weights": "final"},
+        {"learner": "maml", "window": 5},
+        {"learner": "joint", "hidden": 3, "start_step": 0.1},
+        {"meta_gradient": "es", "es_pairs": 3},
+    ],
+)
+def test_flags_of_use_are_not(changes):
+    meta_train.check(flags(**changes))
+
+
 def test_flags_describe_estimators():
     assert meta_train.estimator_of(flags()) is None
     assert meta_train.estimator_of(flags(meta_gradient="es", es_pairs=3, es_sigma=0.1)) == EvolutionStrategies(3, 0.1)

@@ -1,0 +1,142 @@
+"""Rendered results: the numbers of a file stand in its tables, and its figures exist."""
+
+import json
+
+import pytest
+
+from experiments import ablation, breadth, render
+
+SEEDS = {"seeds": 1, "seed_asr": [0.5]}
+
+
+def row(method, asr, steps, gap, victim="toy_small_cnn_1000", **more):
+    return {
+        "source": "toy",
+        "victim": victim,
+        "seen_victim": False,
+        "method": method,
+        "at": [1, 2],
+        "asr": asr,
+        "asr_interval": [0.01, None],
+        "difference_to_tuned_pgd": [asr[-1] - 0.4, 0.02],
+        "steps_to_tuned_pgd": steps,
+        "gap_closed": gap,
+        "gap_closed_augmented": None,
+        "clean_accuracy": 0.98,
+        "l1": 1.0,
+        "l2": 0.5,
+        "linf": 0.1,
+        "loss": -1.0,
+        **SEEDS,
+        **more,
+    }
+
+
+COMPARISON = {
+    "rows": [
+        row("pgd", [0.2, 0.4], 2, 0.0),
+        row("pgd, augmented", [0.2, 0.45], 2, 0.25),
+        row("lft", [0.4, 0.55], 1, 0.75, seeds=2, seed_asr=[0.5, 0.6]),
+        row("oracle", [0.6, 0.6], 1, 1.0),
+        row("pgd", [0.2, 0.4], 2, 0.0, victim="toy_lenet_1001"),
+    ],
+    "tasks": {"shots": 2, "ways": 3, "norm": "l1", "penalty": 0.01, "num_directions": 10},
+    "protocol": {"num_tasks": 7},
+    "meta_training": [
+        {"learner": "lft", "victims": ["v/toy_small_cnn_0", "v/big_toy_lenet_1"], "seed": seed} for seed in (0, 1)
+    ],
+    "provenance": {"command": "python -m experiments.study", "commit": "abc", "device": "1 x cpu"},
+}
+BREADTH = {
+    "flags": {"optimizer": "uap-linf", "num_tasks": 5},
+    "rows": [
+        {
+            "victim": "toy_lenet_1001",
+            "image_shape": [8, 9, 3],
+            "classes": 4,
+            "shots": 2,
+            "factor": 0.5,
+            "num_steps": 6,
+            "methods": {
+                "pgd": {"asr": 0.3, "interval": 0.02, "difference_to_tuned_pgd": [0.0, 0.0]},
+                "uap-linf": {"asr": 0.41, "interval": 0.03, "difference_to_tuned_pgd": [0.11, 0.04]},
+            },
+        }
+    ],
+    "provenance": {"command": "python -m experiments.breadth", "commit": "abc", "device": "1 x cpu"},
+}
+ABLATION = {
+    "flags": {"num_tasks": 5, "meta_steps": 3},
+    "rows": [
+        {
+            "variant": variant,
+            "victim": "toy_lenet_101",
+            "at": [1, 20],
+            "asr": [0.1, asr],
+            "asr_interval": [0.01, 0.02],
+            "difference": [[0, 0], [asr - 0.5, 0.03]],
+        }
+        for variant, asr in (("base", 0.5), ("no spread", 0.46))
+    ],
+    "provenance": {"command": "python -m experiments.ablation", "commit": "abc", "device": "1 x cpu"},
+}
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """The document that the three results make, and the folder of their files."""
+    (tmp_path / "docs").mkdir()
+    document = tmp_path / "docs" / "results.md"
+    document.write_text(f"Before.\n{render.BEGIN}\nold\n{render.END}\nAfter.\n")
+    files = {"compare": COMPARISON, "breadth": BREADTH, "ablation": ABLATION}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    render.render(
+        render.Config(results=tuple(str(tmp_path / f"{name}.json") for name in files), document=str(document))
+    )
+    return document.read_text(), tmp_path
+
+
+def test_what_is_around_the_marks_stays(rendered):
+    text, _ = rendered
+    assert text.startswith(f"Before.\n{render.BEGIN}\n## Attacks on toy")
+    assert text.endswith(f"{render.END}\nAfter.\n")
+    assert "old" not in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step",
+        "a penalty of 0.01 on the l1 norm",
+        "lft (2 seeds) on 2 victims of toy and big_toy",
+        "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | 1.0 | 0.50 | 0.100 |",
+        "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | 1.0 | 0.50 | 0.100 |",
+        "| toy_lenet_1001 | 8x9x3 | 4 | 2 | x 0.5 | 6 | 30.0 ± 2.0 | 41.0 ± 3.0 | +11.0 ± 4.0 |",
+        "| no spread | 10.0 | 46.0 (-4.0 ± 3.0) |",
+        "| base | 10.0 | 50.0 |",
+        "![success against the step](../compare.png)",
+        "![perturbations of toy_lenet_1001](../compare_toy_lenet_1001.png)",
+    ],
+)
+def test_numbers_and_figures_are_those_of_the_files(rendered, line):
+    assert line in rendered[0]
+
+
+def test_figures_are_drawn_beside_the_files(rendered):
+    for name in ("compare.png", "compare_steps.png"):
+        assert (rendered[1] / name).stat().st_size > 5_000
+
+
+def test_cases_fit_their_victims():
+    sizes = set()
+    for case in breadth.CASES:
+        sizes.add(case.side)
+        assert 2 <= case.classes <= 10
+        assert case.source in ("digits", "mnist", "cifar10")
+    assert {None, 224} <= sizes
+
+
+def test_ablation_refuses_unknown_variants():
+    with pytest.raises(ValueError, match=r"variants: unknown name 'no spred'. Did you mean 'no spread'"):
+        ablation.ablate(ablation.Config(variants=("base", "no spred")))

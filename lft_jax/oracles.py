@@ -96,6 +96,7 @@ def zeroth_order(
     smoothing: float = 1e-3,
     directions: str = "gaussian",
     antithetic: bool = False,
+    resolution: int | None = None,
     evaluations: int = 1,
     chunk_size: int | None = None,
     memory_mib: float | None = None,
@@ -126,6 +127,10 @@ def zeroth_order(
         deterministic finite-difference gradient.
       antithetic: evaluate `theta + mu u` and `theta - mu u`, and not `theta`. The oracle's value is then the mean over
         all these points, the best estimate there is without another query.
+      resolution: `r`, at least 1: directions are constant on tiles, about r x r of them, of leaves `[H, W]` and
+        `[H, W, C]` (each channel on its own), about r of any other leaf's line of coordinates. The estimate is then
+        one of the gradient's mean over each tile, with as much less noise as there are fewer tiles than coordinates.
+        None for each coordinate on its own, as does an `r` of at least the sides. Not for "coordinate".
       evaluations: examples that one evaluation of the loss costs, at least 1. An answer costs
         `(q + 1) * evaluations` queries, or `2 * q * evaluations` if antithetic.
       chunk_size: how many directions are in memory and evaluated together (if antithetic, twice as many points);
@@ -153,6 +158,10 @@ def zeroth_order(
     _check_count("evaluations", evaluations)
     check_positive("smoothing", smoothing)
     check_name("directions", directions, _DRAW)
+    if resolution is not None:
+        _check_count("resolution", resolution)
+        if directions == "coordinate":
+            raise ValueError("resolution: directions='coordinate' are axes, which have no tiles; leave it out.")
     if chunk_size is not None:
         _check_count("chunk_size", chunk_size)
     if memory_mib is not None:
@@ -165,7 +174,9 @@ def zeroth_order(
 
     def oracle(theta, key):
         flat, unflatten = _flatten(theta)
-        seeds = _seeds(directions, key, num_directions, flat.size)
+        tiles = None if resolution is None else _tiles(theta, resolution)
+        size = flat.size if tiles is None else tiles.max() + 1
+        seeds = _seeds(directions, key, num_directions, size)
         base = None if antithetic else losses_at(unflatten(flat[None]))
         chunk = min(chunk_size or num_directions, num_directions)
         if chunk_size is None and memory_mib is not None:
@@ -174,7 +185,9 @@ def zeroth_order(
             chunk = memory.fitting(num_directions, (1 + points) * flat.nbytes + points * work, memory_mib)
 
         def step(total, seeds):
-            us, points = _probe(flat, seeds, smoothing, directions=directions, antithetic=antithetic)
+            us, points = _probe(
+                flat, seeds, smoothing, tiles, size=int(size), directions=directions, antithetic=antithetic
+            )
             values = losses_at(unflatten(points))
             if antithetic:
                 plus, minus = values[: len(seeds)], values[len(seeds) :]
@@ -184,7 +197,9 @@ def zeroth_order(
             return _accumulate(total, us, slopes, smoothing), values
 
         total, values = _in_chunks(scan, step, jnp.zeros_like(flat), seeds, chunk)
-        factor = (flat.size if directions in _UNIT_LENGTH else 1) / num_directions
+        factor = (size if directions in _UNIT_LENGTH else 1) / num_directions
+        if tiles is not None:
+            total = total / np.bincount(tiles)[tiles].astype(total.dtype)
         grads = jax.tree.map(lambda g: g[0], unflatten(factor * total[None]))
         value = jnp.mean(values) if antithetic else jnp.asarray(base[0])
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
@@ -203,6 +218,7 @@ class ZerothOrder:
     smoothing: float = 1e-2
     directions: str = "rademacher"
     antithetic: bool = True
+    resolution: int | None = None
 
     def __call__(self, loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int) -> Oracle:
         """The oracle of `loss_fn`, `theta -> []`, one call of which evaluates so many examples."""
@@ -216,6 +232,7 @@ def zeroth_order_value_and_grad(
     smoothing: float = 1e-3,
     directions: str = "gaussian",
     antithetic: bool = False,
+    resolution: int | None = None,
     chunk_size: int | None = None,
     memory_mib: float | None = None,
 ) -> Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]:
@@ -229,6 +246,7 @@ def zeroth_order_value_and_grad(
         smoothing=smoothing,
         directions=directions,
         antithetic=antithetic,
+        resolution=resolution,
         chunk_size=chunk_size,
         memory_mib=memory_mib,
     )
@@ -269,10 +287,11 @@ def _seeds(directions, key, num_directions, size):
     return jax.random.permutation(key, size)[:num_directions]
 
 
-@functools.partial(jax.jit, static_argnames=("directions", "antithetic"))
-def _probe(flat, seeds, smoothing, *, directions, antithetic):
+@functools.partial(jax.jit, static_argnames=("size", "directions", "antithetic"))
+def _probe(flat, seeds, smoothing, tiles, *, size, directions, antithetic):
     """Directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
-    us = jax.vmap(lambda seed: _DRAW[directions](seed, flat.size, flat.dtype))(seeds)
+    us = jax.vmap(lambda seed: _DRAW[directions](seed, size, flat.dtype))(seeds)
+    us = us if tiles is None else us[:, tiles]
     plus, minus = flat[None] + smoothing * us, flat[None] - smoothing * us
     return us, jnp.concatenate([plus, minus]) if antithetic else plus
 
@@ -306,6 +325,21 @@ def _eager_scan(step, total, chunks):
         total, output = step(total, chunk)
         outputs.append(output)
     return total, np.stack(outputs)
+
+
+def _tiles(theta, resolution):
+    """`[d]` numpy: the number of the tile that each coordinate is in."""
+    parts, first = [], 0
+    for leaf in (leaf for leaf in jax.tree.leaves(theta) if leaf.size):
+        shape = leaf.shape if leaf.ndim in (2, 3) else (leaf.size,)
+        number = np.zeros(shape, np.int64)
+        for axis, length in enumerate(shape):
+            tile = -(-length // resolution) if axis < 2 else 1  # channels are not joined
+            along = np.arange(length) // tile
+            number = number * (along[-1] + 1) + along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        parts.append(first + number.ravel())
+        first += number.max() + 1
+    return np.concatenate(parts)
 
 
 def _on_numpy(batched_loss):

@@ -28,9 +28,9 @@ victims: $(INSTALLED)
 	$(RUN) -m experiments.victims
 
 results: victims
-	$(RUN) -m experiments.study --study=hard --seeds=0,1,2
-	$(RUN) -m experiments.study --study=query --seeds=0,1,2
-	$(RUN) -m experiments.study --study=paper --seeds=0,1,2
+	$(RUN) -m experiments.study --study=hard
+	$(RUN) -m experiments.study --study=query
+	$(RUN) -m experiments.study --study=paper
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine
 

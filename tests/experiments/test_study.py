@@ -1,5 +1,6 @@
 """The studies on real images: who takes part, and a whole one that is as small as it gets."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -54,12 +55,11 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
         "num_directions": 3,
     }
     protocol = {"at": (1, 2), "num_tasks": 2, "num_validation": 2, "methods": ("sgd",), "oracle_steps": 2}
-    tiny = study.Study((study.Run("lft", ("digits",)), study.Run("maml", ("digits",))), meta, protocol)
+    tiny = study.Study((study.Run("lft", ("digits",), seeds=2), study.Run("maml", ("digits",))), meta, protocol)
     monkeypatch.setattr(study, "STUDIES", {"tiny": tiny})
     output = tmp_path / "results.json"
     given = study.Config(
         study="tiny",
-        seeds=(0, 1),
         only=("lft/digits",),
         attacked=("digits",),
         victims=flags.folder,
@@ -73,6 +73,12 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     # Three directions, each tried both ways, on ten support images.
     assert rows["lft"]["queries"] == rows["sgd"]["queries"] == [60, 120]
     assert "maml" not in rows
+    one = study._unseen("digits_small_cnn_1000", flags.folder)
+    assert one == study._unseen("digits", flags.folder) == victims.paths("digits", "unseen", flags.folder)
+    with pytest.raises(ValueError, match=r"attacked: unknown name 'digit'. Did you mean 'digits'"):
+        study.study(dataclasses.replace(given, attacked=("digit",)))
+    study.study(dataclasses.replace(given, attacked=(), output=str(tmp_path / "none.json")))
+    assert not (tmp_path / "none.json").exists()
     with pytest.raises(ValueError, match="only: tiny has no run lft/mnist, only lft/digits, maml/digits"):
         study.study(study.Config(study="tiny", only=("lft/mnist",)))
 

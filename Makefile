@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_FLAGS ?=
-RESULTS ?= results/small/results.json
+comma := ,
+# Results that are there, in the order of docs/results.md.
+HARD = results/hard/mnist.json,results/hard/cifar10.json,results/hard/digits.json
+OTHERS = $(subst $(eval) ,$(comma),$(wildcard $(addprefix results/,paper/results.json query/results.json breadth.json \
+	ablation.json theory_gap.json sine.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint victims results results-small results-render bench clean .venv
+.PHONY: quickstart test test-slow lint victims results results-render bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -28,19 +32,20 @@ victims: $(INSTALLED)
 	$(RUN) -m experiments.victims
 
 results: victims
-	$(RUN) -m experiments.study --study=hard
-	$(RUN) -m experiments.study --study=query
+	$(RUN) -m experiments.study --study=hard --attacked=mnist --output=results/hard/mnist.json
+	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json
+	$(RUN) -m experiments.study --study=hard --attacked=cifar10 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.study --study=paper
+	$(RUN) -m experiments.study --study=query
+	$(RUN) -m experiments.ablation
+	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine
-
-results-small: $(INSTALLED)
-	$(RUN) -m experiments.quickstart --preset=small --output=results/small/results.json
-	$(MAKE) results-render RESULTS=results/small/results.json
+	$(MAKE) results-render
 
 results-render: $(INSTALLED)
-	$(RUN) -m experiments.render --results=$(RESULTS) --document=README.md
-	$(RUN) -m experiments.render --results=results/theory_gap.json --document=docs/results.md
+	$(RUN) -m experiments.render --results=$(HARD) --document=README.md --summary
+	$(RUN) -m experiments.render --results=$(HARD),$(OTHERS)
 
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt

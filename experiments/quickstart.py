@@ -5,7 +5,6 @@ variables, and then attacks a victim of each source that meta-training never saw
 
   python -m experiments.quickstart                  about 3 minutes on 2 cores
   python -m experiments.quickstart --preset=short   a smoke run
-  python -m experiments.quickstart --preset=small   the results in the README, about 30 minutes on 2 cores
 
 Everything is kept in --workdir, so a run that was stopped goes on where it was.
 """
@@ -26,9 +25,6 @@ class Preset:
       architectures: of the victims in meta-training, by source; the same architecture twice is another seed.
       unseen: architecture of the victims that are attacked and not in meta-training, by source.
       meta_steps: of LFT and L2O.
-      seeds: meta-training seeds of LFT (L2O and MAML have one).
-      maml: whether MAML is run too, an initialization for each source.
-      attack_seen: whether a victim of meta-training is attacked too.
       meta: other settings of meta-training.
       protocol: of the comparison.
     """
@@ -36,9 +32,6 @@ class Preset:
     architectures: dict[str, tuple[str, ...]]
     unseen: dict[str, tuple[str, ...]]
     meta_steps: int
-    seeds: int
-    maml: bool
-    attack_seen: bool
     meta: dict[str, Any]
     protocol: dict[str, Any]
 
@@ -48,9 +41,6 @@ PRESETS = {
         architectures={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
         unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
         meta_steps=10,
-        seeds=1,
-        maml=False,
-        attack_seen=False,
         meta={"num_steps": 5, "checkpoint_every": 5, "validation_tasks": 4},
         protocol={
             "at": (1, 2, 5),
@@ -64,9 +54,6 @@ PRESETS = {
         architectures={"digits": ("small_cnn",) * 6, "mnist_5k": ("small_cnn",) * 3},
         unseen={"digits": ("small_cnn",), "mnist_5k": ("small_cnn",)},
         meta_steps=100,
-        seeds=1,
-        maml=False,
-        attack_seen=False,
         meta={"validation_tasks": 0},
         protocol={
             "num_tasks": 100,
@@ -75,16 +62,6 @@ PRESETS = {
             "transfer": False,
             "oracle_steps": 60,
         },
-    ),
-    "small": Preset(
-        architectures={"digits": ("small_cnn",) * 16, "mnist_5k": ("small_cnn",) * 6},  # those of digits cost little
-        unseen={"digits": ("small_cnn", "lenet"), "mnist_5k": ("small_cnn", "lenet")},
-        meta_steps=300,
-        seeds=3,
-        maml=True,
-        attack_seen=True,
-        meta={"validation_tasks": 10},
-        protocol={"num_tasks": 100, "num_validation": 16, "oracle_steps": 200, "oracle_targeted": True},
     ),
 }
 _FIRST_UNSEEN_SEED = 1000  # those of 100 served while the method was being chosen
@@ -113,28 +90,20 @@ def quickstart(flags: Config) -> None:
         for seed, name in enumerate(names)
     ]
     everyone = tuple(path for paths in seen.values() for path in paths)
-    runs = [("lft", everyone, seed) for seed in range(preset.seeds)] + [("l2o", everyone, 0)]
-    if preset.maml:
-        runs += [("maml", tuple(paths), 0) for paths in seen.values()]
-    for number, (learner, victims, seed) in enumerate(runs):
-        print(f"[{time.monotonic() - began:4.0f} s] meta-training {learner} on {len(victims)} victims, seed {seed}")
+    learned = {learner: str(folder / flags.preset / learner) for learner in ("lft", "l2o")}
+    for learner, workdir in learned.items():
+        print(f"[{time.monotonic() - began:4.0f} s] meta-training {learner} on {len(everyone)} victims")
         meta_train.meta_train(
-            _meta_flags(preset, folder / flags.preset / f"{number}_{learner}", learner, victims, seed)
+            meta_train.Config(
+                victims=everyone, workdir=workdir, learner=learner, meta_steps=preset.meta_steps, **preset.meta
+            )
         )
     print(f"[{time.monotonic() - began:4.0f} s] comparing on unseen images")
     output = flags.output or str(folder / flags.preset / "results.json")
-    attacked = [*unseen, *(paths[0] for paths in seen.values())] if preset.attack_seen else unseen
-    learned = [str(folder / flags.preset / f"{number}_{run[0]}") for number, run in enumerate(runs)]
     evaluate.evaluate(
-        evaluate.Config(learned=tuple(learned), victims=tuple(attacked), output=output, **preset.protocol)
+        evaluate.Config(learned=tuple(learned.values()), victims=tuple(unseen), output=output, **preset.protocol)
     )
     print(f"[{time.monotonic() - began:4.0f} s] done")
-
-
-def _meta_flags(preset, workdir, learner, victims, seed):
-    return meta_train.Config(
-        victims=victims, workdir=str(workdir), learner=learner, seed=seed, meta_steps=preset.meta_steps, **preset.meta
-    )
 
 
 def _victim(folder, source, architecture, seed):

@@ -1,7 +1,7 @@
 r"""Puts the tables of results files into a document, between its `<!-- results -->` marks, and draws their curves anew.
 
-python -m experiments.render --results=results/small/results.json --document=README.md
-python -m experiments.render --results=results/sine.json,results/theory_gap.json --document=docs/results.md
+python -m experiments.render --results=results/hard/mnist.json,results/theory_gap.json
+python -m experiments.render --results=results/hard/mnist.json --document=README.md --summary
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ class Config:
     """Flags of the binary."""
 
     results: tuple[str, ...] = config.required("Results files of the experiments, .json.")
-    document: str = config.option("README.md", "Markdown file with the marks.")
+    document: str = config.option("docs/results.md", "Markdown file with the marks.")
+    summary: bool = config.option(False, "Only a line a victim, of comparisons, without figures.")
 
 
 def render(flags: Config) -> None:
@@ -44,8 +45,8 @@ def render(flags: Config) -> None:
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
-    sections = []
-    for found, path in results:
+    sections = [tables.summary([found for found, _ in results])] if flags.summary else []
+    for found, path in [] if flags.summary else results:
         section, draw = KINDS.get(found["provenance"]["command"].split()[2], COMPARISON)
         draw(found, Path(path).with_suffix(".png"))
         beside = os.path.relpath(Path(path).with_suffix(""), document.parent)

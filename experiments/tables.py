@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lft_jax.comparison import AUGMENTED
+from lft_jax.comparison import AUGMENTED, TRANSFER, Protocol
 
 _SHOWN = (1, 2, 5, 10, 20)  # PROTOCOL 4
+_HAND_MADE = (*Protocol.methods, "transfer", TRANSFER)
 
 
 def shown_steps(at: Sequence[int]) -> list[int]:
@@ -19,6 +20,38 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table a target: query ASR (percent, 95% interval over tasks) after each judged step, by method."""
     targets = dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows)
     return "\n".join(_target_table(target, [r for r in rows if r["victim"] == target[1]]) for target in targets)
+
+
+def summary(found: Sequence[Mapping[str, Any]]) -> str:
+    """One line a victim that was not seen in meta-training: final success of the strongest of each kind of method."""
+    lines = [
+        "| victim | tuned PGD | best tuned baseline | best augmented one | L2O | LFT | full-data oracle | LFT minus "
+        "tuned PGD | gap closed |",
+        "|---" * 9 + "|",
+    ]
+    for results in found:
+        rows = [row for row in results["rows"] if not row["seen_victim"]]
+        for victim in dict.fromkeys(row["victim"] for row in rows):
+            of = {row["method"]: row for row in rows if row["victim"] == victim}
+            hand_made = {m: r for m, r in of.items() if m in _HAND_MADE}
+            augmented = {m: r for m, r in of.items() if m.endswith(AUGMENTED)}
+            lft = next(row for method, row in of.items() if method.split(" (")[0] == "lft")
+            l2o = next((row for method, row in of.items() if method.split(" (")[0] == "l2o"), None)
+            cells = [_final(of["pgd"])]
+            cells += [
+                _final(max(g.values(), key=lambda r: r["asr"][-1]), True) if g else "" for g in (hand_made, augmented)
+            ]
+            cells += [_final(row) if row else "" for row in (l2o, lft, of["oracle"])]
+            mean, width = lft["difference_to_tuned_pgd"]
+            gap = lft["gap_closed"]
+            cells += [f"{100 * mean:+.1f} ± {_percent(width)}", "" if gap is None else f"{100 * gap:.0f}%"]
+            lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _final(row, named=False):
+    name = f" ({row['method'].removesuffix(AUGMENTED)})" if named else ""
+    return f"{100 * row['asr'][-1]:.1f} ± {_percent(row['asr_interval'][-1])}{name}"
 
 
 def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:

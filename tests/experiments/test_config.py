@@ -6,9 +6,25 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import attack, config, evaluate, meta_train, quickstart, sine, study, theory_gap, train_victim, victims
+from experiments import (
+    ablation,
+    attack,
+    breadth,
+    config,
+    evaluate,
+    meta_train,
+    quickstart,
+    render,
+    ship,
+    sine,
+    study,
+    theory_gap,
+    train_victim,
+    victims,
+)
 
-BINARIES = (attack, evaluate, meta_train, quickstart, sine, study, theory_gap, train_victim, victims)
+BINARIES = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
+BINARIES += (train_victim, victims)
 
 
 @dataclasses.dataclass(frozen=True)

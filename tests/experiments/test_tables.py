@@ -123,6 +123,18 @@ def test_numbers_and_figures_are_those_of_the_files(rendered, line):
     assert line in rendered[0]
 
 
+def test_a_summary_has_a_line_a_victim(tmp_path):
+    rows = [r for r in COMPARISON["rows"] if r["victim"] == "toy_small_cnn_1000"]
+    (tmp_path / "mine.json").write_text(json.dumps({**COMPARISON, "rows": rows}))
+    document = tmp_path / "README.md"
+    document.write_text(f"{render.BEGIN}{render.END}")
+    files = (str(tmp_path / "mine.json"),)
+    render.render(render.Config(results=files, document=str(document), summary=True))
+    cells = ["40.0 ± ?", "40.0 ± ? (pgd)", "45.0 ± ? (pgd)", "", "55.0 ± ?", "60.0 ± ?", "+15.0 ± 2.0", "75%"]
+    assert f"| `toy_small_cnn_1000` | {' | '.join(cells)} |" in document.read_text()
+    assert not (tmp_path / "mine.png").exists()
+
+
 def test_figures_are_drawn_beside_the_files(rendered):
     for name in ("compare.png", "compare_steps.png"):
         assert (rendered[1] / name).stat().st_size > 5_000

@@ -32,8 +32,9 @@ class Config:
         "uap-linf", "A pretrained rule, a .safetensors file of one, or a baseline: pgd, momentum_pgd, adam, uap_sgd."
     )
     shots: int = config.option(1, "Images a class to make the perturbation from.")
-    norm: str = config.option("linf", "Norm of the ball.", ("linf", "l2"))
+    norm: str = config.option("linf", "Norm of the ball (linf, l2) or of the penalty (l1, l2).", ("linf", "l2", "l1"))
     epsilon: float | None = config.option(None, "Radius of the ball, in units of the image range; has defaults.")
+    penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
     loss: str = config.option("cross_entropy", "Loss that is minimised.", LOSSES)
     target: int | None = config.option(None, "Class that images should be taken for; any wrong one if not given.")
     steps: int = config.option(20, "Fine-tuning steps.")
@@ -48,9 +49,9 @@ def attack(flags: Config) -> dict:
     victim = load_victim(flags.victim)
     name = victim.card["source"]
     train, test = (load_source(name, split, data_dir=flags.data_dir) for split in ("validation", "test"))
-    epsilon = common.DEFAULT_EPSILON[flags.norm].get(name) if flags.epsilon is None else flags.epsilon
-    if epsilon is None:
-        raise ValueError(f"epsilon: no radius is known for source {name!r}; give one.")
+    epsilon = flags.epsilon
+    if epsilon is None and flags.penalty is None:
+        epsilon = common.default_epsilon(flags.norm, name)
     rows = _few(train, flags.shots, flags.seed)
     result = lft_jax.universal_perturbation(
         victim.logits_fn,
@@ -58,6 +59,7 @@ def attack(flags: Config) -> dict:
         train.labels[rows],
         epsilon=epsilon,
         norm=flags.norm,
+        penalty=flags.penalty,
         steps=flags.steps,
         optimizer=_optimizer(flags),
         oracle=flags.oracle,

@@ -151,7 +151,7 @@ def make_family(case: Case, path: str, split: str, data_dir: str | None) -> task
         ways=case.classes,
         shots=case.shots,
         queries=5,
-        epsilon=case.factor * common.DEFAULT_EPSILON["linf"][case.source],
+        epsilon=case.factor * common.default_epsilon("linf", case.source),
         loss="cross_entropy",
         augmentation=Augmentation(),
     )

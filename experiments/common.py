@@ -37,6 +37,7 @@ class TaskConfig:
       epsilon: radius by source; sources that it does not name take `DEFAULT_EPSILON`.
       penalty: weight of the norm in the loss, instead of a ball; or None.
       num_directions: of zeroth-order estimates; 0 for exact gradients.
+      resolution: of those directions, see `lft_jax.oracles.zeroth_order`; or None.
       loss: the objective, of the query images.
       support_loss: of the support images.
       start: "zeros" or "random".
@@ -50,10 +51,19 @@ class TaskConfig:
     epsilon: Mapping[str, float] = dataclasses.field(default_factory=dict)
     penalty: float | None = None
     num_directions: int = 0
+    resolution: int | None = None
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
     start: str = "zeros"
     augment: bool = True
+
+
+def default_epsilon(norm: str, source: str) -> float:
+    """Of `DEFAULT_EPSILON`; raises a ValueError where there is none."""
+    known = DEFAULT_EPSILON.get(norm, {})
+    if source not in known:
+        raise ValueError(f"epsilon: no radius of an {norm} ball is known for source {source!r}; give one.")
+    return known[source]
 
 
 def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
@@ -62,13 +72,11 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     source = load_source(name, split, data_dir=data_dir)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["augmentation"] = Augmentation() if options.pop("augment") else None
-    num_directions = options.pop("num_directions")
+    num_directions, resolution = options.pop("num_directions"), options.pop("resolution")
     if num_directions:
-        options["estimator"] = oracles.ZerothOrder(num_directions)
+        options["estimator"] = oracles.ZerothOrder(num_directions, resolution=resolution)
     if config.penalty is None:
-        options["epsilon"] = config.epsilon.get(name, DEFAULT_EPSILON.get(config.norm, {}).get(name))
-        if options["epsilon"] is None:
-            raise ValueError(f"epsilon: no radius of an {config.norm} ball is known for source {name!r}; give one.")
+        options["epsilon"] = config.epsilon[name] if name in config.epsilon else default_epsilon(config.norm, name)
     elif config.epsilon:
         raise ValueError(f"penalty: give a penalty or radii of balls, got {config.penalty} and {dict(config.epsilon)}.")
     else:

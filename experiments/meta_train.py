@@ -23,7 +23,7 @@ from lft_jax.features import FEATURES
 from lft_jax.outer_loss import STEP_WEIGHTS
 from lft_jax.victims import load_victim
 
-LEARNERS = ("lft", "l2o", "maml", "reptile", "meta_sgd", "joint")
+LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an initialization and so need victims of one image shape.
 CONGRUOUS = ("maml", "reptile", "meta_sgd", "joint")
 REMAT = {"auto": None, "always": True, "never": False}
@@ -37,8 +37,10 @@ class Config:
     workdir: str = config.required("Folder of the run: configuration, checkpoints, metrics. Resumed if it exists.")
     learner: str = config.option(
         "lft",
-        "What is learned: an update rule on query images (lft) or support images (l2o), an initialization (maml, "
-        "reptile), one with a learning rate for each pixel (meta_sgd), or an initialization and update rule (joint).",
+        "What is learned: an update rule on query images (lft) or support images (l2o), one whose weights first adapt "
+        "to the task's support images (adaptive_lft), an initialization (maml, whose PGD makes it Sign-MAML in linf "
+        "balls, and reptile), one with a learning rate for each pixel (meta_sgd), or an initialization and an update "
+        "rule (joint).",
         LEARNERS,
     )
     rule: str = config.option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
@@ -56,6 +58,8 @@ class Config:
     inner_step: float = config.option(
         0.2, "Step of the PGD of maml and reptile, in units of epsilon; first learning rate of meta_sgd."
     )
+    adaptation_steps: int = config.option(5, "Steps that the weights of adaptive_lft take on a task's support loss.")
+    adaptation_rate: float = config.option(1e-2, "Learning rate of those.")
     ways: int = config.option(10, "Classes of a task.")
     shots: int = config.option(1, "Support images a class.")
     queries: int = config.option(1, "Query images a class.")
@@ -64,6 +68,9 @@ class Config:
     penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
     num_directions: int = config.option(
         0, "Random directions, each tried both ways, of the zeroth-order gradients that fine-tune; 0: exact gradients."
+    )
+    resolution: int | None = config.option(
+        None, "Those directions are constant on tiles, so many along each side; each pixel is its own if not given."
     )
     loss: str = config.option(
         "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
@@ -127,6 +134,13 @@ def learner_of(flags: Config) -> Learner:
         return learners.reptile(inner)
     if flags.learner == "meta_sgd":
         return learners.meta_sgd(flags.inner_step, second_order=flags.second_order)
+    if flags.learner == "adaptive_lft":
+        return learners.adaptive_lft(
+            rule_of(flags),
+            steps=flags.adaptation_steps,
+            learning_rate=flags.adaptation_rate,
+            second_order=flags.second_order,
+        )
     return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order)
 
 
@@ -152,14 +166,16 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
 
 def check(flags: Config) -> None:
     """Raises a ValueError for a flag that what is asked for has no use for, and a choice that learns nothing."""
-    learned, es = flags.learner in ("lft", "l2o", "joint"), flags.meta_gradient == "es"
+    learned, es = flags.learner in ("lft", "l2o", "adaptive_lft", "joint"), flags.meta_gradient == "es"
     starts = flags.learner in ("maml", "meta_sgd")
     useless = {
         ("rule", "features", "hidden", "layers", "start", "output_scale"): (not learned, "learns no update rule"),
         ("start_step", "start_decay"): (not learned or flags.start == "none", "has no hand-made update to add to"),
+        ("adaptation_steps", "adaptation_rate"): (flags.learner != "adaptive_lft", "does not adapt its weights"),
         ("inner_step",): (learned, "fine-tunes by its own rule"),
         ("weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
         ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
+        ("resolution",): (not flags.num_directions, "is given exact gradients, without --num_directions"),
         ("epsilon",): (flags.penalty is not None, "is given a penalty instead of a ball"),
     }
     for names, (applies, reason) in useless.items():

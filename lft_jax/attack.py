@@ -41,8 +41,9 @@ def universal_perturbation(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    epsilon: float,
+    epsilon: float | None = None,
     norm: str = "linf",
+    penalty: float | None = None,
     steps: int = 20,
     optimizer: str | optax.GradientTransformation = "uap-linf",
     oracle: str = "gradient",
@@ -50,6 +51,7 @@ def universal_perturbation(
     augmentation: Augmentation | None = AUGMENTATION,
     num_directions: int = 10,
     smoothing: float = 1e-2,
+    resolution: int | None = None,
     max_queries: int | None = None,
     key: jax.Array | None = None,
     callback: Callable[[dict[str, float]], bool | None] | None = None,
@@ -64,8 +66,9 @@ def universal_perturbation(
         `oracle="gradient"` a differentiable JAX function; with "query" any function of numpy arrays.
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       labels: `[N]` integers: the true classes.
-      epsilon: radius of the ball, in units of the image range (8 / 255, say).
-      norm: "linf" or "l2".
+      epsilon: radius of the ball, in units of the image range (8 / 255, say), or None with a penalty.
+      norm: "linf" or "l2" for a ball, "l1" or "l2" for a penalty.
+      penalty: weight of the norm in the loss, or None with a ball.
       steps: K, fine-tuning steps at most.
       optimizer: name of a pretrained rule (`lft_jax.list_pretrained()`), path of a stored one, or any optax
         transformation.
@@ -77,6 +80,7 @@ def universal_perturbation(
         ways: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the history. (With
         `oracle="gradient"` it costs 2.)
       smoothing: of a zeroth-order estimate, in units of the image range.
+      resolution: of the directions, see `lft_jax.oracles.zeroth_order`; None for each pixel on its own.
       max_queries: image evaluations at most, the one of each clean image at the beginning included; the run ends
         before a step that would exceed it. None for no bound.
       key: of the augmentation and the zeroth-order directions; `jax.random.key(0)` if None.
@@ -84,8 +88,9 @@ def universal_perturbation(
         returns True.
 
     Raises:
-      ValueError: for images outside [0, 1] or NaN, no images, labels out of range, epsilon <= 0, steps < 1, unknown
-        names, logits of the wrong shape, or `max_queries` too small for one step.
+      ValueError: for images outside [0, 1] or NaN, no images, labels out of range, an epsilon or penalty that is not
+        above 0, both of them or neither, steps < 1, unknown names, logits of the wrong shape, or `max_queries` too
+        small for one step.
 
     References:
       PAPER "The application".
@@ -93,7 +98,7 @@ def universal_perturbation(
     base.check_at_least("steps", steps, 1)
     base.check_name("oracle", oracle, ORACLES)
     check_images_labels(images, labels)
-    constraint = Constraint(norm, epsilon).check()
+    constraint = Constraint(norm, epsilon, penalty).check()
     loss = (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
     if augmentation is not None:
         augmentation.check()
@@ -113,6 +118,7 @@ def universal_perturbation(
             smoothing=smoothing,
             directions="rademacher",
             antithetic=True,
+            resolution=resolution,
             evaluations=num_images,
             chunk_size=max(1, _IMAGES_PER_CALL // (2 * num_images)),
             opaque=True,

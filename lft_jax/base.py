@@ -118,6 +118,8 @@ class Learner:
       objective: the outer loss: "query" (LFT, MAML: validation data) or "support" (L2O: training data), PAPER "The
         method", or "end", half the squared distance of a learned start from where fine-tuning ends (Reptile).
       second_order: whether meta-gradients flow through the inner gradients.
+      adaptation_steps: gradient steps that the meta-parameters themselves take on a task's support set first.
+      adaptation_rate: learning rate of those.
     """
 
     name: str
@@ -126,6 +128,8 @@ class Learner:
     start: Callable[[PyTree, TaskFamily, jax.Array], PyTree]
     objective: str = "query"
     second_order: bool = False
+    adaptation_steps: int = 0
+    adaptation_rate: float = 0.0
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:

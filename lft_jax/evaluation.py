@@ -53,7 +53,7 @@ def evaluate(
 
 def _only_fine_tuning(learner):
     # All but how it fine-tunes is dropped, so that LFT and L2O of one rule share a compilation.
-    return Learner("", _nothing_to_learn, learner.optimizer, learner.start)
+    return dataclasses.replace(learner, name="", init=_nothing_to_learn, objective="query", second_order=False)
 
 
 def _nothing_to_learn(key, families):

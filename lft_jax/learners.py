@@ -1,5 +1,6 @@
 """What can be meta-learned: an update rule (LFT, L2O), an initialization (MAML and kin), or both (joint)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -26,6 +27,27 @@ def lft(rule: Rule, *, second_order: bool = False) -> Learner:
 def l2o(rule: Rule, *, second_order: bool = False) -> Learner:
     """Learning to optimize: the rule's weights, trained on the loss of the *support* examples (PAPER "L2O")."""
     return _learned_rule("l2o", rule, "support", second_order)
+
+
+def adaptive_lft(rule: Rule, *, steps: int = 5, learning_rate: float = 1e-2, second_order: bool = False) -> Learner:
+    """An LFT whose weights take a few gradient steps of their own on a task's support loss before it fine-tunes.
+
+    Each of these steps fine-tunes once and descends on the mean support loss along the way; the derivative of that
+    gradient is dropped, as in first-order MAML.
+
+    Args:
+      rule: the update rule.
+      steps: of the weights, at least 1.
+      learning_rate: of these steps, above 0.
+      second_order: whether meta-gradients flow through the inner gradients.
+
+    References:
+      M-L2O: Yang et al. 2023, towards generalizable learning-to-optimize by test-time fast self-adaptation.
+    """
+    base.check_at_least("steps", steps, 1)
+    base.check_positive("learning_rate", learning_rate)
+    learner = _learned_rule("adaptive_lft", rule, "query", second_order)
+    return dataclasses.replace(learner, adaptation_steps=steps, adaptation_rate=learning_rate)
 
 
 @functools.cache

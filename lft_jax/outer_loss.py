@@ -31,21 +31,37 @@ def run_task(
 ) -> tuple[Episode, Trajectory]:
     """Samples one task and fine-tunes on its support set: what meta-training and evaluation have in common.
 
-    The options are those of `fine_tune`, `remat` and `window`.
+    The options are those of `fine_tune`, `remat` and `window`. The trajectory's queries hold those of a learner's
+    adaptation.
     """
     key_sample, key_start, key_tune = jax.random.split(key, 3)
     episode = family.sample(key_sample)
-    trajectory = fine_tune(
-        learner.optimizer(params),
-        family.oracle(episode.support),
-        learner.start(params, family, key_start),
-        key_tune,
-        num_steps=num_steps,
-        project=family.project,
-        second_order=learner.second_order,
-        **options,
-    )
-    return episode, trajectory
+
+    def tuned(params, key, **options):
+        return fine_tune(
+            learner.optimizer(params),
+            family.oracle(episode.support),
+            learner.start(params, family, key_start),
+            key,
+            num_steps=num_steps,
+            project=family.project,
+            **options,
+        )
+
+    def support_loss(params, key):
+        trajectory = tuned(params, key)
+        losses = jax.lax.map(lambda theta: family.loss(theta, episode.support), trajectory.thetas)
+        # Judging a step's optimizee costs as much as the step.
+        return jnp.mean(losses), 2 * trajectory.queries[-1]
+
+    used = 0
+    for key_adapt in jax.random.split(jax.random.fold_in(key_tune, 0), learner.adaptation_steps):
+        grads, queries = jax.grad(support_loss, has_aux=True)(jax.lax.stop_gradient(params), key_adapt)
+        # First order: the gradient is a constant, as in first-order MAML.
+        params = jax.tree.map(lambda p, g: p - learner.adaptation_rate * jax.lax.stop_gradient(g), params, grads)
+        used += queries
+    trajectory = tuned(params, key_tune, second_order=learner.second_order, **options)
+    return episode, trajectory._replace(queries=trajectory.queries + used)
 
 
 def outer_losses(

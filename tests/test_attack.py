@@ -107,6 +107,29 @@ def test_augmented_images_cost_no_queries_and_only_the_search_sees_them(results,
         run(augmentation=Augmentation(mix=2.0))
 
 
+@pytest.mark.parametrize("oracle", COSTS)
+def test_a_penalty_instead_of_a_ball_is_part_of_the_loss(oracle):
+    options = {"oracle": oracle, "epsilon": None, "norm": "l1", "penalty": 0.2, "optimizer": optax.sgd(0.05)}
+    result = run(**options)
+    theta = result.perturbation
+    expected = mean_loss(theta) + 0.2 * np.abs(theta).sum()
+    np.testing.assert_allclose(result.history["loss"][-1], expected, rtol=1e-4)
+    assert expected < mean_loss(0 * theta)
+    with pytest.raises(ValueError, match="give exactly one of epsilon"):
+        run(penalty=0.2)
+    with pytest.raises(ValueError, match="give exactly one of epsilon"):
+        run(epsilon=None)
+
+
+def test_coarse_directions_move_whole_tiles():
+    theta = run(oracle="query", resolution=2, steps=1).perturbation
+    tiles = theta.reshape(2, 2, 2, 2).transpose(0, 2, 1, 3).reshape(4, 4)
+    np.testing.assert_allclose(tiles, np.repeat(tiles[:, :1], 4, axis=1))
+    assert len(np.unique(tiles)) > 1
+    with pytest.raises(ValueError, match="resolution must be a whole number of at least 1, got 0"):
+        run(oracle="query", resolution=0)
+
+
 def test_no_image_is_evaluated_that_is_not_counted(results):
     result, seen = results["query"]
     assert result.history["queries"][-1] == seen

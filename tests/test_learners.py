@@ -1,15 +1,18 @@
 """What is meta-learned: each learner's start, optimizer and objective, on linear victims of 4x4 images."""
 
+import functools
+
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners
+from lft_jax import evaluation, learners
 from lft_jax.estimators import EvolutionStrategies
 from lft_jax.meta import meta_trainer
-from lft_jax.outer_loss import outer_losses
+from lft_jax.outer_loss import outer_losses, run_task
 from lft_jax.rules import coordinate_lstm
 from lft_jax.tasks.uap import uap_family
 from lft_jax.transform import learned_fine_tuner
@@ -100,6 +103,53 @@ def test_maml_starts_tasks_from_its_parameters_inside_the_ball():
     np.testing.assert_allclose(learner.start(9 * params, FAMILY, KEYS[0]), np.clip(9 * params, -EPSILON, EPSILON))
     assert learner.objective == "query"
     assert learner.second_order
+
+
+def test_an_adaptive_rule_first_descends_on_the_support_loss(by_hand):
+    """Against a loop over its steps, whose gradients are finite differences of the mean loss along the way."""
+    params, key, rate = by_hand[1], KEYS[0], 0.5
+    adaptive = learners.adaptive_lft(RULE, steps=2, learning_rate=rate)
+    flat, unflatten = jax.flatten_util.ravel_pytree(params)
+
+    @jax.jit
+    def mean_support_loss(flat):
+        return outer_losses(
+            learners.l2o(RULE), unflatten(flat), FAMILY, key[None], num_steps=STEPS, steps=np.arange(STEPS)
+        ).mean()
+
+    expected = flat
+    for _ in range(2):
+        expected = expected - rate * jax.grad(mean_support_loss)(expected)
+    direction = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
+    slope = (mean_support_loss(flat + 1e-2 * direction) - mean_support_loss(flat - 1e-2 * direction)) / 2e-2
+    np.testing.assert_allclose(slope, jax.grad(mean_support_loss)(flat) @ direction, rtol=0.02, atol=1e-4)
+
+    found = run_task(adaptive, params, FAMILY, key, num_steps=STEPS)[1]
+    plain = run_task(learners.lft(RULE), unflatten(expected), FAMILY, key, num_steps=STEPS)[1]
+    np.testing.assert_allclose(found.thetas, plain.thetas, atol=2e-5)
+    assert not np.allclose(found.thetas, run_task(learners.lft(RULE), params, FAMILY, key, num_steps=STEPS)[1].thetas)
+    np.testing.assert_array_equal(found.queries, plain.queries + 2 * 2 * plain.queries[-1])
+    judged = evaluation.evaluate(adaptive, params, FAMILY, KEYS[:1], num_steps=STEPS, at=(STEPS,))
+    np.testing.assert_array_equal(judged["queries"][0], found.queries[-1:])
+
+
+def test_an_adaptive_rule_is_meta_trained_through_its_adaptation_as_first_order_maml(by_hand):
+    """The derivative is that of the loss after adaptation, at the adapted weights."""
+    params = by_hand[1]
+    adaptive = learners.adaptive_lft(RULE, steps=1, learning_rate=0.5)
+
+    def loss(learner, params):
+        return outer_losses(learner, params, FAMILY, KEYS[:1], num_steps=STEPS, steps=np.arange(STEPS)).mean()
+
+    support = functools.partial(loss, learners.l2o(RULE))
+    adapted = jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(support)(params))
+    expected = jax.grad(functools.partial(loss, learners.lft(RULE)))(adapted)
+    found = jax.grad(functools.partial(loss, adaptive))(params)
+    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-3, atol=1e-5), found, expected)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        learners.adaptive_lft(RULE, steps=0)
+    with pytest.raises(ValueError, match="learning_rate must be a finite number above 0, got -1"):
+        learners.adaptive_lft(RULE, learning_rate=-1)
 
 
 INITIALIZATIONS = [

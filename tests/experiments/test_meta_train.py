@@ -49,6 +49,8 @@ def test_unknown_names_are_refused(changes, message):
         ({"learner": "joint", "inner_step": 0.1}, "inner_step: joint fine-tunes by its own rule"),
         ({"learner": "reptile", "weights": "final"}, "weights: reptile differentiates nothing"),
         ({"learner": "reptile", "second_order": True}, "second_order: reptile differentiates nothing"),
+        ({"adaptation_rate": 0.1}, "adaptation_rate: lft does not adapt its weights"),
+        ({"resolution": 8}, "resolution: lft is given exact gradients, without --num_directions"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft is given a penalty"),
         ({"learner": "maml", "weights": "final", "window": 5}, "window: the last of 20 steps alone, cut off after 5"),

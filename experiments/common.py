@@ -23,7 +23,7 @@ from lft_jax.victims import Victim, load_victim
 #: of small victims.
 DEFAULT_EPSILON = {
     "linf": {"digits": 0.25, "mnist_5k": 0.3, "mnist": 0.3, "cifar10": 0.06},
-    "l2": {"digits": 1.2, "mnist_5k": 5.0, "mnist": 5.0, "cifar10": 2.0},
+    "l2": {"digits": 1.8, "mnist_5k": 4.5, "mnist": 4.5, "cifar10": 2.0},
 }
 
 

@@ -18,6 +18,7 @@ import lft_jax
 from benchmarks import timing
 from experiments import common, config, train_victim
 from lft_jax import baselines
+from lft_jax.attack import AUGMENTATION
 from lft_jax.data import load_source, unit_range
 from lft_jax.victims import load_victim
 
@@ -44,12 +45,18 @@ class Config:
     smoke: bool = config.option(False, "Tiny, on a machine that need not be quiet: whether it runs at all.")
 
 
-def ours(victim, optimizer, epsilon, steps):
+def ours(victim, optimizer, epsilon, steps, augmentation=None):
     """`(images, labels) -> (perturbation, forward, backward)`, image evaluations, by the library's front door."""
 
     def attack(images, labels):
         result = lft_jax.universal_perturbation(
-            victim.logits_fn, images, labels, epsilon=epsilon, steps=steps, optimizer=optimizer
+            victim.logits_fn,
+            images,
+            labels,
+            epsilon=epsilon,
+            steps=steps,
+            optimizer=optimizer,
+            augmentation=augmentation,
         )
         return result.perturbation, int(result.history["queries"][-1]), steps * len(labels)
 
@@ -61,8 +68,9 @@ def contestants(victim, flags: Config) -> dict:
     steps = 2 if flags.smoke else STEPS
     uap_sgd = baselines.projected_gradient(**baselines.make_baselines("linf")["uap_sgd"].default.params)
     found = {
-        f"LFT ({flags.optimizer}), {steps} steps": ours(victim, flags.optimizer, flags.epsilon, steps),
+        f"LFT ({flags.optimizer}), {steps} steps": ours(victim, flags.optimizer, flags.epsilon, steps, AUGMENTATION),
         f"UAP-SGD, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps),
+        f"UAP-SGD, augmented, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps, AUGMENTATION),
         f"UAP-SGD, {10 * steps} steps": ours(victim, uap_sgd, flags.epsilon, 10 * steps),
     }
     return found | (art_uap.contestants(victim, flags.epsilon, STEPS, flags.limit) if art_uap else {})
@@ -92,7 +100,7 @@ def bench(flags: Config) -> dict:
         rows = [np.random.default_rng(draw).permutation(len(train.labels))[:count] for draw in range(draws)]
         runs = {name: [] for name in attacks}
         first = {}
-        for name in list(attacks)[:2]:  # the calls that compile: more steps are the same program, and PyTorch has none
+        for name in list(attacks)[:3]:  # the calls that compile: more steps are the same program, and PyTorch has none
             first[name] = _timed(attacks[name], train, rows[0])[0]
         for draw in rows:  # in turn
             for name, attack in attacks.items():

@@ -76,6 +76,14 @@ def adam(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTran
     return _step_of_scale(optax.scale_by_adam(b1=b1), step, final)
 
 
+def adamm(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTransformation:
+    """AMSGrad with its step in units of the scale: ZO-AdaMM under zeroth-order gradients (Chen et al. 2019).
+
+    Its projection under a Mahalanobis norm is the plain one for an linf ball, coordinate by coordinate.
+    """
+    return _step_of_scale(optax.scale_by_amsgrad(b1=b1), step, final)
+
+
 def sgd(learning_rate: float, decay: float = 0.0) -> optax.GradientTransformation:
     """Plain gradient descent, with momentum if `decay` is not 0."""
     return optax.chain(optax.trace(decay), optax.scale_by_learning_rate(learning_rate))
@@ -94,7 +102,7 @@ def _grid(losses, **values) -> tuple[Setting, ...]:
 def make_baselines(norm: str) -> dict[str, Baseline]:
     """The baselines of PROTOCOL 2 for a ball or a penalty of the given norm, by name.
 
-    Under zeroth-order gradients "pgd" is ZO-signSGD, "sgd" is ZO-SGD, and "adam" is ZO-Adam.
+    Under zeroth-order gradients "pgd" is ZO-signSGD, "sgd" is ZO-SGD, "adam" is ZO-Adam, and "adamm" is ZO-AdaMM.
     """
     hinge, entropy = GRID_LOSSES[0], GRID_LOSSES[-1]
     steepest = normalized_gradient if norm == "l2" else projected_gradient
@@ -119,6 +127,11 @@ def make_baselines(norm: str) -> dict[str, Baseline]:
         ),
         "adam": Baseline(
             learners.fixed("adam", adam),
+            Setting({"step": 0.1, "b1": 0.9, "final": 1.0}, hinge),
+            _grid(GRID_LOSSES, step=steps, b1=(0.5, 0.9), final=(1.0,)),
+        ),
+        "adamm": Baseline(
+            learners.fixed("adamm", adamm),
             Setting({"step": 0.1, "b1": 0.9, "final": 1.0}, hinge),
             _grid(GRID_LOSSES, step=steps, b1=(0.5, 0.9), final=(1.0,)),
         ),

@@ -31,6 +31,9 @@ class Config:
     oracle_steps: int = config.option(300, "Steps of each full-data run.")
     oracle_targeted: bool = config.option(False, "Seek the full-data UAP for each target class too.")
     queries: int = config.option(5, "Query images a class of the tasks that are judged.")
+    epsilon: tuple[str, ...] = config.option(
+        (), "Radii that differ from those of meta-training, as source=radius,...; not under a penalty."
+    )
     task_seed: int = config.option(0, "Seed of the tasks.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
@@ -46,7 +49,8 @@ def evaluate(flags: Config) -> dict:
     for of, _ in runs[1:]:
         if meta_train.tasks_of(of) != tasks_config:
             raise ValueError(f"learned: {of.workdir} was meta-trained on other tasks than {runs[0][0].workdir}.")
-    tasks_config = dataclasses.replace(tasks_config, queries=flags.queries)
+    radii = {**tasks_config.epsilon, **config.pairs("epsilon", flags.epsilon)}
+    tasks_config = dataclasses.replace(tasks_config, queries=flags.queries, epsilon=radii)
     protocol = comparison.Protocol(
         num_steps=flags.at[-1],
         at=flags.at,

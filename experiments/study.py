@@ -64,11 +64,13 @@ _PROTOCOL = {
     "oracle_steps": 200,
     "oracle_targeted": True,
 }
+# MNIST's unseen victims are weaker than the others: there it is at 0.2 that a full-data UAP fools about four in five.
+_BALL = {**_PROTOCOL, "epsilon": ("mnist=0.2",)}
 STUDIES = {
     # All ten classes, one image of each, exact gradients, linf ball.
-    "hard": Study((*_RULES, Run("lft", ("mnist",)), Run("lft", ("cifar10",)), *_MAML), _META, _PROTOCOL),
+    "hard": Study((*_RULES, Run("lft", ("mnist",)), Run("lft", ("cifar10",)), *_MAML), _META, _BALL),
     # The same with ten random directions a step instead of gradients.
-    "query": Study(_RULES, {**_META, "num_directions": 10}, _PROTOCOL),
+    "query": Study(_RULES, {**_META, "num_directions": 10}, _BALL),
     # The paper's tasks, not its rule: two classes, two images of each, hinge and a penalty on the l1 norm.
     "paper": Study(
         (*_RULES, *_MAML),

@@ -47,11 +47,9 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.axis("off")
     for axis, (source, victim, seen) in zip(axes.flat, targets, strict=False):
         of_target = {row["method"]: row for row in rows if (row["source"], row["victim"]) == (source, victim)}
-        # In the order of the colours, the learned ones on top; runs of one learner on other sources by their lines.
-        others = [m for m in of_target if m not in COLOURS and not m.endswith("(untuned)")]
-        variants = [
-            (n, m) for n in COLOURS for m in (n, *others) if m in of_target and (m == n or m.startswith(f"{n} ("))
-        ]
+        # In the order of the colours, the learned ones on top; what is augmented, and runs of one learner on other
+        # sources, by their lines.
+        variants = [(n, m) for n in COLOURS for m in of_target if m == n or _plain(m) == n]
         for name, method in variants:
             row, colour = of_target[method], COLOURS[name]
             alike = [m for n, m in variants if n == name]
@@ -79,6 +77,11 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def _plain(method):
+    """The method without its augmentation and the sources that it was trained on; untuned ones are their own."""
+    return method if method.endswith("(untuned)") else method.removesuffix(tables.AUGMENTED).split(" (")[0]
+
+
 def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel a target: bars of the steps until each method's mean success is the final one of tuned PGD."""
     targets = list(dict.fromkeys(row["victim"] for row in rows))
@@ -93,7 +96,7 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axis.text(0, height, " not comparable", va="center", fontsize=7, color="#777777")
                 continue
             steps = of_target[method]["steps_to_tuned_pgd"]
-            colour = COLOURS.get(method.split(" (")[0].removesuffix(tables.AUGMENTED), "#777777")
+            colour = COLOURS.get(_plain(method), "#777777")
             axis.barh(height, steps or 0, color=colour)
             axis.text(steps or 0, height, f" {steps or 'never'}", va="center", fontsize=7)
         axis.set(title=victim, xlabel="steps", xlim=(0, 1.25 * rows[0]["at"][-1]))

@@ -74,8 +74,8 @@ def universal_perturbation(
         transformation.
       oracle: "gradient", or "query": `logits_fn` is only called, never differentiated.
       loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
-      augmentation: how the images are changed anew in each step, at no queries, or None. Few images are overfitted
-        without; with hundreds it makes little difference.
+      augmentation: how the images are changed anew in each step, at no queries, or None. Meant for few images, which
+        are overfitted without; what it does to hundreds was not measured.
       num_directions: random (Rademacher) directions of a zeroth-order estimate (`oracle="query"`), each tried both
         ways: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the history. (With
         `oracle="gradient"` it costs 2.)

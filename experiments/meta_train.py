@@ -267,9 +267,11 @@ def meta_train(flags: Config) -> meta.MetaState:
         checkpoint_every=flags.checkpoint_every,
         validate=validate if families else None,
     )
-    if flags.learner not in CONGRUOUS and jax.process_index() == 0:
+    path = Path(flags.workdir) / "rule.safetensors"
+    # One that is there is of this run, when it ended: its card says how it was made, and this call made nothing.
+    if flags.learner not in CONGRUOUS and jax.process_index() == 0 and not path.exists():
         card = {**common.provenance([flags.seed]), "meta_training": stored}
-        pretrained.save_rule(Path(flags.workdir) / "rule.safetensors", state.params, rule_of(flags), card)
+        pretrained.save_rule(path, state.params, rule_of(flags), card)
     return state
 
 

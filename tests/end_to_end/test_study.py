@@ -45,8 +45,12 @@ def test_meta_training_leaves_a_run(study):
 
 def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(study):
     before = (study / "lft" / "metrics.jsonl").read_text()
+    card = study / "lft" / "rule.json"
+    made = json.loads(card.read_text())
+    card.write_text(json.dumps({**made, "commit": "of the day it was made"}))
     meta_train.meta_train(_flags(study, meta_steps=2))
     assert (study / "lft" / "metrics.jsonl").read_text() == before
+    assert json.loads(card.read_text())["commit"] == "of the day it was made"
     with pytest.raises(ValueError, match=r"another configuration.*hidden: 3 there, 4 asked for"):
         meta_train.meta_train(_flags(study, meta_steps=2, hidden=4))
 

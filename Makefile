@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_FLAGS ?=
 comma := ,
+empty :=
+space := $(empty) $(empty)
 # Results that are there, in the order of docs/results.md.
-HARD = results/hard/mnist.json,results/hard/cifar10.json,results/hard/digits.json
-OTHERS = $(subst $(eval) ,$(comma),$(wildcard $(addprefix results/,paper/results.json query/results.json breadth.json \
-	ablation.json theory_gap.json sine.json)))
+HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json cifar10.json digits.json)))
+ALL = $(subst $(space),$(comma),$(wildcard $(addprefix results/,hard/mnist.json hard/cifar10.json hard/digits.json \
+	paper/results.json query/results.json breadth.json ablation.json theory_gap.json sine.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -45,7 +47,7 @@ results: victims
 
 results-render: $(INSTALLED)
 	$(RUN) -m experiments.render --results=$(HARD) --document=README.md --summary
-	$(RUN) -m experiments.render --results=$(HARD),$(OTHERS)
+	$(RUN) -m experiments.render --results=$(ALL)
 
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt

@@ -20,6 +20,8 @@ from lft_jax.pretrained import load_pretrained
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.victims import load_victim
 
+#: Those of the studies.
+RADII = {"digits": 0.25, "mnist": 0.2, "cifar10": 0.06}
 _MOST_IMAGES = 400  # of a case, scaled ones being large
 
 
@@ -61,7 +63,7 @@ CASES = (
     Case("cifar10", classes=5),
     Case("mnist", shots=5),
     Case("cifar10", shots=5),
-    Case("mnist", factor=0.6),
+    Case("mnist", factor=1.5),
     Case("cifar10", factor=0.5),
     Case("cifar10", factor=1.5),
     Case("mnist", num_steps=5),
@@ -151,7 +153,7 @@ def make_family(case: Case, path: str, split: str, data_dir: str | None) -> task
         ways=case.classes,
         shots=case.shots,
         queries=5,
-        epsilon=case.factor * common.default_epsilon("linf", case.source),
+        epsilon=case.factor * RADII[case.source],
         loss="cross_entropy",
         augmentation=Augmentation(),
     )

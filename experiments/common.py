@@ -61,6 +61,8 @@ class TaskConfig:
 def default_epsilon(norm: str, source: str) -> float:
     """Of `DEFAULT_EPSILON`; raises a ValueError where there is none."""
     known = DEFAULT_EPSILON.get(norm, {})
+    if norm == "l1":
+        raise ValueError("norm: there is no 'l1' ball; give a penalty, or choose 'linf' or 'l2'.")
     if source not in known:
         raise ValueError(f"epsilon: no radius of an {norm} ball is known for source {source!r}; give one.")
     return known[source]

@@ -49,7 +49,14 @@ def evaluate(flags: Config) -> dict:
     for of, _ in runs[1:]:
         if meta_train.tasks_of(of) != tasks_config:
             raise ValueError(f"learned: {of.workdir} was meta-trained on other tasks than {runs[0][0].workdir}.")
-    radii = {**tasks_config.epsilon, **config.pairs("epsilon", flags.epsilon)}
+    radii = config.pairs("epsilon", flags.epsilon)
+    sources = dict.fromkeys(load_victim(path).card["source"] for path in flags.victims)
+    if tasks_config.penalty is None:
+        radii = {**tasks_config.epsilon, **radii}
+        # All of them, so that the file says which.
+        radii = {s: radii[s] if s in radii else common.default_epsilon(tasks_config.norm, s) for s in sources} | radii
+    elif radii:
+        raise ValueError(f"epsilon: the runs were meta-trained with a penalty, not in a ball; leave out {radii}.")
     tasks_config = dataclasses.replace(tasks_config, queries=flags.queries, epsilon=radii)
     protocol = comparison.Protocol(
         num_steps=flags.at[-1],
@@ -72,7 +79,7 @@ def evaluate(flags: Config) -> dict:
         test = load_source(target.source, "test", data_dir=flags.data_dir)
         figures.attack(target.test.logits_fn, test, perturbations, output.with_name(name))
         results = _write(output, rows, tasks_config, protocol, runs, origin)  # after each victim: nothing done is lost
-    print("\n" + tables.comparison_table(rows))
+    print("\n" + tables.comparison_table(rows, tasks_config.penalty is not None))
     print(f"wrote {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
     return results
 
@@ -86,7 +93,9 @@ def _write(output, rows, tasks_config, protocol, runs, origin):
         "provenance": origin,
     }
     common.write_json(output, results)
-    output.with_suffix(".md").write_text(tables.comparison_table(rows), encoding="utf-8")
+    output.with_suffix(".md").write_text(
+        tables.comparison_table(rows, tasks_config.penalty is not None), encoding="utf-8"
+    )
     figures.asr_against_step(rows, output.with_suffix(".png"))
     return results
 

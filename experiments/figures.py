@@ -23,6 +23,7 @@ COLOURS = {
     "momentum_pgd": "#66ccee",
     "sgd": "#ee8866",
     "adam": "#ccbb44",
+    "adamm": "#999933",
     "uap_sgd": "#aa3377",
     "transfer, fine-tuned": "#7755dd",
     "maml": "#997700",
@@ -30,6 +31,7 @@ COLOURS = {
     "meta_sgd": "#cc99bb",
     "joint": "#332288",
     "l2o": "#228833",
+    "adaptive_lft": "#ee99aa",
     "lft": "#cc3311",
     "oracle": "#000000",
 }

@@ -182,6 +182,9 @@ def check(flags: Config) -> None:
         for name in names if applies else ():
             if getattr(flags, name) != Config.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}: {flags.learner} {reason}; leave it out.")
+    if flags.learner == "adaptive_lft" and (es or flags.num_directions):
+        name = "meta_gradient" if es else "num_directions"
+        raise ValueError(f"{name}: adaptive_lft differentiates the loss of the support images; leave it out.")
     if starts and flags.weights == "final" and flags.window is not None and flags.window < flags.num_steps:
         raise ValueError(
             f"window: the last of {flags.num_steps} steps alone, cut off after {flags.window}, tells {flags.learner} "
@@ -220,6 +223,7 @@ def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
 
     def like(stored):
         nonlocal flags
+        stored = {"augment": False, **stored}  # what was made before there was a choice
         lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
         flags = Config(**{**stored, **lists, "workdir": workdir})
         families = families_of(flags, "train")[:1] if flags.learner in CONGRUOUS else ()
@@ -269,7 +273,7 @@ def meta_train(flags: Config) -> meta.MetaState:
     )
     path = Path(flags.workdir) / "rule.safetensors"
     # One that is there is of this run, when it ended: its card says how it was made, and this call made nothing.
-    if flags.learner not in CONGRUOUS and jax.process_index() == 0 and not path.exists():
+    if flags.learner in ("lft", "l2o") and jax.process_index() == 0 and not path.exists():
         card = {**common.provenance([flags.seed]), "meta_training": stored}
         pretrained.save_rule(path, state.params, rule_of(flags), card)
     return state

@@ -14,8 +14,7 @@ from experiments import config, figures, tables
 
 def _draw_comparison(results, path):
     figures.asr_against_step(results["rows"], path)
-    unseen = [row for row in results["rows"] if not row["seen_victim"]]
-    figures.steps_to_reach(unseen, path.with_name(f"{path.stem}_steps.png"))
+    figures.steps_to_reach(results["rows"], path.with_name(f"{path.stem}_steps.png"))
 
 
 #: By the binary that made a file, its tables and its figure, if any; all others are comparisons.

@@ -3,8 +3,8 @@ r"""Puts the rule of a meta-training run into the package, with a card of what i
   python -m experiments.ship --run=runs/studies/hard/lft_mnist+cifar10_0 --name=uap-linf \
     --results=results/hard/mnist.json,results/hard/cifar10.json --fails="..."
 
-The card holds the run's own, the rows of the results files for the run's learner and for tuned PGD, and what the rule
-does on a few small tasks, for a test to do again.
+The card holds the run's own, the rows of the results files for the run's learner (of all its seeds) and for tuned PGD,
+and what the rule does on a few small tasks, for a test to do again.
 """
 
 import dataclasses
@@ -38,13 +38,11 @@ def ship(flags: Config) -> None:
     params, rule = pretrained.load_pretrained(str(run / "rule.safetensors"))
     card = pretrained.pretrained_card(str(run / "rule.safetensors"))
     learner, rows = card["meta_training"]["learner"], []
+    sources = sorted({load_victim(_ROOT / victim).card["source"] for victim in card["meta_training"]["victims"]})
+    names = ("pgd", learner, f"{learner} ({' + '.join(sources)})")
     for path in flags.results:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-        rows += [
-            {"file": path, **{name: row[name] for name in _SHOWN}}
-            for row in found
-            if row["method"] == "pgd" or row["method"].startswith(learner)
-        ]
+        rows += [{"file": path, **{name: row[name] for name in _SHOWN}} for row in found if row["method"] in names]
     card |= {"meta_test": rows, "check": check(params, rule, card), "where_it_fails": flags.fails}
     path = Path(pretrained.__file__).parent / f"{flags.name}.safetensors"
     pretrained.save_rule(path, params, rule, card)
@@ -52,12 +50,12 @@ def ship(flags: Config) -> None:
 
 
 def check(params: Any, rule: Any, card: dict[str, Any]) -> dict[str, float]:
-    """Mean success and norms on 20 small tasks like those that the rule was meta-trained on (K = 10, digits)."""
+    """Mean success and norms on 20 tasks of digits, K = 10, with the losses and the bound of its meta-training."""
     flags = meta_train.Config(
         workdir="",
         **{
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in card["meta_training"].items()
+            for name, value in {"augment": False, **card["meta_training"]}.items()
             if name not in ("workdir", "epsilon")
         },
     )

@@ -105,8 +105,8 @@ def _trained(learner, families, seeds, meta_steps, tasks, num_steps, rate):
 
 def _errors(learner: Learner, params: Sequence[Any], family: SineFamily, flags: Config, tuning: bool = False):
     """`[T, K]`, means over the seeds' parameters."""
-    # Keys that no meta-training seed begins with.
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 1 if tuning else 2), flags.num_tasks)
+    # Far from the seeds of meta-training, and from what splitting makes of their keys.
+    keys = jax.random.split(jax.random.key(2**31 - (1 if tuning else 2)), flags.num_tasks)
     options = {"num_steps": NUM_STEPS, "at": tuple(range(1, NUM_STEPS + 1)), "batch_size": 100}
     return np.mean([evaluation.evaluate(learner, p, family, keys, **options)["error"] for p in params], axis=0)
 

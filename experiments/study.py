@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config, evaluate, meta_train, victims
-from lft_jax.base import check_name
+from lft_jax.base import check_at_least, check_name
+from lft_jax.comparison import Protocol
 
 _BOTH = ("mnist", "cifar10")
 _ATTACKED = (*_BOTH, "digits")
@@ -70,7 +71,7 @@ STUDIES = {
     # All ten classes, one image of each, exact gradients, linf ball.
     "hard": Study((*_RULES, Run("lft", ("mnist",)), Run("lft", ("cifar10",)), *_MAML), _META, _BALL),
     # The same with ten random directions a step instead of gradients.
-    "query": Study(_RULES, {**_META, "num_directions": 10}, _BALL),
+    "query": Study(_RULES, {**_META, "num_directions": 10}, {**_BALL, "methods": (*Protocol.methods, "adamm")}),
     # The paper's tasks, not its rule: two classes, two images of each, hinge and a penalty on the l1 norm.
     "paper": Study(
         (*_RULES, *_MAML),
@@ -99,6 +100,7 @@ class Config:
 
 def study(flags: Config) -> None:
     """Makes the runs that are missing and compares them all."""
+    check_at_least("seeds", flags.seeds, 1)
     chosen = STUDIES[flags.study]
     known = {run.name: run for run in chosen.runs}
     if unknown := sorted(set(flags.only) - known.keys()):

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lft_jax.comparison import AUGMENTED, TRANSFER, Protocol
+from experiments.common import DEFAULT_EPSILON
+from lft_jax.comparison import AUGMENTED, TRANSFER
 
 _SHOWN = (1, 2, 5, 10, 20)  # PROTOCOL 4
-_HAND_MADE = (*Protocol.methods, "transfer", TRANSFER)
 
 
 def shown_steps(at: Sequence[int]) -> list[int]:
@@ -16,16 +16,21 @@ def shown_steps(at: Sequence[int]) -> list[int]:
     return [k for k in at if k in _SHOWN or k == at[-1]]
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table a target: query ASR (percent, 95% interval over tasks) after each judged step, by method."""
+def comparison_table(rows: Sequence[Mapping[str, Any]], penalised: bool = False) -> str:
+    """A table a target: query ASR (percent, 95% interval over tasks) after each judged step, by method.
+
+    With a penalty the query loss, which holds it, is a column too.
+    """
     targets = dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows)
-    return "\n".join(_target_table(target, [r for r in rows if r["victim"] == target[1]]) for target in targets)
+    return "\n".join(
+        _target_table(target, [r for r in rows if r["victim"] == target[1]], penalised) for target in targets
+    )
 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> str:
     """One line a victim that was not seen in meta-training: final success of the strongest of each kind of method."""
     lines = [
-        "| victim | tuned PGD | best tuned baseline | best augmented one | L2O | LFT | full-data oracle | LFT minus "
+        "| victim | tuned PGD | best tuned baseline | best of two augmented | L2O | LFT | full-data oracle | LFT minus "
         "tuned PGD | gap closed |",
         "|---" * 9 + "|",
     ]
@@ -33,9 +38,12 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
         rows = [row for row in results["rows"] if not row["seen_victim"]]
         for victim in dict.fromkeys(row["victim"] for row in rows):
             of = {row["method"]: row for row in rows if row["victim"] == victim}
-            hand_made = {m: r for m, r in of.items() if m in _HAND_MADE}
+            plain = (*results["protocol"]["methods"], "pgd", "transfer", TRANSFER)
+            hand_made = {m: r for m, r in of.items() if m in plain}
             augmented = {m: r for m, r in of.items() if m.endswith(AUGMENTED)}
-            lft = next(row for method, row in of.items() if method.split(" (")[0] == "lft")
+            lft = next((row for method, row in of.items() if method.split(" (")[0] == "lft"), None)
+            if lft is None:
+                raise ValueError(f"results: {victim} was not attacked by an lft, which a summary is about.")
             l2o = next((row for method, row in of.items() if method.split(" (")[0] == "l2o"), None)
             cells = [_final(of["pgd"])]
             cells += [
@@ -57,7 +65,15 @@ def _final(row, named=False):
 def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """The tables of a results file, those of unseen victims first, where they come from, and the figures."""
     rows, tasks, protocol = results["rows"], results["tasks"], results["protocol"]
-    bound = f"a penalty of {tasks['penalty']} on the {tasks['norm']} norm" if tasks.get("penalty") else "a ball"
+    penalised = bool(tasks.get("penalty"))
+    known = {**DEFAULT_EPSILON.get(tasks["norm"], {}), **tasks["epsilon"]}
+    radii = ", ".join(f"{s} {known[s]}" for s in dict.fromkeys(row["source"] for row in rows) if s in known)
+    bound = f"an {tasks['norm']} ball{f' ({radii})' if radii else ''}"
+    if penalised:
+        bound = (
+            f"a penalty of {tasks['penalty']} on the {tasks['norm']} norm, where settings and oracles are chosen by "
+            "the loss, of which success is only a part"
+        )
     directions = tasks.get("num_directions")
     gradients = f"zeroth-order gradients of {directions} directions a step" if directions else "exact gradients"
     about = (
@@ -68,16 +84,21 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "settings (step, momentum, schedule, loss) on validation tasks of the same victim; the oracle sees all "
         'training images. "Steps" are those until a method\'s mean ASR reaches the final one of tuned PGD; "gap '
         'closed" is the part of the way from the best tuned baseline to the oracle'
-        + (', "augmented" that from the best one which augments too' if _augmented(rows) else "")
+        + (
+            ', "augmented" that from the best of these and of two that augment too: what was best on the validation '
+            "tasks without, and the transfer start fine-tuned by it, each tuned again"
+            if _augmented(rows)
+            else ""
+        )
         + f". {_origin(results, path)}"
     )
     unseen = [row for row in rows if not row["seen_victim"]]
     seen = [row for row in rows if row["seen_victim"]]
     setting = f"{tasks['ways']} classes, {tasks['shots']} image{'s' if tasks['shots'] > 1 else ''} of each, {gradients}"
     title = f"## Attacks on {' and '.join(dict.fromkeys(row['source'] for row in rows))}: {setting}"
-    parts = [title, "", about, "", comparison_table(unseen)]
+    parts = [title, "", about, "", comparison_table(unseen, penalised)]
     if seen:
-        parts += ["Victims that were in meta-training (unseen images only):", "", comparison_table(seen)]
+        parts += ["Victims that were in meta-training (unseen images only):", "", comparison_table(seen, penalised)]
     parts += [
         f"![success against the step]({figures}.png)",
         "",
@@ -184,7 +205,8 @@ def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "",
         f"Norms of meta-gradients on tasks of `{victim['source']}` against a `{victim['architecture']}`, K = "
         f"{flags['num_steps']}, {flags['ways']} classes, means over {flags['num_tasks']} tasks; the rule is "
-        f"`{flags['rule']}`, as it was shipped and with weights that were not meta-trained. {_origin(results, path)}",
+        f"`{flags['rule']}`, as it was shipped at that commit and with weights that were not meta-trained. "
+        f"{_origin(results, path)}",
         "",
     ]
     for name, rows in results["rows"].items():
@@ -238,7 +260,7 @@ def _origin(results, path):
     return f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
 
 
-def _target_table(target, rows):
+def _target_table(target, rows, penalised):
     source, victim, seen = target
     at, augmented = rows[0]["at"], _augmented(rows)
     shown = shown_steps(at)
@@ -250,8 +272,9 @@ def _target_table(target, rows):
         + " | ".join(f"K = {k}" for k in shown)
         + " | minus tuned PGD | steps | gap closed | "
         + ("augmented | " if augmented else "")
+        + ("loss | " if penalised else "")
         + "l1 | l2 | linf |",
-        "|---" * (len(shown) + 7 + augmented) + "|",
+        "|---" * (len(shown) + 7 + augmented + penalised) + "|",
     ]
     for row in rows:
         cells = [
@@ -269,6 +292,7 @@ def _target_table(target, rows):
             f"{100 * mean:+.1f} ± {_percent(width)}",
             str(row["steps_to_tuned_pgd"] or ""),
             *("" if gap is None else f"{100 * gap:.0f}%" for gap in gaps),
+            *([f"{row['loss']:.2f}"] if penalised else []),
             f"{row['l1']:.1f}",
             f"{row['l2']:.2f}",
             f"{row['linf']:.3f}",

@@ -102,6 +102,8 @@ def universal_perturbation(
     loss = (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
     if augmentation is not None:
         augmentation.check()
+    if resolution is not None and oracle == "gradient":
+        raise ValueError(f"resolution: exact gradients have no directions, got {resolution} without oracle='query'.")
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
     logits_fn = _as_partial(logits_fn) if oracle == "gradient" else _on_numpy(logits_fn)

@@ -79,7 +79,8 @@ def adam(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTran
 def adamm(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTransformation:
     """AMSGrad with its step in units of the scale: ZO-AdaMM under zeroth-order gradients (Chen et al. 2019).
 
-    Its projection under a Mahalanobis norm is the plain one for an linf ball, coordinate by coordinate.
+    Its projection under a Mahalanobis norm is the plain one for an linf ball, coordinate by coordinate. Both moments
+    are corrected for their bias, as optax does it and the authors do not.
     """
     return _step_of_scale(optax.scale_by_amsgrad(b1=b1), step, final)
 

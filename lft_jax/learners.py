@@ -33,7 +33,8 @@ def adaptive_lft(rule: Rule, *, steps: int = 5, learning_rate: float = 1e-2, sec
     """An LFT whose weights take a few gradient steps of their own on a task's support loss before it fine-tunes.
 
     Each of these steps fine-tunes once and descends on the mean support loss along the way; the derivative of that
-    gradient is dropped, as in first-order MAML.
+    gradient is dropped, as in first-order MAML. That descent differentiates the family's loss itself, whatever its
+    oracle: not for models that can only be called.
 
     Args:
       rule: the update rule.

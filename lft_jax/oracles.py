@@ -120,7 +120,8 @@ def zeroth_order(
       smoothing: `mu`, above 0, in units of `theta`.
       directions: what `u` is.
         "gaussian": N(0, I).
-        "sphere": uniform on the unit sphere of the whole optimizee, over all leaves jointly; `c = d`. The step is
+        "sphere": uniform on the unit sphere of the whole optimizee, over all leaves jointly (with a `resolution`, on
+        that of the tiles); `c = d`. The step is
         `mu` long, so coordinates move `sqrt(d)` times less than with "gaussian" or "rademacher" at the same `mu`.
         "rademacher": -1 or 1 in each coordinate (SPSA).
         "coordinate": axes, `q <= d` distinct ones at random; `c = d`. With `q = d` the estimate is the
@@ -175,7 +176,7 @@ def zeroth_order(
     def oracle(theta, key):
         flat, unflatten = _flatten(theta)
         tiles = None if resolution is None else _tiles(theta, resolution)
-        size = flat.size if tiles is None else tiles.max() + 1
+        size = flat.size if tiles is None else int(tiles.max()) + 1
         seeds = _seeds(directions, key, num_directions, size)
         base = None if antithetic else losses_at(unflatten(flat[None]))
         chunk = min(chunk_size or num_directions, num_directions)
@@ -185,9 +186,7 @@ def zeroth_order(
             chunk = memory.fitting(num_directions, (1 + points) * flat.nbytes + points * work, memory_mib)
 
         def step(total, seeds):
-            us, points = _probe(
-                flat, seeds, smoothing, tiles, size=int(size), directions=directions, antithetic=antithetic
-            )
+            us, points = _probe(flat, seeds, smoothing, tiles, size=size, directions=directions, antithetic=antithetic)
             values = losses_at(unflatten(points))
             if antithetic:
                 plus, minus = values[: len(seeds)], values[len(seeds) :]

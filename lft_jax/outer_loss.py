@@ -55,7 +55,10 @@ def run_task(
         return jnp.mean(losses), 2 * trajectory.queries[-1]
 
     used = 0
-    for key_adapt in jax.random.split(jax.random.fold_in(key_tune, 0), learner.adaptation_steps):
+    if learner.adaptation_steps:  # the split comes first, so that no key serves an adaptation and a step
+        key_tune, key_adaptation = jax.random.split(key_tune)
+        keys_adaptation = jax.random.split(key_adaptation, learner.adaptation_steps)
+    for key_adapt in keys_adaptation if learner.adaptation_steps else ():
         grads, queries = jax.grad(support_loss, has_aux=True)(jax.lax.stop_gradient(params), key_adapt)
         # First order: the gradient is a constant, as in first-order MAML.
         params = jax.tree.map(lambda p, g: p - learner.adaptation_rate * jax.lax.stop_gradient(g), params, grads)

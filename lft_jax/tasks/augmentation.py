@@ -16,9 +16,9 @@ class Augmentation:
     examples of single images carry over between models; labels are not mixed.
 
     Attributes:
-      shift: images are moved by up to this fraction of their height and width, whole pixels, in [0, 1); what comes in
-        from outside repeats the border.
-      mix: weight, in [0, 1), of another image of the batch.
+      shift: images are moved by up to this fraction of their height and width, rounded to whole pixels, in [0, 1);
+        what comes in from outside repeats the border.
+      mix: weight, in [0, 1), of the image that a permutation of the batch puts in the same place, now and then itself.
       noise: half-width of uniform noise, in units of the image range, in [0, 1].
     """
 

@@ -50,6 +50,8 @@ def test_unknown_names_are_refused(changes, message):
         ({"learner": "reptile", "weights": "final"}, "weights: reptile differentiates nothing"),
         ({"learner": "reptile", "second_order": True}, "second_order: reptile differentiates nothing"),
         ({"adaptation_rate": 0.1}, "adaptation_rate: lft does not adapt its weights"),
+        ({"learner": "adaptive_lft", "num_directions": 3}, "num_directions: adaptive_lft differentiates the loss"),
+        ({"learner": "adaptive_lft", "meta_gradient": "es"}, "meta_gradient: adaptive_lft differentiates the loss"),
         ({"resolution": 8}, "resolution: lft is given exact gradients, without --num_directions"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft is given a penalty"),

@@ -40,8 +40,8 @@ COMPARISON = {
         row("oracle", [0.6, 0.6], 1, 1.0),
         row("pgd", [0.2, 0.4], 2, 0.0, victim="toy_lenet_1001"),
     ],
-    "tasks": {"shots": 2, "ways": 3, "norm": "l1", "penalty": 0.01, "num_directions": 10},
-    "protocol": {"num_tasks": 7},
+    "tasks": {"shots": 2, "ways": 3, "norm": "l1", "epsilon": {}, "penalty": 0.01, "num_directions": 10},
+    "protocol": {"num_tasks": 7, "methods": ["pgd", "adam"]},
     "meta_training": [
         {"learner": "lft", "victims": ["v/toy_small_cnn_0", "v/big_toy_lenet_1"], "seed": seed} for seed in (0, 1)
     ],
@@ -110,8 +110,8 @@ def test_what_is_around_the_marks_stays(rendered):
         "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step",
         "a penalty of 0.01 on the l1 norm",
         "lft (2 seeds) on 2 victims of toy and big_toy",
-        "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | 1.0 | 0.50 | 0.100 |",
-        "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | 1.0 | 0.50 | 0.100 |",
+        "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
+        "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| toy_lenet_1001 | 8x9x3 | 4 | 2 | x 0.5 | 6 | 30.0 ± 2.0 | 41.0 ± 3.0 | +11.0 ± 4.0 |",
         "| no spread | 10.0 | 46.0 (-4.0 ± 3.0) |",
         "| base | 10.0 | 50.0 |",
@@ -138,6 +138,20 @@ def test_a_summary_has_a_line_a_victim(tmp_path):
 def test_figures_are_drawn_beside_the_files(rendered):
     for name in ("compare.png", "compare_steps.png"):
         assert (rendered[1] / name).stat().st_size > 5_000
+
+
+def test_what_cannot_be_rendered_is_refused_by_name(tmp_path):
+    rows = [r for r in COMPARISON["rows"] if r["method"] != "lft"]
+    (tmp_path / "mine.json").write_text(json.dumps({**COMPARISON, "rows": rows}))
+    document = tmp_path / "README.md"
+    document.write_text(f"{render.BEGIN}{render.END}")
+    options = {"results": (str(tmp_path / "mine.json"),), "document": str(document)}
+    with pytest.raises(ValueError, match="results: toy_small_cnn_1000 was not attacked by an lft"):
+        render.render(render.Config(summary=True, **options))
+    seen = [{**row, "seen_victim": True} for row in rows]
+    (tmp_path / "mine.json").write_text(json.dumps({**COMPARISON, "rows": seen}))
+    render.render(render.Config(**options))
+    assert "Victims that were in meta-training" in document.read_text()
 
 
 def test_cases_fit_their_victims():

@@ -47,7 +47,7 @@ def test_each_image_is_shifted_on_its_own_and_every_shift_occurs():
     assert found == {(down, right) for down in range(-2, 3) for right in range(-1, 2)}
 
 
-def test_mixing_adds_one_other_image_of_the_batch():
+def test_mixing_adds_a_permutation_of_the_batch():
     mixed = np.asarray(only(mix=0.25)(IMAGES, jax.random.key(0)))
     partners = [
         [j for j, other in enumerate(IMAGES) if np.allclose(result, 0.75 * image + 0.25 * other, atol=1e-6)]

@@ -24,11 +24,11 @@ def study(tmp_path_factory):
 
 
 def _flags(folder, **changes):
+    rule = {"rule": "coordinate_lstm", "hidden": 3} if changes.get("learner") not in meta_train.CONGRUOUS[:3] else {}
     settings = {
         "victims": (str(folder / "victim"),),
         "workdir": str(folder / "lft"),
-        "rule": "coordinate_lstm",
-        "hidden": 3,
+        **rule,
         "num_steps": 2,
         "checkpoint_every": 1,
         "validation_tasks": 2,
@@ -78,8 +78,10 @@ def test_evaluate_writes_results_table_and_figures(study):
     results = evaluate.evaluate(flags)
     assert json.loads((study / "results.json").read_text()) == json.loads(json.dumps(results))
     methods = [row["method"] for row in results["rows"]]
-    assert methods == ["pgd", "pgd (untuned)", "transfer", "transfer, fine-tuned", "lft", "oracle"]
-    row = results["rows"][4]
+    augmented = ["pgd, augmented", "transfer, fine-tuned, augmented"]
+    assert methods == ["pgd", "pgd (untuned)", "transfer", "transfer, fine-tuned", *augmented, "lft", "oracle"]
+    assert results["tasks"]["epsilon"] == {"digits": 0.25}
+    row = results["rows"][-2]
     assert row["seen_victim"] and row["linf"] <= 0.25 + 1e-6 and len(row["task_asr"]) == 3
     assert np.isclose(row["asr"][-1], np.mean(row["task_asr"]), atol=1e-4)
     table = (study / "results.md").read_text()

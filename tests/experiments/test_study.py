@@ -53,6 +53,7 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
         "meta_steps": 1,
         "validation_tasks": 0,
         "num_directions": 3,
+        "augment": False,
     }
     protocol = {"at": (1, 2), "num_tasks": 2, "num_validation": 2, "methods": ("sgd",), "oracle_steps": 2}
     tiny = study.Study((study.Run("lft", ("digits",), seeds=2), study.Run("maml", ("digits",))), meta, protocol)

@@ -3,7 +3,7 @@ r"""The main job from beginning to end on embedded data: train victims, meta-tra
 One learned fine-tuner (LFT) is meta-trained on 8x8 digits and 28x28 MNIST together, whose perturbations share no
 variables, and then attacks a victim of each source that meta-training never saw, with one image a class.
 
-  python -m experiments.quickstart                  about 5 minutes on 2 cores
+  python -m experiments.quickstart                  5 to 8 minutes on 2 cores
   python -m experiments.quickstart --preset=short   a smoke run
 
 Everything is kept in --workdir, so a run that was stopped goes on where it was.

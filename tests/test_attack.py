@@ -109,10 +109,10 @@ def test_augmented_images_cost_no_queries_and_only_the_search_sees_them(results,
 
 @pytest.mark.parametrize("oracle", COSTS)
 def test_a_penalty_instead_of_a_ball_is_part_of_the_loss(oracle):
-    options = {"oracle": oracle, "epsilon": None, "norm": "l1", "penalty": 0.2, "optimizer": optax.sgd(0.05)}
+    options = {"oracle": oracle, "epsilon": None, "norm": "l1", "penalty": 0.02, "optimizer": optax.sgd(0.05)}
     result = run(**options)
     theta = result.perturbation
-    expected = mean_loss(theta) + 0.2 * np.abs(theta).sum()
+    expected = mean_loss(theta) + 0.02 * np.abs(theta).sum()
     np.testing.assert_allclose(result.history["loss"][-1], expected, rtol=1e-4)
     assert expected < mean_loss(0 * theta)
     with pytest.raises(ValueError, match="give exactly one of epsilon"):

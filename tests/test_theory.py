@@ -116,7 +116,7 @@ def test_a_fit_needs_positive_values():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match=r"step_weights: unknown name 'unifrom'\. Did you mean 'uniform'"):
+    with pytest.raises(ValueError, match=r"weights: unknown name 'unifrom'\. Did you mean 'uniform'"):
         theory.meta_gradient_gap(
             DESCENT, jnp.asarray(0.1), family(2), jax.random.split(jax.random.key(0), 2), num_steps=1, weights="unifrom"
         )

@@ -1,6 +1,7 @@
 """Tests run as strictly as JAX allows: no silent rank or dtype promotion, warnings are errors (pyproject.toml)."""
 
 import contextlib
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,6 +37,14 @@ def promotion(request):
     marked = request.node.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("standard") if marked else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_module():
+    """Forgets the programs that a module compiled: those of all of them are more than XLA survives in one process."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ class Config:
     )
     support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
     task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
-    augment: bool = config.option(True, "Shift, mix and blur the support images anew in each step.")
+    augment: bool = config.option(True, "Shift the support images, mix them and add noise, anew in each step.")
     num_steps: int = config.option(20, "Fine-tuning steps of a task (K).")
     weights: str = config.option("uniform", "Weights of the steps in the outer loss.", tuple(STEP_WEIGHTS))
     tasks_per_family: int = config.option(1, "Tasks of each victim in a meta-step.")

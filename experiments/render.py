@@ -44,15 +44,21 @@ def render(flags: Config) -> None:
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
-    sections = [tables.summary([found for found, _ in results])] if flags.summary else []
+    compared = [found for found, _ in results if _kind(found) not in KINDS]
+    sections = [(tables.summary if flags.summary else tables.claims)(compared)]
     for found, path in [] if flags.summary else results:
-        section, draw = KINDS.get(found["provenance"]["command"].split()[2], COMPARISON)
+        section, draw = KINDS.get(_kind(found), COMPARISON)
         draw(found, Path(path).with_suffix(".png"))
         beside = os.path.relpath(Path(path).with_suffix(""), document.parent)
         sections.append(section(found, path, beside))
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    joined = "\n".join(sections)
+    joined = "\n".join(filter(None, sections))
     document.write_text(f"{before}{BEGIN}\n{joined}{END}{after}", encoding="utf-8")
+
+
+def _kind(results):
+    """The binary that made a file."""
+    return results["provenance"]["command"].split()[2]
 
 
 if __name__ == "__main__":

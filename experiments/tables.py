@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.common import DEFAULT_EPSILON
+from lft_jax import evaluation
 from lft_jax.comparison import AUGMENTED, TRANSFER
 
 _SHOWN = (1, 2, 5, 10, 20)  # PROTOCOL 4
@@ -38,23 +41,75 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
         rows = [row for row in results["rows"] if not row["seen_victim"]]
         for victim in dict.fromkeys(row["victim"] for row in rows):
             of = {row["method"]: row for row in rows if row["victim"] == victim}
-            plain = (*results["protocol"]["methods"], "pgd", "transfer", TRANSFER)
-            hand_made = {m: r for m, r in of.items() if m in plain}
-            augmented = {m: r for m, r in of.items() if m.endswith(AUGMENTED)}
-            lft = next((row for method, row in of.items() if method.split(" (")[0] == "lft"), None)
+            lft, l2o = (_of_learner(of, learner) for learner in ("lft", "l2o"))
             if lft is None:
                 raise ValueError(f"results: {victim} was not attacked by an lft, which a summary is about.")
-            l2o = next((row for method, row in of.items() if method.split(" (")[0] == "l2o"), None)
             cells = [_final(of["pgd"])]
-            cells += [
-                _final(max(g.values(), key=lambda r: r["asr"][-1]), True) if g else "" for g in (hand_made, augmented)
-            ]
+            cells += [_final(row, named=True) if row else "" for row in _best_rivals(of, results["protocol"])]
             cells += [_final(row) if row else "" for row in (l2o, lft, of["oracle"])]
             mean, width = lft["difference_to_tuned_pgd"]
             gap = lft["gap_closed"]
             cells += [f"{100 * mean:+.1f} ± {_percent(width)}", "" if gap is None else f"{100 * gap:.0f}%"]
             lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def claims(found: Sequence[Mapping[str, Any]]) -> str:
+    """The LFT against each kind of rival, a line a victim; empty if no unseen victim was attacked by one.
+
+    Differences are paired by task. Steps are those to the final success of the best tuned baseline.
+    """
+    lines = []
+    for results in found:
+        rows = [row for row in results["rows"] if not row["seen_victim"]]
+        for victim in dict.fromkeys(row["victim"] for row in rows):
+            of = {row["method"]: row for row in rows if row["victim"] == victim}
+            first = {learner: _of_learner(of, learner) for learner in ("lft", "l2o", "maml")}
+            hand_made, augmented = _best_rivals(of, results["protocol"])
+            lft, goal = first["lft"], hand_made["asr"][-1]
+            if lft is None:
+                continue
+            rivals = (of["pgd"], of.get("adam"), augmented)
+            untuned = of["pgd (untuned)"]["asr"][-1]
+            reached = [row and evaluation.steps_to_reach(row["asr"], goal) for row in first.values()]
+            cells = [
+                "penalty" if results["tasks"].get("penalty") else "ball",
+                f"{lft['asr'][-1] / untuned:.1f}" if untuned else "",
+                *(_paired(lft, rival) if rival else "" for rival in rivals),
+                *(
+                    ("never" if steps is None else str(lft["at"][steps - 1])) if row else ""
+                    for row, steps in zip(first.values(), reached, strict=True)
+                ),
+                "" if lft["gap_closed"] is None else f"{100 * lft['gap_closed']:.0f}%",
+            ]
+            lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
+    if not lines:
+        return ""
+    head = (
+        "| victim | setting | times untuned PGD | minus tuned PGD | minus tuned Adam | minus best augmented | steps to "
+        "the best tuned baseline's final success: LFT | L2O | MAML | gap closed |"
+    )
+    about = "The LFT's final success against that of others, in points, paired by task; what augments is tuned too."
+    title = "## The LFT against each kind of rival"
+    return "\n".join([title, "", about, "", head, "|---" * 10 + "|", *lines, "", ""])
+
+
+def _of_learner(of, learner):
+    """The first row of a learner, or None."""
+    return next((row for method, row in of.items() if method.split(" (")[0] == learner), None)
+
+
+def _best_rivals(of, protocol):
+    """The rows of the best tuned baseline and of the best that augments, or None."""
+    plain = (*protocol["methods"], "pgd", "transfer", TRANSFER)
+    groups = ([of[m] for m in of if m in plain], [of[m] for m in of if m.endswith(AUGMENTED)])
+    return [max(group, key=lambda row: row["asr"][-1], default=None) for group in groups]
+
+
+def _paired(row, other):
+    """The mean difference of two rows' final success, in points, with its interval over the tasks they share."""
+    mean, width = evaluation.mean_interval(np.subtract(row["task_asr"], other["task_asr"]))
+    return f"{100 * mean:+.1f} ± {100 * width:.1f}"
 
 
 def _final(row, named=False):

@@ -54,11 +54,11 @@ def run_task(
         # Judging a step's optimizee costs as much as the step.
         return jnp.mean(losses), 2 * trajectory.queries[-1]
 
-    used = 0
+    used, keys_adaptation = 0, ()
     if learner.adaptation_steps:  # the split comes first, so that no key serves an adaptation and a step
         key_tune, key_adaptation = jax.random.split(key_tune)
         keys_adaptation = jax.random.split(key_adaptation, learner.adaptation_steps)
-    for key_adapt in keys_adaptation if learner.adaptation_steps else ():
+    for key_adapt in keys_adaptation:
         grads, queries = jax.grad(support_loss, has_aux=True)(jax.lax.stop_gradient(params), key_adapt)
         # First order: the gradient is a constant, as in first-order MAML.
         params = jax.tree.map(lambda p, g: p - learner.adaptation_rate * jax.lax.stop_gradient(g), params, grads)

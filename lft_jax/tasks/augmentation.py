@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Shifts, mixes and blurs images with noise; the perturbation stays where it is. Costs no queries.
+    """Shifts images, mixes them and adds noise; the perturbation stays where it is. Costs no queries.
 
     Few support images are what a universal perturbation overfits. Changed anew in every step, they keep its gradient
     from settling on what is special to them. Mixing is that of admix (Wang et al. 2021), which made adversarial

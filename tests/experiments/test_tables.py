@@ -34,9 +34,11 @@ def row(method, asr, steps, gap, victim="toy_small_cnn_1000", **more):
 
 COMPARISON = {
     "rows": [
-        row("pgd", [0.2, 0.4], 2, 0.0),
-        row("pgd, augmented", [0.2, 0.45], 2, 0.25),
-        row("lft", [0.4, 0.55], 1, 0.75, seeds=2, seed_asr=[0.5, 0.6]),
+        row("pgd", [0.2, 0.4], 2, 0.0, task_asr=[0.3, 0.5]),
+        row("pgd (untuned)", [0.1, 0.1], None, -1.5),
+        row("pgd, augmented", [0.2, 0.45], 2, 0.25, task_asr=[0.35, 0.55]),
+        row("lft", [0.4, 0.55], 1, 0.75, seeds=2, seed_asr=[0.5, 0.6], task_asr=[0.5, 0.6]),
+        row("maml", [0.3, 0.39], None, 0.0),
         row("oracle", [0.6, 0.6], 1, 1.0),
         row("pgd", [0.2, 0.4], 2, 0.0, victim="toy_lenet_1001"),
     ],
@@ -99,7 +101,7 @@ def rendered(tmp_path):
 
 def test_what_is_around_the_marks_stays(rendered):
     text, _ = rendered
-    assert text.startswith(f"Before.\n{render.BEGIN}\n## Attacks on toy")
+    assert text.startswith(f"Before.\n{render.BEGIN}\n## The LFT against each kind of rival")
     assert text.endswith(f"{render.END}\nAfter.\n")
     assert "old" not in text
 
@@ -108,6 +110,8 @@ def test_what_is_around_the_marks_stays(rendered):
     "line",
     [
         "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step",
+        # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
+        "| `toy_small_cnn_1000` | penalty | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 |  | never | 75% |",
         "a penalty of 0.01 on the l1 norm",
         "lft (2 seeds) on 2 victims of toy and big_toy",
         "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
@@ -152,6 +156,7 @@ def test_what_cannot_be_rendered_is_refused_by_name(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({**COMPARISON, "rows": seen}))
     render.render(render.Config(**options))
     assert "Victims that were in meta-training" in document.read_text()
+    assert "each kind of rival" not in document.read_text()
 
 
 def test_cases_fit_their_victims():

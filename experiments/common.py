@@ -37,7 +37,9 @@ class TaskConfig:
       epsilon: radius by source; sources that it does not name take `DEFAULT_EPSILON`.
       penalty: weight of the norm in the loss, instead of a ball; or None.
       num_directions: of zeroth-order estimates; 0 for exact gradients.
-      resolution: of those directions, see `lft_jax.oracles.zeroth_order`; or None.
+      resolution, basis: of those directions, see `lft_jax.oracles.zeroth_order`.
+      smoothing: of the estimates, in units of the image range.
+      per_example: whether each support image tries directions of its own.
       loss: the objective, of the query images.
       support_loss: of the support images.
       start: "zeros" or "random".
@@ -52,6 +54,9 @@ class TaskConfig:
     penalty: float | None = None
     num_directions: int = 0
     resolution: int | None = None
+    basis: str = "tiles"
+    smoothing: float = 1e-2
+    per_example: bool = False
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
     start: str = "zeros"
@@ -74,9 +79,10 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     source = load_source(name, split, data_dir=data_dir)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["augmentation"] = Augmentation() if options.pop("augment") else None
-    num_directions, resolution = options.pop("num_directions"), options.pop("resolution")
-    if num_directions:
-        options["estimator"] = oracles.ZerothOrder(num_directions, resolution=resolution)
+    names = ("num_directions", "resolution", "basis", "smoothing", "per_example")
+    estimator = oracles.ZerothOrder(**{name: options.pop(name) for name in names})
+    if estimator.num_directions:
+        options["estimator"] = estimator
     if config.penalty is None:
         options["epsilon"] = config.epsilon[name] if name in config.epsilon else default_epsilon(config.norm, name)
     elif config.epsilon:

@@ -18,6 +18,7 @@ import optax
 from experiments import common, config
 from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, tasks
 from lft_jax.base import Learner, check_name
+from lft_jax.directions import BASES
 from lft_jax.estimators import EvolutionStrategies
 from lft_jax.features import FEATURES
 from lft_jax.outer_loss import STEP_WEIGHTS
@@ -70,7 +71,12 @@ class Config:
         0, "Random directions, each tried both ways, of the zeroth-order gradients that fine-tune; 0: exact gradients."
     )
     resolution: int | None = config.option(
-        None, "Those directions are constant on tiles, so many along each side; each pixel is its own if not given."
+        None, "Those directions lie in a subspace, of so many dimensions along each side; in no subspace if not given."
+    )
+    basis: str = config.option("tiles", "That subspace: constant on tiles, or low frequencies (dct).", BASES)
+    smoothing: float = config.option(0.01, "How far those directions are tried, in units of the image range.")
+    per_example: bool = config.option(
+        False, "Each support image tries directions of its own, which costs no more queries."
     )
     loss: str = config.option(
         "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
@@ -175,7 +181,11 @@ def check(flags: Config) -> None:
         ("inner_step",): (learned, "fine-tunes by its own rule"),
         ("weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
         ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
-        ("resolution",): (not flags.num_directions, "is given exact gradients, without --num_directions"),
+        ("resolution", "basis", "smoothing", "per_example"): (
+            not flags.num_directions,
+            "is given exact gradients, without --num_directions",
+        ),
+        ("basis",): (flags.resolution is None, "has no subspace of directions, without --resolution"),
         ("epsilon",): (flags.penalty is not None, "is given a penalty instead of a ball"),
     }
     for names, (applies, reason) in useless.items():

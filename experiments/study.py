@@ -72,6 +72,10 @@ STUDIES = {
     "hard": Study((*_RULES, Run("lft", ("mnist",)), Run("lft", ("cifar10",)), *_MAML), _META, _BALL),
     # The same with ten random directions a step instead of gradients.
     "query": Study(_RULES, {**_META, "num_directions": 10}, {**_BALL, "methods": (*Protocol.methods, "adamm")}),
+    # Exact gradients in an l2 ball: the meta-test of the shipped rule.
+    "l2": Study(
+        (Run("lft", _BOTH),), {**_META, "norm": "l2"}, {**_PROTOCOL, "methods": ("momentum_pgd",), "transfer": False}
+    ),
     # The paper's tasks, not its rule: two classes, two images of each, hinge and a penalty on the l1 norm.
     "paper": Study(
         (*_RULES, *_MAML),

@@ -10,12 +10,14 @@ import numpy as np
 
 from lft_jax import base, baselines, evaluation
 from lft_jax.base import Learner, PyTree
+from lft_jax.oracles import ZerothOrder
 from lft_jax.tasks.uap import UapFamily
 
 #: What the paired differences and the steps-to-reach are measured against.
 REFERENCE = "pgd"
 TRANSFER = "transfer, fine-tuned"
-#: Ends the names of baselines that were given the learned methods' augmentation.
+#: Ends the names of baselines that were given what the learned methods were: the augmentation of the support images
+#: and, under zeroth-order gradients, the estimator with all its settings.
 AUGMENTED = ", augmented"
 
 
@@ -91,8 +93,9 @@ def compare(
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Tunes the baselines on the target's validation tasks and runs every method once on its test tasks.
 
-    The baselines see the support images as they are. Where the target's tasks augment them, as they then do for the
-    learned methods, the best baseline and the fine-tuned transfer start are also tuned and run with augmentation.
+    The baselines are run as published: they see the support images as they are, and zeroth-order estimates are along
+    directions shared by all images, in all dimensions. Where the target's tasks differ from that, as they then do for
+    the learned methods, the best baseline and the fine-tuned transfer start are also tuned and run on those.
 
     Args:
       target: who is attacked.
@@ -128,7 +131,7 @@ def compare(
         return max(score for _, score in tuned.scores)
 
     table = baselines.make_baselines(target.test.constraint.norm)
-    plain, scores = _without_augmentation(target), {}
+    plain, scores = _as_published(target), {}
     for name in dict.fromkeys((REFERENCE, *protocol.methods)):
         baseline = table[name]
         scores[name] = run_tuned(name, baseline, plain)
@@ -145,7 +148,7 @@ def compare(
         runs["transfer"] = ([_repeat(theta, target, keys, protocol)], {"victims": len(transfer_from)})
         strongest[TRANSFER] = baselines.from_start(table[best], theta)
         run_tuned(TRANSFER, strongest[TRANSFER], plain, by=best)
-    if target.test.augmentation is not None:
+    if _ours(plain.test) != _ours(target.test):
         for name, baseline in strongest.items():
             run_tuned(name + AUGMENTED, baseline, target, by=best)
 
@@ -170,9 +173,18 @@ def compare(
     return _rows(target, runs, protocol), pictures
 
 
-def _without_augmentation(target):
-    families = {name: getattr(target, name) for name in ("train", "validation", "test")}
-    return target._replace(**{n: dataclasses.replace(f, augmentation=None) for n, f in families.items()})
+def _ours(family):
+    return family.augmentation, family.estimator
+
+
+def _as_published(target):
+    def plain(family):
+        estimator = family.estimator
+        if isinstance(estimator, ZerothOrder):
+            estimator = dataclasses.replace(estimator, resolution=None, basis="tiles", per_example=False)
+        return dataclasses.replace(family, augmentation=None, estimator=estimator)
+
+    return target._replace(**{name: plain(getattr(target, name)) for name in ("train", "validation", "test")})
 
 
 def _setting(setting):

@@ -1,11 +1,12 @@
 """Gradient oracles: how a fine-tuner learns which way its loss falls, and what each answer costs in queries.
 
-======================  ======================================================================================
-`gradient`              one `jax.value_and_grad` of the loss
-`per_example_gradient`  the same, with the spread of the per-example gradients at no extra model cost
-`zeroth_order`          finite differences along random directions of a loss that is only evaluated, be it a JAX
-                        function or an opaque one (NumPy, PyTorch, a remote service)
-======================  ======================================================================================
+==========================  ==================================================================================
+`gradient`                  one `jax.value_and_grad` of the loss
+`per_example_gradient`      the same, with the spread of the per-example gradients at no extra model cost
+`zeroth_order`              finite differences along random directions of a loss that is only evaluated, be it a
+                            JAX function or an opaque one (NumPy, PyTorch, a remote service)
+`per_example_zeroth_order`  the same of a mean over examples, each with directions of its own
+==========================  ==================================================================================
 
 Finite differences are taken of a *batched* loss `thetas [n, ...] -> [n]`. Directions are drawn, tried and summed up
 in chunks; all that differs between a JAX loss and an opaque one is who loops over the chunks, `lax.scan` or Python::
@@ -25,8 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lft_jax import directions as drawing
 from lft_jax import memory
 from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
+from lft_jax.directions import BASES, DRAW, UNIT_LENGTH, Subspace
 
 
 def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) -> Oracle:
@@ -97,6 +100,7 @@ def zeroth_order(
     directions: str = "gaussian",
     antithetic: bool = False,
     resolution: int | None = None,
+    basis: str = "tiles",
     evaluations: int = 1,
     chunk_size: int | None = None,
     memory_mib: float | None = None,
@@ -121,17 +125,19 @@ def zeroth_order(
       directions: what `u` is.
         "gaussian": N(0, I).
         "sphere": uniform on the unit sphere of the whole optimizee, over all leaves jointly (with a `resolution`, on
-        that of the tiles); `c = d`. The step is
+        that of the subspace); `c = d`. The step is
         `mu` long, so coordinates move `sqrt(d)` times less than with "gaussian" or "rademacher" at the same `mu`.
         "rademacher": -1 or 1 in each coordinate (SPSA).
         "coordinate": axes, `q <= d` distinct ones at random; `c = d`. With `q = d` the estimate is the
         deterministic finite-difference gradient.
       antithetic: evaluate `theta + mu u` and `theta - mu u`, and not `theta`. The oracle's value is then the mean over
         all these points, the best estimate there is without another query.
-      resolution: `r`, at least 1: directions are constant on tiles, about r x r of them, of leaves `[H, W]` and
-        `[H, W, C]` (each channel on its own), about r of any other leaf's line of coordinates. The estimate is then
-        one of the gradient's mean over each tile, with as much less noise as there are fewer tiles than coordinates.
-        None for each coordinate on its own, as does an `r` of at least the sides. Not for "coordinate".
+      resolution: `r`, at least 1: directions lie in a subspace of about r x r dimensions for leaves `[H, W]` and
+        `[H, W, C]` (each channel on its own), about r for any other leaf's line of coordinates. The estimate is then
+        one of the gradient's projection onto it, with as much less noise as it has fewer dimensions. None for all
+        of them, which an `r` of at least the sides comes to as well. Not for "coordinate".
+      basis: of that subspace. "tiles": directions are constant on tiles. "dct": they are made of the lowest
+        frequencies of a discrete cosine transform.
       evaluations: examples that one evaluation of the loss costs, at least 1. An answer costs
         `(q + 1) * evaluations` queries, or `2 * q * evaluations` if antithetic.
       chunk_size: how many directions are in memory and evaluated together (if antithetic, twice as many points);
@@ -155,14 +161,8 @@ def zeroth_order(
       Flaxman, Kalai & McMahan (2005), Online convex optimization in the bandit setting ("sphere").
       Spall (1992), Multivariate stochastic approximation using a simultaneous perturbation ("rademacher").
     """
-    _check_count("num_directions", num_directions)
+    _check_directions(num_directions, smoothing, directions, resolution, basis)
     _check_count("evaluations", evaluations)
-    check_positive("smoothing", smoothing)
-    check_name("directions", directions, _DRAW)
-    if resolution is not None:
-        _check_count("resolution", resolution)
-        if directions == "coordinate":
-            raise ValueError("resolution: directions='coordinate' are axes, which have no tiles; leave it out.")
     if chunk_size is not None:
         _check_count("chunk_size", chunk_size)
     if memory_mib is not None:
@@ -175,9 +175,8 @@ def zeroth_order(
 
     def oracle(theta, key):
         flat, unflatten = _flatten(theta)
-        tiles = None if resolution is None else _tiles(theta, resolution)
-        size = flat.size if tiles is None else int(tiles.max()) + 1
-        seeds = _seeds(directions, key, num_directions, size)
+        subspace = Subspace.of(theta, resolution, basis)
+        seeds = drawing.seeds(directions, key, num_directions, subspace.size)
         base = None if antithetic else losses_at(unflatten(flat[None]))
         chunk = min(chunk_size or num_directions, num_directions)
         if chunk_size is None and memory_mib is not None:
@@ -186,7 +185,7 @@ def zeroth_order(
             chunk = memory.fitting(num_directions, (1 + points) * flat.nbytes + points * work, memory_mib)
 
         def step(total, seeds):
-            us, points = _probe(flat, seeds, smoothing, tiles, size=size, directions=directions, antithetic=antithetic)
+            us, points = _probe(flat, seeds, smoothing, subspace, directions=directions, antithetic=antithetic)
             values = losses_at(unflatten(points))
             if antithetic:
                 plus, minus = values[: len(seeds)], values[len(seeds) :]
@@ -196,21 +195,87 @@ def zeroth_order(
             return _accumulate(total, us, slopes, smoothing), values
 
         total, values = _in_chunks(scan, step, jnp.zeros_like(flat), seeds, chunk)
-        factor = (size if directions in _UNIT_LENGTH else 1) / num_directions
-        if tiles is not None:
-            total = total / np.bincount(tiles)[tiles].astype(total.dtype)
-        grads = jax.tree.map(lambda g: g[0], unflatten(factor * total[None]))
+        total = subspace.project(total * _factor(directions, subspace, num_directions))
+        grads = jax.tree.map(lambda g: g[0], unflatten(total[None]))
         value = jnp.mean(values) if antithetic else jnp.asarray(base[0])
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
 
     return oracle
 
 
+def per_example_zeroth_order(
+    example_losses: Callable[[PyTree], Any],
+    *,
+    num_examples: int,
+    num_directions: int = 20,
+    smoothing: float = 1e-3,
+    directions: str = "gaussian",
+    antithetic: bool = False,
+    resolution: int | None = None,
+    basis: str = "tiles",
+    opaque: bool = False,
+) -> Oracle:
+    """`zeroth_order` of a mean over examples, each of which tries directions of its own: more of them for one price.
+
+    For as many queries the mean loss is tried along `S` times the directions. Where the examples' gradients agree,
+    the estimate has `S` times less noise; where they have nothing in common, as much (the variance of a direction is
+    in proportion to the squared norm of the gradient along it, be it the mean's or an example's).
+
+    Args:
+      example_losses: `thetas -> [S]`, as for `per_example_gradient`. It is evaluated and never differentiated.
+      num_examples: `S`, at least 1.
+      num_directions: `q`, at least 1, of each example.
+      smoothing, directions, antithetic, resolution, basis: as for `zeroth_order`.
+      opaque: whether JAX cannot trace `example_losses`, as for `zeroth_order`.
+
+    Returns:
+      An oracle with the extra `spread`, as of `per_example_gradient`, here of the examples' estimates: it tells how
+      noisy the mean is. An answer costs `2 * q * S` queries if antithetic, else `(q + 1) * S`.
+
+    Raises:
+      ValueError: as for `zeroth_order`.
+    """
+    _check_directions(num_directions, smoothing, directions, resolution, basis)
+    _check_count("num_examples", num_examples)
+    batched_loss, scan = (_on_numpy(example_losses), _eager_scan) if opaque else (example_losses, jax.lax.scan)
+    queries = (2 * num_directions if antithetic else num_directions + 1) * num_examples
+
+    def oracle(theta, key):
+        flat, unflatten = _flatten(theta)
+        subspace = Subspace.of(theta, resolution, basis)
+        keys = jax.random.split(key, num_examples)
+        seeds = [drawing.seeds(directions, k, num_directions, subspace.size) for k in keys]
+
+        def losses_at(points):
+            return _check_losses("example_losses", batched_loss(unflatten(points)), num_examples)
+
+        base = None if antithetic else losses_at(jnp.broadcast_to(flat, (num_examples, flat.size)))
+
+        def step(total, seeds):
+            us, points = _probe(flat, seeds, smoothing, subspace, directions=directions, antithetic=antithetic)
+            plus = losses_at(points[:num_examples])
+            minus = losses_at(points[num_examples:]) if antithetic else base
+            slopes, values = ((plus - minus) / 2, (plus + minus) / 2) if antithetic else (plus - minus, minus)
+            return total + slopes.astype(total.dtype)[:, None] / smoothing * us, values
+
+        total, values = scan(step, jnp.zeros((num_examples, flat.size), flat.dtype), jnp.stack(seeds, axis=1))
+        total = jax.vmap(subspace.project)(total * _factor(directions, subspace, num_directions))
+        moments = jnp.stack([jnp.mean(total, axis=0), safe_sqrt(jnp.var(total, axis=0))])
+        grads, spread = (jax.tree.map(lambda x, row=row: x[row], unflatten(moments)) for row in (0, 1))
+        return Estimate(jnp.mean(jnp.asarray(values)), grads, jnp.asarray(queries, jnp.int32), {"spread": spread})
+
+    return oracle
+
+
 @dataclasses.dataclass(frozen=True)
 class ZerothOrder:
-    """`zeroth_order` with its settings, as an estimator for `lft_jax.uap_family`.
+    """Zeroth-order oracles with their settings, as an estimator for `lft_jax.uap_family`.
 
     Two of equal settings are equal, so families that differ only in their victim's weights share a compilation.
+
+    Attributes:
+      num_directions, smoothing, directions, antithetic, resolution, basis: as for `zeroth_order`.
+      per_example: whether each example tries directions of its own (`per_example_zeroth_order`).
     """
 
     num_directions: int = 10
@@ -218,10 +283,15 @@ class ZerothOrder:
     directions: str = "rademacher"
     antithetic: bool = True
     resolution: int | None = None
+    basis: str = "tiles"
+    per_example: bool = False
 
-    def __call__(self, loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int) -> Oracle:
-        """The oracle of `loss_fn`, `theta -> []`, one call of which evaluates so many examples."""
-        return zeroth_order(loss_fn, evaluations=evaluations, **dataclasses.asdict(self))
+    def __call__(self, example_losses: Callable[[PyTree], jax.Array], *, num_examples: int) -> Oracle:
+        """The oracle of the mean of `example_losses`, `theta -> [S]` of one for all examples or of a copy for each."""
+        options = dataclasses.asdict(self)
+        if options.pop("per_example"):
+            return per_example_zeroth_order(example_losses, num_examples=num_examples, **options)
+        return zeroth_order(lambda theta: jnp.mean(example_losses(theta)), evaluations=num_examples, **options)
 
 
 def zeroth_order_value_and_grad(
@@ -232,6 +302,7 @@ def zeroth_order_value_and_grad(
     directions: str = "gaussian",
     antithetic: bool = False,
     resolution: int | None = None,
+    basis: str = "tiles",
     chunk_size: int | None = None,
     memory_mib: float | None = None,
 ) -> Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]:
@@ -246,51 +317,17 @@ def zeroth_order_value_and_grad(
         directions=directions,
         antithetic=antithetic,
         resolution=resolution,
+        basis=basis,
         chunk_size=chunk_size,
         memory_mib=memory_mib,
     )
     return lambda theta, key: oracle(theta, key)[:2]
 
 
-def _gaussian(key, size, dtype):
-    return jax.random.normal(key, (size,), dtype)
-
-
-def _sphere(key, size, dtype):
-    u = _gaussian(key, size, dtype)
-    return u / jnp.maximum(jnp.sqrt(jnp.sum(u**2)), jnp.finfo(dtype).tiny)  # one coordinate alone can be 0
-
-
-def _rademacher(key, size, dtype):
-    return jax.random.rademacher(key, (size,), dtype)
-
-
-def _coordinate(index, size, dtype):
-    return (jnp.arange(size) == index).astype(dtype)
-
-
-#: `(seed, d, dtype) -> u [d]`.
-_DRAW = {"gaussian": _gaussian, "sphere": _sphere, "rademacher": _rademacher, "coordinate": _coordinate}
-_UNIT_LENGTH = ("sphere", "coordinate")  # |u| = 1; for the others E|u|^2 = d
-
-
-def _seeds(directions, key, num_directions, size):
-    """What the directions are drawn from, leading axis `[q]`: a key each, or the index of a coordinate."""
-    if directions != "coordinate":
-        return jax.random.split(key, num_directions)
-    if num_directions > size:
-        raise ValueError(
-            f"num_directions must be at most {size}, the number of coordinates of theta, for "
-            f"directions='coordinate', got {num_directions!r}."
-        )
-    return jax.random.permutation(key, size)[:num_directions]
-
-
-@functools.partial(jax.jit, static_argnames=("size", "directions", "antithetic"))
-def _probe(flat, seeds, smoothing, tiles, *, size, directions, antithetic):
+@functools.partial(jax.jit, static_argnames=("subspace", "directions", "antithetic"))
+def _probe(flat, seeds, smoothing, subspace, *, directions, antithetic):
     """Directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
-    us = jax.vmap(lambda seed: _DRAW[directions](seed, size, flat.dtype))(seeds)
-    us = us if tiles is None else us[:, tiles]
+    us = subspace.expand(jax.vmap(lambda seed: DRAW[directions](seed, subspace.size, flat.dtype))(seeds))
     plus, minus = flat[None] + smoothing * us, flat[None] - smoothing * us
     return us, jnp.concatenate([plus, minus]) if antithetic else plus
 
@@ -301,6 +338,11 @@ def _accumulate(total, us, slopes, smoothing):
     weights = slopes.astype(total.dtype) / smoothing
     # Not a matrix product, which accelerators may round to fewer bits.
     return total + jnp.sum(weights[:, None] * us, axis=0)
+
+
+def _factor(directions, subspace, num_directions):
+    """c / q of the estimate: see `zeroth_order`."""
+    return (subspace.size if directions in UNIT_LENGTH else 1) / num_directions
 
 
 def _in_chunks(scan, step, total, seeds, chunk):
@@ -324,21 +366,6 @@ def _eager_scan(step, total, chunks):
         total, output = step(total, chunk)
         outputs.append(output)
     return total, np.stack(outputs)
-
-
-def _tiles(theta, resolution):
-    """`[d]` numpy: the number of the tile that each coordinate is in."""
-    parts, first = [], 0
-    for leaf in (leaf for leaf in jax.tree.leaves(theta) if leaf.size):
-        shape = leaf.shape if leaf.ndim in (2, 3) else (leaf.size,)
-        number = np.zeros(shape, np.int64)
-        for axis, length in enumerate(shape):
-            tile = -(-length // resolution) if axis < 2 else 1  # channels are not joined
-            along = np.arange(length) // tile
-            number = number * (along[-1] + 1) + along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-        parts.append(first + number.ravel())
-        first += number.max() + 1
-    return np.concatenate(parts)
 
 
 def _on_numpy(batched_loss):
@@ -377,6 +404,17 @@ def _flatten(theta):
         return treedef.unflatten(pieces)
 
     return jnp.concatenate([x.astype(dtype).reshape(-1) for x in leaves]), unflatten
+
+
+def _check_directions(num_directions, smoothing, directions, resolution, basis):
+    _check_count("num_directions", num_directions)
+    check_positive("smoothing", smoothing)
+    check_name("directions", directions, DRAW)
+    check_name("basis", basis, BASES)
+    if resolution is not None:
+        _check_count("resolution", resolution)
+        if directions == "coordinate":
+            raise ValueError("resolution: directions='coordinate' are axes, which no subspace holds; leave it out.")
 
 
 def _check_count(argument, value):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lft_jax import Augmentation, comparison, evaluation, learners
+from lft_jax import Augmentation, comparison, evaluation, learners, oracles
 from lft_jax.baselines import Setting, make_baselines
 from lft_jax.comparison import Learned, Protocol, Target, compare
 from lft_jax.rules import MomentumStart, coordinate_lstm
@@ -171,6 +171,14 @@ def test_gaps_and_steps_are_those_of_the_curves(methods):
     assert rows["pgd"]["difference_to_tuned_pgd"] == [0, 0]
     np.testing.assert_allclose(rows["lft"]["difference_to_tuned_pgd"], [0.1, 0], atol=1e-6)
     json.dumps(list(rows.values()), allow_nan=False)
+
+
+def test_baselines_are_run_as_published():
+    """Without what is ours in the tasks: augmentation, subspaces and own directions of zeroth-order estimates."""
+    estimator = oracles.ZerothOrder(3, 0.1, resolution=2, basis="dct", per_example=True)
+    ours = [dataclasses.replace(family, estimator=estimator) for family in TARGET[3:]]
+    for family in comparison._as_published(TARGET._replace(train=ours[0], validation=ours[1], test=ours[2]))[3:]:
+        assert (family.augmentation, family.estimator) == (None, oracles.ZerothOrder(3, 0.1))
 
 
 def test_transfer_rows_count_as_baselines_and_one_task_has_no_interval():

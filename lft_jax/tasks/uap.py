@@ -37,7 +37,7 @@ class UapFamily(TaskFamily):
       shots: support images a class.
       queries: query images a class.
       start: "zeros", or "random": uniform in the constraint's scale.
-      estimator: None for exact gradients, or `(loss_fn, *, evaluations) -> Oracle`, for instance
+      estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`, for instance
         `lft_jax.oracles.ZerothOrder(num_directions=20)`.
       augmentation: how the support images are changed anew in each step, or None.
     """
@@ -92,7 +92,7 @@ class UapFamily(TaskFamily):
 
             if self.estimator is None:
                 return oracles.per_example_gradient(image_losses, num_examples=len(support.labels))
-            return self.estimator(lambda theta: jnp.mean(image_losses(theta)), evaluations=len(support.labels))
+            return self.estimator(image_losses, num_examples=len(support.labels))
 
         return constrained_oracle(attack, self.constraint, support.images, self.augmentation)
 
@@ -208,7 +208,7 @@ def uap_family(
       loss: the objective, a kind of `AttackLoss` or one of those.
       support_loss: what is minimised on the support images; the objective if None.
       start: "zeros" or "random".
-      estimator: None for exact gradients, or `(loss_fn, *, evaluations) -> Oracle`.
+      estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`.
       augmentation: how the support images are changed anew in each step, or None.
 
     Raises:

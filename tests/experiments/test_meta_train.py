@@ -53,6 +53,8 @@ def test_unknown_names_are_refused(changes, message):
         ({"learner": "adaptive_lft", "num_directions": 3}, "num_directions: adaptive_lft differentiates the loss"),
         ({"learner": "adaptive_lft", "meta_gradient": "es"}, "meta_gradient: adaptive_lft differentiates the loss"),
         ({"resolution": 8}, "resolution: lft is given exact gradients, without --num_directions"),
+        ({"per_example": True}, "per_example: lft is given exact gradients, without --num_directions"),
+        ({"basis": "dct", "num_directions": 3}, "basis: lft has no subspace of directions, without --resolution"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft is given a penalty"),
         ({"learner": "maml", "weights": "final", "window": 5}, "window: the last of 20 steps alone, cut off after 5"),

@@ -43,6 +43,8 @@ class TaskConfig:
       loss: the objective, of the query images.
       support_loss: of the support images.
       start: "zeros" or "random".
+      waves: what a search for a better start may cost (`lft_jax.tasks.WaveSearch`), a quarter of it for new waves; 0
+        for none.
       augment: whether the support images are changed anew in each step (`lft_jax.Augmentation`).
     """
 
@@ -60,6 +62,7 @@ class TaskConfig:
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
     start: str = "zeros"
+    waves: int = 0
     augment: bool = True
 
 
@@ -79,6 +82,8 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     source = load_source(name, split, data_dir=data_dir)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["augmentation"] = Augmentation() if options.pop("augment") else None
+    waves = options.pop("waves")
+    options["waves"] = tasks.WaveSearch(waves // 4, waves - waves // 4 - 1) if waves else None
     names = ("num_directions", "resolution", "basis", "smoothing", "per_example")
     estimator = oracles.ZerothOrder(**{name: options.pop(name) for name in names})
     if estimator.num_directions:

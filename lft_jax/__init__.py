@@ -12,6 +12,7 @@ from lft_jax.rules import MomentumStart, Rule, coordinate_lstm, spatial_lstm
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import UapFamily, uap_family
+from lft_jax.tasks.waves import WaveSearch
 from lft_jax.transform import LearnedFineTunerState, learned_fine_tuner
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Trajectory",
     "UapFamily",
     "UniversalPerturbation",
+    "WaveSearch",
     "attack_success_rate",
     "clipped_adam",
     "coordinate_lstm",

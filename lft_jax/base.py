@@ -89,6 +89,14 @@ class TaskFamily(abc.ABC):
     def init(self, key: jax.Array) -> PyTree:
         """The initial optimizee `theta` of a task."""
 
+    def warm_start(self, theta: PyTree, support: PyTree, key: jax.Array) -> tuple[PyTree, int]:
+        """What is made of a learner's start once the support set is known, and the example evaluations it costs.
+
+        By default the start itself, at no cost.
+        """
+        del support, key
+        return theta, 0
+
     @abc.abstractmethod
     def oracle(self, support: PyTree) -> Oracle:
         """How the optimizee's gradient is obtained from the support set while fine-tuning."""

@@ -93,9 +93,10 @@ def compare(
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Tunes the baselines on the target's validation tasks and runs every method once on its test tasks.
 
-    The baselines are run as published: they see the support images as they are, and zeroth-order estimates are along
-    directions shared by all images, in all dimensions. Where the target's tasks differ from that, as they then do for
-    the learned methods, the best baseline and the fine-tuned transfer start are also tuned and run on those.
+    The baselines are run as published: from the family's own start, on the support images as they are, and with
+    zeroth-order estimates along directions shared by all images, in all dimensions, as many a step as are needed to
+    make at least the queries of the target's tasks. Where these tasks differ from that, as they then do for the
+    learned methods, the best baseline and the fine-tuned transfer start are also tuned and run on them.
 
     Args:
       target: who is attacked.
@@ -131,7 +132,7 @@ def compare(
         return max(score for _, score in tuned.scores)
 
     table = baselines.make_baselines(target.test.constraint.norm)
-    plain, scores = _as_published(target), {}
+    plain, scores = _as_published(target, protocol.num_steps), {}
     for name in dict.fromkeys((REFERENCE, *protocol.methods)):
         baseline = table[name]
         scores[name] = run_tuned(name, baseline, plain)
@@ -174,15 +175,19 @@ def compare(
 
 
 def _ours(family):
-    return family.augmentation, family.estimator
+    return family.augmentation, family.estimator, family.waves
 
 
-def _as_published(target):
+def _as_published(target, num_steps):
     def plain(family):
         estimator = family.estimator
         if isinstance(estimator, ZerothOrder):
-            estimator = dataclasses.replace(estimator, resolution=None, basis="tiles", per_example=False)
-        return dataclasses.replace(family, augmentation=None, estimator=estimator)
+            spared = family.waves.evaluations if family.waves else 0
+            each = 2 if estimator.antithetic else 1  # evaluations that a direction takes
+            count = estimator.num_directions + math.ceil(spared / (num_steps * each))
+            options = {"resolution": None, "basis": "tiles", "per_example": False}
+            estimator = dataclasses.replace(estimator, num_directions=count, **options)
+        return dataclasses.replace(family, augmentation=None, estimator=estimator, waves=None)
 
     return target._replace(**{name: plain(getattr(target, name)) for name in ("train", "validation", "test")})
 

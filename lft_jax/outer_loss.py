@@ -19,6 +19,9 @@ STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+_WARM = 1  # folded into the key of the start
+
+
 def step_weights(name: str, num_steps: int) -> np.ndarray:
     """`[K]`, the outer loss' weights w_k, summing to 1: "uniform", "linear" (w_k ~ k) or "final"."""
     base.check_at_least("num_steps", num_steps, 1)
@@ -31,22 +34,25 @@ def run_task(
 ) -> tuple[Episode, Trajectory]:
     """Samples one task and fine-tunes on its support set: what meta-training and evaluation have in common.
 
-    The options are those of `fine_tune`, `remat` and `window`. The trajectory's queries hold those of a learner's
-    adaptation.
+    The options are those of `fine_tune`, `remat` and `window`. The trajectory's queries hold those of a family's warm
+    start and of a learner's adaptation.
     """
     key_sample, key_start, key_tune = jax.random.split(key, 3)
     episode = family.sample(key_sample)
 
     def tuned(params, key, **options):
-        return fine_tune(
+        start = learner.start(params, family, key_start)
+        start, queries = family.warm_start(start, episode.support, jax.random.fold_in(key_start, _WARM))
+        trajectory = fine_tune(
             learner.optimizer(params),
             family.oracle(episode.support),
-            learner.start(params, family, key_start),
+            start,
             key,
             num_steps=num_steps,
             project=family.project,
             **options,
         )
+        return trajectory._replace(queries=trajectory.queries + queries)
 
     def support_loss(params, key):
         trajectory = tuned(params, key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lft_jax import Augmentation, comparison, evaluation, learners, oracles
+from lft_jax import Augmentation, WaveSearch, comparison, evaluation, learners, oracles
 from lft_jax.baselines import Setting, make_baselines
 from lft_jax.comparison import Learned, Protocol, Target, compare
 from lft_jax.rules import MomentumStart, coordinate_lstm
@@ -174,11 +174,15 @@ def test_gaps_and_steps_are_those_of_the_curves(methods):
 
 
 def test_baselines_are_run_as_published():
-    """Without what is ours in the tasks: augmentation, subspaces and own directions of zeroth-order estimates."""
-    estimator = oracles.ZerothOrder(3, 0.1, resolution=2, basis="dct", per_example=True)
-    ours = [dataclasses.replace(family, estimator=estimator) for family in TARGET[3:]]
-    for family in comparison._as_published(TARGET._replace(train=ours[0], validation=ours[1], test=ours[2]))[3:]:
-        assert (family.augmentation, family.estimator) == (None, oracles.ZerothOrder(3, 0.1))
+    """Without what is ours in the tasks: augmentation, subspaces, own directions, and a search that costs queries."""
+    for antithetic, more in ((True, 3), (False, 5)):  # 25 evaluations in 5 steps
+        plain = oracles.ZerothOrder(3, 0.1, antithetic=antithetic)
+        estimator = dataclasses.replace(plain, resolution=2, basis="dct", per_example=True)
+        ours = [dataclasses.replace(f, estimator=estimator, waves=WaveSearch(10, 14)) for f in TARGET[3:]]
+        target = TARGET._replace(train=ours[0], validation=ours[1], test=ours[2])
+        for family in comparison._as_published(target, 5)[3:]:
+            assert (family.augmentation, family.waves) == (None, None)
+            assert family.estimator == dataclasses.replace(plain, num_directions=3 + more)
 
 
 def test_transfer_rows_count_as_baselines_and_one_task_has_no_interval():

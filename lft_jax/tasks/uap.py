@@ -12,6 +12,7 @@ from lft_jax.base import Episode, Estimate, Oracle, TaskFamily
 from lft_jax.data import check_images_labels, class_table, unit_range
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, margins, norm, perturb
+from lft_jax.tasks.waves import WaveSearch
 
 STARTS = ("zeros", "random")
 _STATIC = {"static": True}
@@ -37,6 +38,7 @@ class UapFamily(TaskFamily):
       shots: support images a class.
       queries: query images a class.
       start: "zeros", or "random": uniform in the constraint's scale.
+      waves: what a start is compared with on the support images first, and gives way to, or None.
       estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`, for instance
         `lft_jax.oracles.ZerothOrder(num_directions=20)`.
       augmentation: how the support images are changed anew in each step, or None.
@@ -54,6 +56,7 @@ class UapFamily(TaskFamily):
     shots: int = dataclasses.field(metadata=_STATIC)
     queries: int = dataclasses.field(metadata=_STATIC)
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
+    waves: WaveSearch | None = dataclasses.field(default=None, metadata=_STATIC)
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
     augmentation: Augmentation | None = dataclasses.field(default=None, metadata=_STATIC)
 
@@ -82,6 +85,18 @@ class UapFamily(TaskFamily):
             return theta
         scale = self.constraint.scale(theta)
         return self.project(scale * jax.random.uniform(key, theta.shape, dtype, -1, 1))
+
+    def warm_start(self, theta: jax.Array, support: Batch, key: jax.Array) -> tuple[jax.Array, int]:
+        """The best of `theta` and of plane waves on the support images, if `waves` are asked for."""
+        if self.waves is None:
+            return theta, 0
+
+        def support_loss(theta):
+            losses = self.support_loss(self.logits_fn(perturb(support.images, theta)), support.labels)
+            return jnp.mean(losses) + self.constraint.cost(theta)
+
+        best = self.waves(support_loss, theta, self.constraint.scale(theta), key)
+        return best, self.waves.evaluations * len(support.labels)
 
     def oracle(self, support: Batch) -> Oracle:
         """The gradient of the support loss, with the extras that a rule for perturbations can use."""
@@ -189,6 +204,7 @@ def uap_family(
     loss: str | AttackLoss = "hinge",
     support_loss: str | AttackLoss | None = None,
     start: str = "zeros",
+    waves: WaveSearch | None = None,
     estimator: Callable[..., Oracle] | None = None,
     augmentation: Augmentation | None = None,
 ) -> UapFamily:
@@ -208,6 +224,7 @@ def uap_family(
       loss: the objective, a kind of `AttackLoss` or one of those.
       support_loss: what is minimised on the support images; the objective if None.
       start: "zeros" or "random".
+      waves: a search on the support images for a better start, or None.
       estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`.
       augmentation: how the support images are changed anew in each step, or None.
 
@@ -219,8 +236,9 @@ def uap_family(
         base.check_at_least(name, value, 1)
     base.check_name("start", start, STARTS)
     constraint = Constraint(norm, epsilon, penalty).check()
-    if augmentation is not None:
-        augmentation.check()
+    for checked in (augmentation, waves):
+        if checked is not None:
+            checked.check()
     attack_loss = _attack_loss(loss)
     support_loss = attack_loss if support_loss is None else _attack_loss(support_loss)
     if not isinstance(victim_logits_fn, jax.tree_util.Partial):
@@ -245,6 +263,7 @@ def uap_family(
         shots,
         queries,
         start,
+        waves,
         estimator,
         augmentation,
     )

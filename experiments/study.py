@@ -67,11 +67,26 @@ _PROTOCOL = {
 }
 # MNIST's unseen victims are weaker than the others: there it is at 0.2 that a full-data UAP fools about four in five.
 _BALL = {**_PROTOCOL, "epsilon": ("mnist=0.2",)}
+# Chosen on meta-validation victims. The hinge, since with the cross-entropy one victim that is easily fooled for certain
+# outweighs all others; a small first step, since large ones undo the wave.
+_QUERY = {
+    "validation_tasks": 0,
+    "meta_steps": 75,
+    "meta_learning_rate": 3e-3,
+    "loss": "hinge",
+    "num_directions": 6,
+    "per_example": True,
+    "resolution": 16,
+    "smoothing": 0.05,
+    "waves": 160,
+    "start_step": 0.1,
+    "start_decay": 0.9,
+}
 STUDIES = {
     # All ten classes, one image of each, exact gradients, linf ball.
     "hard": Study((*_RULES, Run("lft", ("mnist",)), Run("lft", ("cifar10",)), *_MAML), _META, _BALL),
-    # The same with ten random directions a step instead of gradients.
-    "query": Study(_RULES, {**_META, "num_directions": 10}, {**_BALL, "methods": (*Protocol.methods, "adamm")}),
+    # The same without gradients: 400 evaluations of the support images, 160 of them for a start.
+    "query": Study(_RULES, _QUERY, {**_BALL, "methods": (*Protocol.methods, "adamm")}),
     # Exact gradients in an l2 ball: the meta-test of the shipped rule.
     "l2": Study(
         (Run("lft", _BOTH),), {**_META, "norm": "l2"}, {**_PROTOCOL, "methods": ("momentum_pgd",), "transfer": False}

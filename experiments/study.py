@@ -67,7 +67,7 @@ _PROTOCOL = {
 }
 # MNIST's unseen victims are weaker than the others: there it is at 0.2 that a full-data UAP fools about four in five.
 _BALL = {**_PROTOCOL, "epsilon": ("mnist=0.2",)}
-# Chosen on meta-validation victims. The hinge, since with the cross-entropy one victim that is easily fooled for certain
+# Chosen on meta-validation victims. The hinge, since with the cross-entropy one victim that is fooled beyond doubt
 # outweighs all others; a small first step, since large ones undo the wave.
 _QUERY = {
     "validation_tasks": 0,

@@ -39,6 +39,9 @@ class Config:
     target: int | None = config.option(None, "Class that images should be taken for; any wrong one if not given.")
     steps: int = config.option(20, "Fine-tuning steps.")
     oracle: str = config.option("gradient", "Exact gradients, or queries only.", ORACLES)
+    waves: int = config.option(
+        0, "Evaluations of the images, 2 or more, that search plane waves for a start; 0 for none."
+    )
     max_queries: int | None = config.option(None, "Image evaluations at most.")
     seed: int = config.option(0, "Chooses the images, and the directions of a query oracle.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
@@ -64,6 +67,7 @@ def attack(flags: Config) -> dict:
         optimizer=_optimizer(flags),
         oracle=flags.oracle,
         loss=lft_jax.AttackLoss(flags.loss, target=flags.target),
+        waves=lft_jax.WaveSearch.within(flags.waves) if flags.waves else None,
         max_queries=flags.max_queries,
         key=jax.random.key(flags.seed),
         callback=lambda entry: print(

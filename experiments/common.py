@@ -83,7 +83,7 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["augmentation"] = Augmentation() if options.pop("augment") else None
     waves = options.pop("waves")
-    options["waves"] = tasks.WaveSearch(waves // 4, waves - waves // 4 - 1) if waves else None
+    options["waves"] = tasks.WaveSearch.within(waves) if waves else None
     names = ("num_directions", "resolution", "basis", "smoothing", "per_example")
     estimator = oracles.ZerothOrder(**{name: options.pop(name) for name in names})
     if estimator.num_directions:

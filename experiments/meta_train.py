@@ -84,7 +84,7 @@ class Config:
     support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
     task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
     waves: int = config.option(
-        0, "Evaluations of the support images, 4 or more, that search plane waves for a better start; 0 for none."
+        0, "Evaluations of the support images, 2 or more, that search plane waves for a better start; 0 for none."
     )
     augment: bool = config.option(True, "Shift the support images, mix them and add noise, anew in each step.")
     num_steps: int = config.option(20, "Fine-tuning steps of a task (K).")

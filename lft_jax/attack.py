@@ -16,11 +16,11 @@ from lft_jax.pretrained import load_fine_tuner
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.uap import attack_metrics, constrained_oracle
+from lft_jax.tasks.waves import WaveSearch
 
 ORACLES = ("gradient", "query")
 #: Of the front door, unless another is given.
 AUGMENTATION = Augmentation()
-_IMAGES_PER_CALL = 1024  # of an opaque model, at most (but for one pair of directions, if that is more)
 
 
 class UniversalPerturbation(NamedTuple):
@@ -52,6 +52,7 @@ def universal_perturbation(
     num_directions: int = 10,
     smoothing: float = 1e-2,
     resolution: int | None = None,
+    waves: WaveSearch | None = None,
     max_queries: int | None = None,
     key: jax.Array | None = None,
     callback: Callable[[dict[str, float]], bool | None] | None = None,
@@ -76,11 +77,13 @@ def universal_perturbation(
       loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
       augmentation: how the images are changed anew in each step, at no queries, or None. Meant for few images, which
         are overfitted without; what it does to hundreds was not measured.
-      num_directions: random (Rademacher) directions of a zeroth-order estimate (`oracle="query"`), each tried both
-        ways: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the history. (With
-        `oracle="gradient"` it costs 2.)
+      num_directions: random (Rademacher) directions that a zeroth-order estimate (`oracle="query"`) tries both ways,
+        each image its own: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the
+        history. (With `oracle="gradient"` it costs 2.)
       smoothing: of a zeroth-order estimate, in units of the image range.
       resolution: of the directions, see `lft_jax.oracles.zeroth_order`; None for each pixel on its own.
+      waves: a search for a start among plane waves, `lft_jax.WaveSearch()`, before the first step, or None. Where only
+        a few thousand queries can be made it finds more than all steps after it (docs/results.md).
       max_queries: image evaluations at most, the one of each clean image at the beginning included; the run ends
         before a step that would exceed it. None for no bound.
       key: of the augmentation and the zeroth-order directions; `jax.random.key(0)` if None.
@@ -100,8 +103,9 @@ def universal_perturbation(
     check_images_labels(images, labels)
     constraint = Constraint(norm, epsilon, penalty).check()
     loss = (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
-    if augmentation is not None:
-        augmentation.check()
+    for checked in (augmentation, waves):
+        if checked is not None:
+            checked.check()
     if resolution is not None and oracle == "gradient":
         raise ValueError(f"resolution: exact gradients have no directions, got {resolution} without oracle='query'.")
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
@@ -115,25 +119,31 @@ def universal_perturbation(
         step, cost = functools.partial(_gradient_step, logits_fn, tx, augmentation), 2 * num_images
     else:
         estimate = functools.partial(
-            oracles.zeroth_order,
+            oracles.per_example_zeroth_order,
+            num_examples=num_images,
             num_directions=num_directions,
             smoothing=smoothing,
             directions="rademacher",
             antithetic=True,
             resolution=resolution,
-            evaluations=num_images,
-            chunk_size=max(1, _IMAGES_PER_CALL // (2 * num_images)),
             opaque=True,
         )
         jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
         step = functools.partial(_query_step, logits_fn, jitted, augmentation, estimate)
         cost = (2 * num_directions + 1) * num_images
-    queries = num_images  # the clean images
+    queries = num_images * (1 + (waves.evaluations if waves else 0))  # the clean images, and the search
     if max_queries is not None and max_queries < queries + cost:
         raise ValueError(f"max_queries: one step takes {queries + cost} image evaluations, got only {max_queries}.")
 
     key = jax.random.key(0) if key is None else key
     theta = jnp.zeros(batch.images.shape[1:], batch.images.dtype)
+    if waves is not None:
+        key, key_waves = jax.random.split(key)
+
+        def mean_loss(theta):
+            return jnp.mean(loss(logits_fn(perturb(batch.images, theta)), batch.labels)) + constraint.cost(theta)
+
+        theta = waves(mean_loss, theta, constraint.scale(theta), key_waves, opaque=True)
     state, history = tx.init(theta), []
     for k in range(steps):
         if max_queries is not None and queries + cost > max_queries:
@@ -226,13 +236,7 @@ def _gradient_step(logits_fn, tx, augmentation, loss, constraint, batch, clean, 
 
 def _query_step(logits_fn, tx, augmentation, estimate, loss, constraint, batch, clean, theta, state, key, progress):
     def attack(images):
-        def losses_at(thetas):
-            points = perturb(images[None], jnp.asarray(thetas)[:, None])
-            logits = logits_fn(points.reshape(-1, *images.shape[1:]))
-            losses = loss(logits, jnp.tile(batch.labels, len(thetas)))
-            return jnp.mean(losses.reshape(len(thetas), -1), axis=1)
-
-        return estimate(losses_at)
+        return estimate(lambda thetas: loss(logits_fn(perturb(images, jnp.asarray(thetas))), batch.labels))
 
     return _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress)
 

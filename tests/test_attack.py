@@ -8,7 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import AttackLoss, Augmentation, attack_success_rate, learned_fine_tuner, universal_perturbation
+from lft_jax import (
+    AttackLoss,
+    Augmentation,
+    WaveSearch,
+    attack_success_rate,
+    learned_fine_tuner,
+    universal_perturbation,
+)
 from lft_jax.pretrained import save_rule
 from lft_jax.rules import MomentumStart, coordinate_lstm
 
@@ -93,15 +100,16 @@ def test_gradient_steps_are_those_of_a_loop(results):
 
 
 @pytest.mark.parametrize("oracle", COSTS)
-def test_augmented_images_cost_no_queries_and_only_the_search_sees_them(results, oracle):
-    plain, victim = results[oracle][0], Counted()
-    given = linear if oracle == "gradient" else victim
-    result = run(given, oracle=oracle, augmentation=Augmentation(shift=0.25))
+def test_augmented_images_cost_no_queries_and_only_the_search_sees_them(oracle):
+    given = linear if oracle == "gradient" else Counted()
+    options = {"oracle": oracle, "num_directions": 16}  # many, for noise is not the matter here
+    plain = run(given, **options)
+    result = run(given, augmentation=Augmentation(shift=0.25), **options)
     assert not np.allclose(result.perturbation, plain.perturbation)
     np.testing.assert_array_equal(result.history["queries"], plain.history["queries"])
     np.testing.assert_allclose(result.history["loss"][-1], mean_loss(result.perturbation), rtol=1e-4)
     assert mean_loss(result.perturbation) < mean_loss(0 * result.perturbation)
-    again = run(given, oracle=oracle, augmentation=Augmentation(shift=0.25))
+    again = run(given, augmentation=Augmentation(shift=0.25), **options)
     np.testing.assert_array_equal(again.perturbation, result.perturbation)
     with pytest.raises(ValueError, match="augmentation: mix must be"):
         run(augmentation=Augmentation(mix=2.0))
@@ -133,6 +141,29 @@ def test_coarse_directions_move_whole_tiles():
 def test_no_image_is_evaluated_that_is_not_counted(results):
     result, seen = results["query"]
     assert result.history["queries"][-1] == seen
+
+
+@pytest.mark.parametrize("oracle", COSTS)
+def test_a_search_of_waves_comes_first_and_is_counted(oracle):
+    """A step of size 0 leaves the wave that the same search finds when it is traced; all its images are counted."""
+    search, key, victim = WaveSearch(5, 4), jax.random.key(3), Counted()
+    still = optax.sgd(0.0)
+    options = {"oracle": oracle, "waves": search, "key": key, "steps": 1, "optimizer": still}
+    result = run(victim if oracle == "query" else linear, **options)
+
+    def loss(theta):
+        logits = linear(jnp.clip(IMAGES + theta[None], 0, 1))
+        return jnp.mean(AttackLoss("cross_entropy")(logits, jnp.asarray(LABELS)))
+
+    zeros = jnp.zeros(result.perturbation.shape)
+    expected = jax.jit(lambda key: search(loss, zeros, jnp.float32(EPSILON), key))(jax.random.split(key)[1])
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(result.perturbation, expected, rtol=1e-5)
+    assert result.history["queries"].tolist() == [NUM * (1 + 10) + COSTS[oracle]]
+    if oracle == "query":
+        assert victim.images == result.history["queries"][-1]
+    with pytest.raises(ValueError, match="waves: candidates must be at least 1, got 0"):
+        run(waves=WaveSearch(0))
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(NUM + COSTS["query"], 1), (NUM + 3 * COSTS["query"] - 1, 2)])

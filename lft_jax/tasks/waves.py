@@ -1,6 +1,7 @@
 """A start for attacks that may only ask: plane waves of full contrast, the best one found on the support images."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -36,6 +37,13 @@ class WaveSearch:
     refinements: int = 150
     step: float = 0.01
 
+    @classmethod
+    def within(cls, evaluations: int) -> "WaveSearch":
+        """A search of so many evaluations, at least 2: a quarter of them for waves drawn, the others for changes."""
+        base.check_at_least("waves", evaluations, 2)
+        candidates = max(1, evaluations // 4)
+        return cls(candidates, evaluations - candidates - 1)
+
     def check(self) -> "WaveSearch":
         """Returns itself; raises a ValueError if a field is out of range."""
         base.check_at_least("waves: candidates", self.candidates, 1)
@@ -49,7 +57,13 @@ class WaveSearch:
         return 1 + self.candidates + self.refinements
 
     def __call__(
-        self, loss_fn: Callable[[jax.Array], jax.Array], theta: jax.Array, scale: jax.Array, key: jax.Array
+        self,
+        loss_fn: Callable[[jax.Array], jax.Array],
+        theta: jax.Array,
+        scale: jax.Array,
+        key: jax.Array,
+        *,
+        opaque: bool = False,
     ) -> jax.Array:
         """`[H, W, C]`: a wave, or `theta` itself if no wave has a lower loss.
 
@@ -58,7 +72,9 @@ class WaveSearch:
           theta: `[H, W, C]`, where the search begins.
           scale: `[]`, the size of a wave's coordinates.
           key: of the waves.
+          opaque: whether JAX cannot trace `loss_fn`; then this runs eagerly.
         """
+        mapped, scan = (_eager_map, _eager_scan) if opaque else (jax.lax.map, jax.lax.scan)
         key_candidates, key_changes = jax.random.split(key)
         dtype = theta.dtype
         low, high = jnp.asarray([0, -0.5, 0], dtype), jnp.asarray([0.5, 0.5, 1], dtype)  # a wave and its mirror are one
@@ -67,7 +83,7 @@ class WaveSearch:
             return loss_fn(scale * _wave(numbers, theta.shape))
 
         drawn = jax.random.uniform(key_candidates, (self.candidates, 3), dtype, low[None], high[None])
-        losses = jax.lax.map(loss, drawn)
+        losses = mapped(loss, drawn)
         first = jnp.argmin(losses)
 
         def change(carry, key):
@@ -81,11 +97,22 @@ class WaveSearch:
             return (jnp.where(better, changed, numbers), jnp.where(better, found, lowest)), None
 
         keys = jax.random.split(key_changes, self.refinements)
-        (numbers, lowest), _ = jax.lax.scan(change, (drawn[first], losses[first]), keys)
+        (numbers, lowest), _ = scan(change, (drawn[first], losses[first]), keys)
         own = loss_fn(jax.lax.stop_gradient(theta))  # a start that is kept keeps its derivative
         return jnp.where(lowest < own, scale * _wave(numbers, theta.shape), theta)
 
 
+def _eager_map(function, inputs):
+    return jnp.stack([function(x) for x in inputs])
+
+
+def _eager_scan(step, carry, inputs):
+    for x in inputs:
+        carry, _ = step(carry, x)
+    return carry, None
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def _wave(numbers, shape):
     """`[H, W, C]` of -1 and 1; `numbers [3]`: cycles a pixel down and across, and the phase in turns."""
     rows, columns = (jnp.arange(length, dtype=numbers.dtype) for length in shape[:2])

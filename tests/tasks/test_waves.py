@@ -71,6 +71,10 @@ def test_evaluations_are_counted():
     jax.block_until_ready(search(loss, jnp.zeros((3, 3, 1)), jnp.float32(1), KEY))
     jax.effects_barrier()
     assert len(calls) == search.evaluations == 12
+    for cost in (2, 3, 9, 160):
+        assert WaveSearch.within(cost).check().evaluations == cost
+    with pytest.raises(ValueError, match="waves must be at least 2, got 1"):
+        WaveSearch.within(1)
 
 
 def test_attack_tasks_start_from_the_best_wave_on_their_support_images_and_pay_for_it():

@@ -38,7 +38,10 @@ COLOURS = {
 
 
 def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel a target: mean query ASR against the fine-tuning step, with 95% bands."""
+    """One panel a target: mean query ASR against the fine-tuning step, with 95% bands.
+
+    Where methods differ in what a step costs, it is against the image evaluations made so far.
+    """
     targets = list(dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows))
     columns = min(3, len(targets))
     lines = -(-len(targets) // columns)
@@ -51,6 +54,8 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         of_target = {row["method"]: row for row in rows if (row["source"], row["victim"]) == (source, victim)}
         # In the order of the colours, the learned ones on top; what is augmented, and runs of one learner on other
         # sources, by their lines.
+        spent = {m: tuple(row["queries"]) for m, row in of_target.items() if row.get("queries")}
+        by_query = len(set(spent.values())) > 1
         variants = [(n, m) for n in COLOURS for m in of_target if m == n or _plain(m) == n]
         for name, method in variants:
             row, colour = of_target[method], COLOURS[name]
@@ -60,10 +65,14 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axis.axhline(row["asr"][-1], color=colour, linestyle=":", label="oracle (all images)")
                 continue
             at, asr, width = (np.asarray(row[name], float) for name in ("at", "asr", "asr_interval"))
+            if by_query:
+                at = np.asarray(spent.get(method, spent["pgd"]))
             axis.plot(at, asr, color=colour, linestyle=style, marker="o", markersize=2, label=method)
             axis.fill_between(at, asr - width, asr + width, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=f"{victim} ({'seen' if seen else 'unseen'} victim)", xlabel="fine-tuning step", ylim=(0, None))
-        axis.set_xticks(tables.shown_steps(of_target["pgd"]["at"]))
+        axis.set(title=f"{victim} ({'seen' if seen else 'unseen'} victim)", ylim=(0, None))
+        axis.set_xlabel("image evaluations of the victim" if by_query else "fine-tuning step")
+        if not by_query:
+            axis.set_xticks(tables.shown_steps(of_target["pgd"]["at"]))
         axis.grid(alpha=0.3)
     for line in axes:
         line[0].set_ylabel("query attack success rate")

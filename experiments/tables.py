@@ -73,11 +73,11 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
             untuned = of["pgd (untuned)"]["asr"][-1]
             reached = [row and evaluation.steps_to_reach(row["asr"], goal) for row in first.values()]
             cells = [
-                "penalty" if results["tasks"].get("penalty") else "ball",
+                _kind_of_tasks(results["tasks"]),
                 f"{lft['asr'][-1] / untuned:.1f}" if untuned else "",
                 *(_paired(lft, rival) if rival else "" for rival in rivals),
                 *(
-                    ("never" if steps is None else str(lft["at"][steps - 1])) if row else ""
+                    ("never" if steps is None else _reached(row, steps - 1, results["tasks"])) if row else ""
                     for row, steps in zip(first.values(), reached, strict=True)
                 ),
                 "" if lft["gap_closed"] is None else f"{100 * lft['gap_closed']:.0f}%",
@@ -92,6 +92,20 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
     about = "The LFT's final success against that of others, in points, paired by task; what augments is tuned too."
     title = "## The LFT against each kind of rival"
     return "\n".join([title, "", about, "", head, "|---" * 10 + "|", *lines, "", ""])
+
+
+def _kind_of_tasks(tasks):
+    if tasks.get("num_directions"):
+        return "queries only"
+    return "penalty" if tasks.get("penalty") else "ball"
+
+
+def _reached(row, index, tasks):
+    """The step, and what it took of all queries, where these are what counts."""
+    step, queries = str(row["at"][index]), row.get("queries")
+    if not (tasks.get("num_directions") and queries):
+        return step
+    return f"{step} ({queries[index]:.0f} of {queries[-1]:.0f} queries)"
 
 
 def _of_learner(of, learner):
@@ -131,12 +145,20 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         )
     directions = tasks.get("num_directions")
     gradients = f"zeroth-order gradients of {directions} directions a step" if directions else "exact gradients"
+    if tasks.get("waves"):
+        gradients += f" from a start that {tasks['waves']} evaluations searched plane waves for"
     about = (
         f"Attack success rate on unseen images after K fine-tuning steps with {gradients} on {tasks['shots']} support "
         f"image(s) of each of {tasks['ways']} classes, within {bound}; mean ± 95% interval over "
         f"{protocol['num_tasks']} tasks (of several seeds: the mean, and the range of their ASR at the last K). "
         f"Meta-trained: {_meta_trained(results['meta_training'])}. Baselines are tuned over grids of 24 to 48 "
-        "settings (step, momentum, schedule, loss) on validation tasks of the same victim; the oracle sees all "
+        "settings (step, momentum, schedule, loss) on validation tasks of the same victim"
+        + (
+            ", and make as many queries in all, from zero or the transfer start, with directions that all images share"
+            if directions
+            else ""
+        )
+        + "; the oracle sees all "
         'training images. "Steps" are those until a method\'s mean ASR reaches the final one of tuned PGD; "gap '
         'closed" is the part of the way from the best tuned baseline to the oracle'
         + (

@@ -111,7 +111,7 @@ def test_what_is_around_the_marks_stays(rendered):
     [
         "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step",
         # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
-        "| `toy_small_cnn_1000` | queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never |",
+        "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never | 75% |",
         "a penalty of 0.01 on the l1 norm",
         "lft (2 seeds) on 2 victims of toy and big_toy",
         "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lft_jax import memory
+from lft_jax import covariance, memory
 from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
 
 
@@ -143,7 +143,9 @@ def zeroth_order(
         anything that `np.asarray` takes. Such an oracle runs eagerly, not under jit, vmap or scan.
 
     Returns:
-      An oracle without extras. Its grads have the dtypes of `theta`; sums are taken in at least float32.
+      An oracle without extras. Its grads have the dtypes of `theta`; sums are taken in at least float32. It also takes
+      a keyword `deviation` or `subspace`, how the directions are spread (`lft_jax.covariance`). Differentiated with
+      respect to that, the losses are constants, as in ZO-L2L (Ruan et al. 2020): no derivative of the model is taken.
 
     Raises:
       ValueError: for an argument out of range; when called, for a `theta` without coordinates or with leaves that
@@ -173,8 +175,9 @@ def zeroth_order(
     def losses_at(points):
         return _check_losses("loss_fn", batched_loss(points), len(jax.tree.leaves(points)[0]))
 
-    def oracle(theta, key):
+    def oracle(theta, key, **sampling):
         flat, unflatten = _flatten(theta)
+        root = covariance.root(theta, sampling, flat.dtype)
         tiles = None if resolution is None else _tiles(theta, resolution)
         size = flat.size if tiles is None else int(tiles.max()) + 1
         seeds = _seeds(directions, key, num_directions, size)
@@ -186,7 +189,9 @@ def zeroth_order(
             chunk = memory.fitting(num_directions, (1 + points) * flat.nbytes + points * work, memory_mib)
 
         def step(total, seeds):
-            us, points = _probe(flat, seeds, smoothing, tiles, size=size, directions=directions, antithetic=antithetic)
+            us, points = _probe(
+                flat, seeds, smoothing, tiles, root, size=size, directions=directions, antithetic=antithetic
+            )
             values = losses_at(unflatten(points))
             if antithetic:
                 plus, minus = values[: len(seeds)], values[len(seeds) :]
@@ -199,7 +204,7 @@ def zeroth_order(
         factor = (size if directions in _UNIT_LENGTH else 1) / num_directions
         if tiles is not None:
             total = total / np.bincount(tiles)[tiles].astype(total.dtype)
-        grads = jax.tree.map(lambda g: g[0], unflatten(factor * total[None]))
+        grads = jax.tree.map(lambda g: g[0], unflatten(factor * covariance.spread(total[None], root)))
         value = jnp.mean(values) if antithetic else jnp.asarray(base[0])
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
 
@@ -287,11 +292,12 @@ def _seeds(directions, key, num_directions, size):
 
 
 @functools.partial(jax.jit, static_argnames=("size", "directions", "antithetic"))
-def _probe(flat, seeds, smoothing, tiles, *, size, directions, antithetic):
-    """Directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
+def _probe(flat, seeds, smoothing, tiles, root, *, size, directions, antithetic):
+    """Isotropic directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
     us = jax.vmap(lambda seed: _DRAW[directions](seed, size, flat.dtype))(seeds)
     us = us if tiles is None else us[:, tiles]
-    plus, minus = flat[None] + smoothing * us, flat[None] - smoothing * us
+    steps = smoothing * covariance.spread(us, jax.lax.stop_gradient(root))
+    plus, minus = flat[None] + steps, flat[None] - steps
     return us, jnp.concatenate([plus, minus]) if antithetic else plus
 
 

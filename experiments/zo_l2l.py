@@ -41,10 +41,10 @@ class Config:
     """Flags of the binary."""
 
     output: str = config.option("results/zo_l2l.json", "Results file; the figure is put beside it.")
-    victim: str = config.option("victims/mnist_lenet_4", "Folder of the victim.")
+    victim: str = config.option("victims/mnist_small_cnn_0", "Folder of the victim.")
     seed: int = config.option(0, "Of the meta-training.")
-    update_steps: int = config.option(800, "Meta-steps of the first stage, a trajectory each.")
-    query_steps: int = config.option(400, "Meta-steps of the second stage, a trajectory each.")
+    update_steps: int = config.option(500, "Meta-steps of the first stage, a trajectory each.")
+    query_steps: int = config.option(250, "Meta-steps of the second stage, a trajectory each.")
     output_scale: float = config.option(1.0, "Of the UpdateRNN.")
     num_steps: int = config.option(200, "Steps of an attack (K).")
     window: int = config.option(20, "Of truncated backpropagation.")
@@ -95,22 +95,21 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
         tried = [_attacks(learner, _rate(c, size), family, flags.images, flags, seed=1) for c in RATES]
         scores = [float(np.nan_to_num(found["loss"][:, -1].mean(), nan=np.inf)) for found in tried]
         chosen = RATES[int(np.argmin(scores))]
-        print(f"{name}: learning rate {chosen} / d of {dict(zip(RATES, scores, strict=True))}")
+        print(f"{name}: learning rate {chosen} / d of {dict(zip(RATES, scores, strict=True))}", flush=True)
         methods[name] = (learner, _rate(published, size), {"rate_times_d": published})
         setting = {"rate_times_d": chosen, "settings_tried": len(RATES), "tuning_losses": scores}
         methods[f"{name} (tuned)"] = (learner, _rate(chosen, size), setting)
     found = {}
-    for name, (learner, params, _) in methods.items():
+    for name, (learner, params, setting) in methods.items():
         each = [
             _attacks(learner, params, _only(attacked, number), flags.runs, flags, seed=2 + number)
             for number in range(flags.images)
         ]
         found[name] = {metric: np.stack([of_image[metric] for of_image in each]) for metric in each[0]}
-        print(f"{name}: {found[name]['loss'][..., -1].mean():.3f}")
-    for name, (_, _, setting) in methods.items():
         results["rows"].append({"method": name, **setting, **_row(found[name], found["update_rnn"])})
-    results["rows"].sort(key=lambda row: row["loss"][-1])
-    common.write_json(flags.output, results)
+        results["rows"].sort(key=lambda row: row["loss"][-1])
+        common.write_json(flags.output, results)  # after each method: nothing done is lost
+        print(f"{name}: {found[name]['loss'][..., -1].mean():.3f}", flush=True)
     figures.zo_l2l(results, Path(flags.output).with_suffix(".png"))
     return results
 

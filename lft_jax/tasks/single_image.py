@@ -117,6 +117,8 @@ def single_image_family(
     loss.check(logits.shape[-1])
     right = np.flatnonzero(np.argmax(np.asarray(logits), -1) == labels)
     if not len(right):
-        raise ValueError(f"images: the victim is right on none of the {len(labels)} images, there is nothing to attack.")
+        raise ValueError(
+            f"images: the victim is right on none of the {len(labels)} images, there is nothing to attack."
+        )
     arrays = (jnp.asarray(images[right]), jnp.asarray(labels[right]))
     return SingleImageFamily(*arrays, victim_logits_fn, loss, penalty, noise, estimator)

@@ -12,6 +12,7 @@ from lft_jax.base import Episode, Oracle, TaskFamily
 from lft_jax.data import check_images_labels, unit_range
 from lft_jax.tasks.perturbation import AttackLoss, Batch, norm, perturb
 
+HINGE = AttackLoss("hinge")
 #: The published estimator, but for its smoothing of 1e-6, which takes float64.
 ESTIMATOR = oracles.ZerothOrder(20, smoothing=1e-4, directions="gaussian", antithetic=False)
 
@@ -85,7 +86,7 @@ def single_image_family(
     labels: np.ndarray,
     victim_logits_fn: Callable[[jax.Array], jax.Array],
     *,
-    loss: AttackLoss = AttackLoss("hinge"),
+    loss: AttackLoss = HINGE,
     penalty: float = 0.1,
     noise: float = 1e-4,
     estimator: Callable[..., Oracle] | None = ESTIMATOR,

@@ -264,7 +264,8 @@ def zo_l2l_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         f"`{victim['source']}` against a `{victim['architecture']}`, the one of the meta-training, {flags['runs']} on "
         "each: mean ± 95% interval over the runs, of the mean over the images; fooled images after the last step; and "
         "the difference to the UpdateRNN alone, ± 95% interval over the images. Estimates are made of 20 Gaussian "
-        "directions, forward. Learning rates are the published ones and those tuned on training images. "
+        "directions, forward. Learning rates are the published ones and those tuned on training images. Where this "
+        "differs from the authors' code is said in `experiments/zo_l2l.py`. "
         f"{_origin(results, path)}",
         "",
         "| loss | " + " | ".join(f"step {k}" for k in shown) + " | fooled, % | l1 | queries | minus the UpdateRNN's |",

@@ -6,6 +6,10 @@ A learned fine-tuner (their UpdateRNN) is meta-trained on raw zeroth-order estim
 sampler (their QueryRNN), which sets the deviations of the directions. They are compared on test images with
 ZO-SGD, ZO-signSGD and ZO-Adam, at the published learning rates and at tuned ones, and with guided ES in the sampler's
 place. All attack the victim that the meta-training saw, as published.
+
+Where this differs from the authors' code: the victim is a small CNN of ours; float32, so a smoothing of 1e-4 instead of
+1e-6; one meta-update a trajectory, of all its windows together, instead of one a window; LSTMs with biases; no penalty
+on the sampler's output; and in testing the sampler is asked at every step, where theirs is at every other, by chance.
 """
 
 import dataclasses

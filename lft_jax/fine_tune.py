@@ -70,7 +70,7 @@ def fine_tune(
       project: applied after each step.
       second_order: let derivatives flow through the oracle's answers. By default they are constants (as in
         Andrychowicz et al. 2016), so that only the recurrence is differentiated through time and no derivative
-        of the model is taken inside the scan; only what the estimates owe to the state's `sampling` is not.
+        of the model is taken inside the scan; what an estimate owes to the state's `sampling` is no constant.
       remat: store the state only after every sqrt(K)-th step and compute the steps between again in the backward pass:
         memory grows with sqrt(K) instead of K, for one more forward pass.
       window: T, of truncated backpropagation: after every T-th step `theta` and the optimizer's state go on as

@@ -5,7 +5,8 @@ Both wrap an optimizer and add a field `sampling` to its state, which `lft_jax.f
     estimate, update --learned_sampler--> deviation of each coordinate  --+
     estimates of late --guided----------> subspace -----------------------+--> the oracle's next directions
 
-How the directions follow from either is `lft_jax.covariance`'s.
+How the directions follow from either is `lft_jax.covariance`'s. The wrapper must be the outermost transformation:
+within `optax.chain`, say, its state is not where `fine_tune` looks, and directions stay isotropic.
 """
 
 from typing import NamedTuple

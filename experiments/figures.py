@@ -166,6 +166,40 @@ def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+#: Of the attacks on single images; tuned baselines are dashed in the colour of the published ones.
+ZO_COLOURS = {
+    "zo_sgd": "#ee8866",
+    "zo_signsgd": "#4477aa",
+    "zo_adam": "#ccbb44",
+    "update_rnn": "#cc3311",
+    "update_rnn + query_rnn": "#332288",
+    "update_rnn + guided": "#228833",
+}
+
+
+def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
+    """Loss of attacks on single images against the step, with 95% bands over the runs; beside it, the success."""
+    rows = {row["method"]: row for row in results["rows"]}
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
+    for name, colour in ZO_COLOURS.items():
+        for method, style in ((name, "-"), (f"{name} (tuned)", "--")):
+            if method not in rows:
+                continue
+            row = rows[method]
+            loss, band = np.asarray(row["loss"]), np.asarray(row["loss_interval"])
+            steps = np.arange(1, len(loss) + 1)
+            axes[0].semilogy(steps, loss, color=colour, linestyle=style, label=method)
+            axes[0].fill_between(steps, loss - band, loss + band, color=colour, alpha=0.15, linewidth=0)
+            axes[1].plot(steps, 100 * np.asarray(row["success"]), color=colour, linestyle=style)
+    flags = results["flags"]
+    axes[0].set(xlabel="step", ylabel="loss", title=f"{flags['images']} images, {flags['runs']} attacks on each")
+    axes[1].set(xlabel="step", ylabel="images fooled, %", ylim=(0, 101))
+    axes[0].legend(fontsize=8, frameon=False)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def theory_gap(results: Mapping[str, Any], path: Path) -> None:
     """The gap of the meta-gradients, and the standard deviations that bound it, against the number of images."""
     rows = results["rows"]

@@ -20,6 +20,7 @@ def _draw_comparison(results, path):
 #: By the binary that made a file, its tables and its figure, if any; all others are comparisons.
 KINDS = {
     "experiments.sine": (tables.sine_section, lambda results, path: figures.sine(results["rows"], path)),
+    "experiments.zo_l2l": (tables.zo_l2l_section, figures.zo_l2l),
     "experiments.theory_gap": (tables.theory_section, figures.theory_gap),
     "experiments.breadth": (tables.breadth_section, lambda results, path: None),
     "experiments.ablation": (tables.ablation_section, lambda results, path: None),

@@ -274,6 +274,35 @@ def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join([*lines, f"![errors]({figures}.png)", "", ""])
 
 
+def zo_l2l_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """Attacks on single images by queries: losses by method, the best first."""
+    flags, victim, rows = results["flags"], results["victim"], results["rows"]
+    last = len(rows[0]["loss"])
+    shown = [*(k for k in (20, 50, 100) if k < last), last]
+    lines = [
+        "## Attacks on single images by queries: ZO-L2L's experiment",
+        "",
+        f"Loss, the hinge on log-probabilities plus 0.1 of the l1 distance, of attacks on {flags['images']} images of "
+        f"`{victim['source']}` against a `{victim['architecture']}`, the one of the meta-training, {flags['runs']} on "
+        "each: mean ± 95% interval over the runs, of the mean over the images; fooled images after the last step; and "
+        "the difference to the UpdateRNN alone, ± 95% interval over the images. Estimates are made of 20 Gaussian "
+        "directions, forward. Learning rates are the published ones and those tuned on training images. Where this "
+        "differs from the authors' code is said in `experiments/zo_l2l.py`. "
+        f"{_origin(results, path)}",
+        "",
+        "| loss | " + " | ".join(f"step {k}" for k in shown) + " | fooled, % | l1 | queries | minus the UpdateRNN's |",
+        "|---" * (len(shown) + 5) + "|",
+    ]
+    for row in rows:
+        cells = [f"{row['loss'][k - 1]:.2f} ± {row['loss_interval'][k - 1]:.2f}" for k in shown]
+        cells += [f"{100 * row['success'][-1]:.0f}", f"{row['l1']:.1f}", f"{row['queries'][-1]:.0f}"]
+        cells.append("{:+.2f} ± {:.2f}".format(*row["difference_to_update_rnn"]))
+        rate = f", learning rate {row['rate_times_d']:g} / d" if "rate_times_d" in row else ""
+        lines.append(f"| {row['method']}{rate} | " + " | ".join(cells) + " |")
+    order = " < ".join(row["method"] for row in rows)
+    return "\n".join([*lines, "", f"By the last step's loss: {order}.", "", f"![losses]({figures}.png)", "", ""])
+
+
 def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """The gap between the meta-gradients of LFT and L2O against the number of images."""
     flags, victim = results["flags"], results["victim"]

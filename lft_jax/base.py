@@ -53,7 +53,8 @@ class Estimate(NamedTuple):
     extras: dict[str, PyTree]
 
 
-#: `(theta, key) -> Estimate`. First-order oracles ignore the key.
+#: `(theta, key) -> Estimate`. First-order oracles ignore the key. Zeroth-order ones also take keywords, how their
+#: directions are spread (`lft_jax.covariance`).
 Oracle = Callable[[PyTree, jax.Array], Estimate]
 
 

@@ -33,6 +33,7 @@ class Signal(NamedTuple):
       context: `[2, *grad.shape]` mean and standard deviation of the support examples, or None.
       scale: `[]` the size of a coordinate that the feasible set suggests.
       progress: `[]` the fraction of the fine-tuning steps that are done, in [0, 1).
+      update: like `grad`, the update that followed it, which only a sampler sees (`lft_jax.sampling`), or None.
     """
 
     grad: jax.Array
@@ -41,6 +42,7 @@ class Signal(NamedTuple):
     context: jax.Array | None
     scale: jax.Array
     progress: jax.Array
+    update: jax.Array | None = None
 
 
 class FeatureSet(NamedTuple):
@@ -140,6 +142,10 @@ def _context(signal):
     return signal.context
 
 
+def _update(signal):
+    return (jnp.zeros_like(signal.grad) if signal.update is None else signal.update)[None]
+
+
 FEATURES: dict[str, FeatureSet] = {
     "raw": _stateless(1, _raw),
     "log_sign": _stateless(2, _log_sign),
@@ -152,4 +158,5 @@ FEATURES: dict[str, FeatureSet] = {
     "progress": _stateless(1, _progress),
     "position": _stateless(2 * POSITION_HARMONICS, _position),
     "context": _stateless(2, _context),
+    "update": _stateless(1, _update),
 }

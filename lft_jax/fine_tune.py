@@ -31,10 +31,14 @@ def fine_tune_step(
     Returns:
       The new `theta`, the optimizer's new state, and the oracle's estimate at the old `theta`.
     """
+    sampling = getattr(state, "sampling", {})
     if second_order:
-        estimate = oracle(theta, key)
+        estimate = oracle(theta, key, **sampling)
     else:
-        estimate = jax.tree.map(jax.lax.stop_gradient, oracle(jax.lax.stop_gradient(theta), key))
+        answer = oracle(jax.lax.stop_gradient(theta), key, **sampling)
+        estimate = jax.tree.map(jax.lax.stop_gradient, answer)
+        if sampling:  # how the directions were spread is the optimizer's doing: that much is no constant
+            estimate = estimate._replace(grads=answer.grads)
     optimizer = optax.with_extra_args_support(optimizer)
     extras = {"value": estimate.value, "progress": progress, **estimate.extras}
     updates, state = optimizer.update(estimate.grads, state, theta, **extras)
@@ -57,7 +61,8 @@ def fine_tune(
 
     Args:
       optimizer: any optax transformation; as extra arguments it is given the oracle's `value` and extras, and
-        `progress` (k/K).
+        `progress` (k/K). If its state has a field `sampling`, a dict, the oracle is given its entries as keyword
+        arguments (`lft_jax.covariance`; of lft_jax's own oracles `zeroth_order` takes them).
       oracle: `(theta, key) -> Estimate`.
       theta: initial optimizee, any pytree of floating-point arrays.
       key: split over the steps, for oracles that sample.
@@ -65,7 +70,7 @@ def fine_tune(
       project: applied after each step.
       second_order: let derivatives flow through the oracle's answers. By default they are constants (as in
         Andrychowicz et al. 2016), so that only the recurrence is differentiated through time and no derivative
-        of the model is taken inside the scan.
+        of the model is taken inside the scan; what an estimate owes to the state's `sampling` is no constant.
       remat: store the state only after every sqrt(K)-th step and compute the steps between again in the backward pass:
         memory grows with sqrt(K) instead of K, for one more forward pass.
       window: T, of truncated backpropagation: after every T-th step `theta` and the optimizer's state go on as

@@ -11,6 +11,7 @@ import optax
 from lft_jax import base
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.rules import Rule
+from lft_jax.sampling import learned_sampler
 from lft_jax.transform import learned_fine_tuner
 
 
@@ -19,14 +20,23 @@ def _family_start(params: PyTree, family: TaskFamily, key: jax.Array) -> PyTree:
     return family.init(key)
 
 
-def lft(rule: Rule, *, second_order: bool = False) -> Learner:
-    """Learned fine-tuner: the rule's weights, trained on the loss of the *query* examples (PAPER "LFT")."""
-    return _learned_rule("lft", rule, "query", second_order)
+def lft(rule: Rule, *, sampler: Rule | None = None, second_order: bool = False) -> Learner:
+    """Learned fine-tuner: the rule's weights, trained on the loss of the *query* examples (PAPER "LFT").
+
+    Args:
+      rule: the update rule.
+      sampler: a second rule, which sets the deviation of zeroth-order directions (`lft_jax.sampling.learned_sampler`).
+        The meta-parameters are then `{"rule": weights, "sampler": weights}`, learned together; to learn the sampler
+        in a second stage, start from the first one's weights with a meta-optimizer that leaves them alone, such as
+        `optax.partition({"train": optimizer, "hold": optax.set_to_zero()}, {"rule": "hold", "sampler": "train"})`.
+      second_order: whether meta-gradients flow through the inner gradients.
+    """
+    return _learned_rule("lft", rule, "query", second_order, sampler)
 
 
-def l2o(rule: Rule, *, second_order: bool = False) -> Learner:
-    """Learning to optimize: the rule's weights, trained on the loss of the *support* examples (PAPER "L2O")."""
-    return _learned_rule("l2o", rule, "support", second_order)
+def l2o(rule: Rule, *, sampler: Rule | None = None, second_order: bool = False) -> Learner:
+    """Learning to optimize: as `lft`, but trained on the loss of the *support* examples (PAPER "L2O")."""
+    return _learned_rule("l2o", rule, "support", second_order, sampler)
 
 
 def adaptive_lft(rule: Rule, *, steps: int = 5, learning_rate: float = 1e-2, second_order: bool = False) -> Learner:
@@ -52,16 +62,24 @@ def adaptive_lft(rule: Rule, *, steps: int = 5, learning_rate: float = 1e-2, sec
 
 
 @functools.cache
-def _rule_optimizer(rule):
+def _rule_optimizer(rule, sampler):
     # One function object for each rule, so that programs compiled for it are found again.
-    return lambda params: learned_fine_tuner(params, rule)
+    if sampler is None:
+        return lambda params: learned_fine_tuner(params, rule)
+    return lambda params: learned_sampler(params["sampler"], sampler, learned_fine_tuner(params["rule"], rule))
 
 
-def _learned_rule(name, rule, objective, second_order):
+def _learned_rule(name, rule, objective, second_order, sampler=None):
+    def init(key, families):
+        if sampler is None:
+            return rule.init(key)
+        keys = jax.random.split(key)
+        return {"rule": rule.init(keys[0]), "sampler": sampler.init(keys[1])}
+
     return Learner(
         name=name,
-        init=lambda key, families: rule.init(key),
-        optimizer=_rule_optimizer(rule),
+        init=init,
+        optimizer=_rule_optimizer(rule, sampler),
         start=_family_start,
         objective=objective,
         second_order=second_order,

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lft_jax import covariance, memory
 from lft_jax import directions as drawing
-from lft_jax import memory
 from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
 from lft_jax.directions import BASES, DRAW, UNIT_LENGTH, Subspace
 
@@ -149,7 +149,9 @@ def zeroth_order(
         anything that `np.asarray` takes. Such an oracle runs eagerly, not under jit, vmap or scan.
 
     Returns:
-      An oracle without extras. Its grads have the dtypes of `theta`; sums are taken in at least float32.
+      An oracle without extras. Its grads have the dtypes of `theta`; sums are taken in at least float32. It also takes
+      a keyword `deviation` or `subspace`, how the directions are spread (`lft_jax.covariance`). Differentiated with
+      respect to that, the losses are constants, as in ZO-L2L (Ruan et al. 2020): no derivative of the model is taken.
 
     Raises:
       ValueError: for an argument out of range; when called, for a `theta` without coordinates or with leaves that
@@ -173,8 +175,9 @@ def zeroth_order(
     def losses_at(points):
         return _check_losses("loss_fn", batched_loss(points), len(jax.tree.leaves(points)[0]))
 
-    def oracle(theta, key):
+    def oracle(theta, key, **sampling):
         flat, unflatten = _flatten(theta)
+        root = covariance.root(theta, sampling, flat.dtype)
         subspace = Subspace.of(theta, resolution, basis)
         seeds = drawing.seeds(directions, key, num_directions, subspace.size)
         base = None if antithetic else losses_at(unflatten(flat[None]))
@@ -185,7 +188,7 @@ def zeroth_order(
             chunk = memory.fitting(num_directions, (1 + points) * flat.nbytes + points * work, memory_mib)
 
         def step(total, seeds):
-            us, points = _probe(flat, seeds, smoothing, subspace, directions=directions, antithetic=antithetic)
+            us, points = _probe(flat, seeds, smoothing, root, subspace, directions=directions, antithetic=antithetic)
             values = losses_at(unflatten(points))
             if antithetic:
                 plus, minus = values[: len(seeds)], values[len(seeds) :]
@@ -196,7 +199,7 @@ def zeroth_order(
 
         total, values = _in_chunks(scan, step, jnp.zeros_like(flat), seeds, chunk)
         total = subspace.project(total * _factor(directions, subspace, num_directions))
-        grads = jax.tree.map(lambda g: g[0], unflatten(total[None]))
+        grads = jax.tree.map(lambda g: g[0], unflatten(covariance.spread(total[None], root)))
         value = jnp.mean(values) if antithetic else jnp.asarray(base[0])
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
 
@@ -230,7 +233,8 @@ def per_example_zeroth_order(
 
     Returns:
       An oracle with the extra `spread`, as of `per_example_gradient`, here of the examples' estimates: it tells how
-      noisy the mean is. An answer costs `2 * q * S` queries if antithetic, else `(q + 1) * S`.
+      noisy the mean is. An answer costs `2 * q * S` queries if antithetic, else `(q + 1) * S`. It takes the keywords
+      of `zeroth_order`'s.
 
     Raises:
       ValueError: as for `zeroth_order`.
@@ -240,8 +244,9 @@ def per_example_zeroth_order(
     batched_loss, scan = (_on_numpy(example_losses), _eager_scan) if opaque else (example_losses, jax.lax.scan)
     queries = (2 * num_directions if antithetic else num_directions + 1) * num_examples
 
-    def oracle(theta, key):
+    def oracle(theta, key, **sampling):
         flat, unflatten = _flatten(theta)
+        root = covariance.root(theta, sampling, flat.dtype)
         subspace = Subspace.of(theta, resolution, basis)
         keys = jax.random.split(key, num_examples)
         seeds = [drawing.seeds(directions, k, num_directions, subspace.size) for k in keys]
@@ -252,7 +257,7 @@ def per_example_zeroth_order(
         base = None if antithetic else losses_at(jnp.broadcast_to(flat, (num_examples, flat.size)))
 
         def step(total, seeds):
-            us, points = _probe(flat, seeds, smoothing, subspace, directions=directions, antithetic=antithetic)
+            us, points = _probe(flat, seeds, smoothing, root, subspace, directions=directions, antithetic=antithetic)
             plus = losses_at(points[:num_examples])
             minus = losses_at(points[num_examples:]) if antithetic else base
             slopes, values = ((plus - minus) / 2, (plus + minus) / 2) if antithetic else (plus - minus, minus)
@@ -260,6 +265,7 @@ def per_example_zeroth_order(
 
         total, values = scan(step, jnp.zeros((num_examples, flat.size), flat.dtype), jnp.stack(seeds, axis=1))
         total = jax.vmap(subspace.project)(total * _factor(directions, subspace, num_directions))
+        total = covariance.spread(total, root)
         moments = jnp.stack([jnp.mean(total, axis=0), safe_sqrt(jnp.var(total, axis=0))])
         grads, spread = (jax.tree.map(lambda x, row=row: x[row], unflatten(moments)) for row in (0, 1))
         return Estimate(jnp.mean(jnp.asarray(values)), grads, jnp.asarray(queries, jnp.int32), {"spread": spread})
@@ -325,10 +331,11 @@ def zeroth_order_value_and_grad(
 
 
 @functools.partial(jax.jit, static_argnames=("subspace", "directions", "antithetic"))
-def _probe(flat, seeds, smoothing, subspace, *, directions, antithetic):
-    """Directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
+def _probe(flat, seeds, smoothing, root, subspace, *, directions, antithetic):
+    """Isotropic directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
     us = subspace.expand(jax.vmap(lambda seed: DRAW[directions](seed, subspace.size, flat.dtype))(seeds))
-    plus, minus = flat[None] + smoothing * us, flat[None] - smoothing * us
+    steps = smoothing * covariance.spread(us, jax.lax.stop_gradient(root))
+    plus, minus = flat[None] + steps, flat[None] - steps
     return us, jnp.concatenate([plus, minus]) if antithetic else plus
 
 

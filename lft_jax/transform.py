@@ -58,44 +58,66 @@ def learned_fine_tuner(params: PyTree, rule: Rule, *, scale: float = 1.0) -> opt
     weights = params  # below, as everywhere in optax, `params` are what is fine-tuned: some wrappers pass it by name
 
     def init_fn(params):
-        leaves = jax.tree.leaves(params)
-        for leaf in leaves:
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                raise ValueError(f"learned_fine_tuner: parameters must be floating-point, got {jnp.result_type(leaf)}.")
-        states = [rule.init_state(jnp.zeros(jnp.shape(leaf), _compute_dtype(leaf))) for leaf in leaves]
+        states = initial_states(rule, params)
         return LearnedFineTunerState(jnp.zeros((), jnp.int32), states)
 
-    def update_fn(updates, state, params=None, *, spread=None, context=None, progress=0.0, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
         grads, structure = jax.tree.flatten(updates)
-        columns = zip(
-            grads,
-            _like("params", params, structure),
-            _like("spread", spread, structure),
-            _like("context", context, structure),
-            state.leaves,
-            strict=True,
-        )
         steps, leaves = [], []
-        for grad, param, leaf_spread, leaf_context, leaf_state in columns:
-            dtype = _compute_dtype(grad)
-
-            def cast(x, dtype=dtype):
-                return None if x is None else jnp.asarray(x).astype(dtype)
-
-            signal = Signal(
-                grad=cast(grad),
-                param=cast(param),
-                spread=cast(leaf_spread),
-                context=cast(leaf_context),
-                scale=cast(extra_args.get("scale", scale)),
-                progress=cast(progress),
-            )
+        signals = leaf_signals(updates, params, **{"scale": scale, **extra_args})
+        for signal, leaf_state in zip(signals, state.leaves, strict=True):
             step, leaf_state = rule.apply(weights, signal, leaf_state)
-            steps.append((-step).astype(jnp.result_type(grad)))
+            steps.append(-step)
             leaves.append(leaf_state)
+        steps = [step.astype(jnp.result_type(grad)) for step, grad in zip(steps, grads, strict=True)]
         return jax.tree.unflatten(structure, steps), LearnedFineTunerState(state.count + 1, leaves)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def initial_states(rule: Rule, params: PyTree) -> list[PyTree]:
+    """The rule's state for each leaf; raises a ValueError if one is not floating-point."""
+    leaves = jax.tree.leaves(params)
+    for leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(f"learned_fine_tuner: parameters must be floating-point, got {jnp.result_type(leaf)}.")
+    return [rule.init_state(jnp.zeros(jnp.shape(leaf), _compute_dtype(leaf))) for leaf in leaves]
+
+
+def leaf_signals(
+    grads: PyTree,
+    params: PyTree,
+    *,
+    scale: float | jax.Array = 1.0,
+    spread: PyTree = None,
+    context: PyTree = None,
+    progress: float | jax.Array = 0.0,
+    update: PyTree = None,
+    **ignored: Any,
+) -> list[Signal]:
+    """What a rule sees of each leaf, from the arguments of an optax update; `update` as of `Signal`."""
+    leaves, structure = jax.tree.flatten(grads)
+    trees = {"params": params, "spread": spread, "context": context, "update": update}
+    columns = {name: _like(name, tree, structure) for name, tree in trees.items()}
+    signals = []
+    for number, grad in enumerate(leaves):
+        dtype = _compute_dtype(grad)
+
+        def cast(x, dtype=dtype):
+            return None if x is None else jnp.asarray(x).astype(dtype)
+
+        signals.append(
+            Signal(
+                grad=cast(grad),
+                param=cast(columns["params"][number]),
+                spread=cast(columns["spread"][number]),
+                context=cast(columns["context"][number]),
+                scale=cast(scale),
+                progress=cast(progress),
+                update=cast(columns["update"][number]),
+            )
+        )
+    return signals
 
 
 def _compute_dtype(leaf):

@@ -21,10 +21,11 @@ from experiments import (
     theory_gap,
     train_victim,
     victims,
+    zo_l2l,
 )
 
 BINARIES = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
-BINARIES += (train_victim, victims)
+BINARIES += (train_victim, victims, zo_l2l)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ space := $(empty) $(empty)
 # Results that are there, in the order of docs/results.md.
 HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json cifar10.json digits.json)))
 ALL = $(subst $(space),$(comma),$(wildcard $(addprefix results/,hard/mnist.json hard/cifar10.json hard/digits.json \
-	paper/results.json query/results.json l2/results.json breadth.json ablation.json theory_gap.json sine.json zo_l2l.json)))
+	query/mnist.json query/cifar10.json query/digits.json paper/results.json l2/results.json breadth.json ablation.json theory_gap.json sine.json zo_l2l.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -39,7 +39,9 @@ results: victims
 	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json
 	$(RUN) -m experiments.study --study=hard --attacked=cifar10 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.study --study=paper
-	$(RUN) -m experiments.study --study=query
+	$(RUN) -m experiments.study --study=query --attacked=mnist --output=results/query/mnist.json
+	$(RUN) -m experiments.study --study=query --attacked=cifar10 --output=results/query/cifar10.json
+	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.ablation
 	$(RUN) -m experiments.breadth

@@ -10,13 +10,8 @@ import pytest
 
 from lft_jax import learners, oracles
 from lft_jax.base import Episode, TaskFamily
-from lft_jax.meta import (
-    MemoryPlan,
-    clipped_adam,
-    memory_plan,
-    meta_trainer,
-    task_mesh,
-)
+from lft_jax.meta import clipped_adam, meta_trainer, task_mesh
+from lft_jax.meta_gradients import MemoryPlan, memory_plan
 from lft_jax.outer_loss import outer_losses, step_weights
 from lft_jax.rules import coordinate_lstm
 

@@ -74,7 +74,7 @@ class PersistentEvolutionStrategies:
 
     An episode of K steps is cut into K / T windows. Each of a pair of particles has an episode of its own, which it
     goes on with from window to window; in each, the pair's meta-parameters are changed anew, by `s e` and `-s e`. The
-    window's gradient is `mean_i (L+ - L-) / (2 s) E_i`, where `E_i` is the sum of all changes `e` of the episode so far,
+    window's gradient is `mean_i (L+ - L-) / (2 s) E_i`, where `E_i` is the sum of the episode's changes `e` so far,
     those that led to where the window began included. With `params` held fixed, the sum over an episode's windows is an
     unbiased estimate of the gradient of the episode's loss, smoothed by that noise. Its variance grows with the number
     of windows.

@@ -70,7 +70,8 @@ def memory_plan(
     data = episode.query if learner.objective == "query" else episode.support
     theta = jax.eval_shape(lambda thetas: jax.tree.map(lambda x: x[0], thetas), trajectory.thetas)
     step_bytes = memory.stored_bytes(lambda params: one_step(params, jax.random.key(0))[1].thetas, params)
-    loss_bytes = memory.stored_bytes(family.loss, theta, data)
+    scored = learner.objective != "teacher"
+    loss_bytes = memory.stored_bytes(family.loss, theta, data) if scored else 0
     if remat is None:  # not before one task alone is too much: to take fewer at a time costs no computing
         remat = num_steps * step_bytes > mib * 2**20
     span = min(window or num_steps, num_steps)  # cut up on its own

@@ -55,7 +55,7 @@ def test_the_distance_is_that_of_a_plain_loop():
 
 @pytest.mark.parametrize("window", [None, 1])
 def test_the_teacher_is_a_constant(x64, window):
-    """The learned rate r of descent beside a teacher of rate 1: the updates are 1 - r gradients apart, in all windows."""
+    """The learned rate r of descent beside a teacher of rate 1: the updates are 1 - r gradients apart."""
     family = quadratic_family(np.asarray([1.0, 0.5]), support=2, query=2)
     learner = imitating(learners.fixed("descent", optax.sgd), optax.sgd(1.0))
     options = {"num_steps": STEPS, "steps": np.arange(STEPS), "window": window}

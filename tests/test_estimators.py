@@ -99,13 +99,15 @@ def test_persistent_ones_are_unbiased_where_truncated_ones_are_not(x64, accumula
     else:
         expected, variance = windows, sum(t + 1 for t in range(1, windows + 1))
     assert abs(found - expected) < 4 * np.sqrt(variance / pairs) < 0.08 * expected
+    one = [sum_over_windows(dataclasses.replace(estimator, pairs=2, accumulate=a), 1, KEY) for a in (True, False)]
+    assert one[0] == one[1]  # a single window has no past
     assert 4 * np.sqrt(variance / pairs) < 0.1 * (windows * (windows + 1) / 2 - windows)  # and so the two differ
 
 
 def gradients_of_an_episode(estimator, keys, num_steps=4):
     """Of every key, the mean of the meta-gradients of as many meta-steps at the same meta-parameters as windows."""
     rule = coordinate_lstm(1, 1, features="raw", output_scale=0.5)
-    families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.3, 0.2], [0.4, 0.2, 0.1])]
+    families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.4, 0.2, 0.1])]
     learner = learners.lft(rule, second_order=estimator is None)
     options = {"num_steps": num_steps, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
     trainer = meta_trainer(learner, families, estimator=estimator, **options)
@@ -118,33 +120,26 @@ def gradients_of_an_episode(estimator, keys, num_steps=4):
             grads = jax.tree.map(jnp.subtract, state.params, after.params)
             return after._replace(params=state.params), (grads, metrics["loss"])
 
-        # Tasks are those of the first meta-steps, changes those of the key: its place among the tasks' is 1.
         _, outputs = jax.lax.scan(window, first._replace(key=key), length=windows)
         return jax.tree.map(lambda x: jnp.mean(x, 0), outputs)
 
     return jax.jit(lambda keys: jax.lax.map(episode, keys))(keys)
 
 
-@pytest.mark.parametrize(
-    "estimator", [EvolutionStrategies(100, 1e-2), PersistentEvolutionStrategies(2, 100, 1e-2)], ids=["es", "pes"]
-)
-def test_estimates_of_an_episode_agree_with_backpropagation(x64, estimator):
+def test_estimates_of_an_episode_agree_with_backpropagation(x64):
     """Over many keys, each with tasks of its own, the mean difference is within what it scatters."""
     keys = jax.random.split(KEY, 40)
-    (exact, losses), (found, tried) = (gradients_of_an_episode(e, keys) for e in (None, estimator))
-    np.testing.assert_allclose(np.mean(tried), np.mean(losses), rtol=1e-3)  # windows' losses average to the episode's
-    flat = [jnp.concatenate([x.reshape(len(keys), -1) for x in jax.tree.leaves(tree)], 1) for tree in (exact, found)]
-    difference, scatter = np.mean(flat[1] - flat[0], 0), np.var(flat[1] - flat[0], 0, ddof=1) / len(keys)
-    # Of some ten numbers, the sum of squares over their variances scatters by half of itself.
-    assert np.sum(difference**2) < 2.5 * np.sum(scatter)
-    assert np.sum(scatter) < 0.1 * np.sum(np.mean(flat[0], 0) ** 2)
-
-
-def test_a_window_of_all_steps_is_plain(x64):
-    keys = jax.random.split(KEY, 2)
-    settings = (PersistentEvolutionStrategies(4, 2), PersistentEvolutionStrategies(4, 2, accumulate=False))
-    one, other = (gradients_of_an_episode(estimator, keys)[0] for estimator in settings)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    exact, losses = gradients_of_an_episode(None, keys)
+    for estimator in (EvolutionStrategies(100, 1e-2), PersistentEvolutionStrategies(2, 100, 1e-2)):
+        found, tried = gradients_of_an_episode(estimator, keys)
+        np.testing.assert_allclose(np.mean(tried), np.mean(losses), rtol=1e-3)  # windows' losses average to it
+        differences = np.concatenate(
+            [(a - b).reshape(len(keys), -1) for a, b in zip(*map(jax.tree.leaves, (found, exact)), strict=True)], 1
+        )
+        scatter = np.sum(np.var(differences, 0, ddof=1)) / len(keys)
+        # Expected to be equal; the meta-parameters are fourteen numbers.
+        assert np.sum(np.mean(differences, 0) ** 2) < 2 * scatter
+        assert scatter < 0.1 * sum(np.sum(np.mean(x, 0) ** 2) for x in jax.tree.leaves(exact))
 
 
 @pytest.mark.parametrize(

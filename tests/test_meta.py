@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners, oracles
+from lft_jax import baselines, learners, oracles
 from lft_jax.base import Episode, TaskFamily
 from lft_jax.meta import clipped_adam, meta_trainer, task_mesh
 from lft_jax.meta_gradients import MemoryPlan, memory_plan
@@ -250,7 +250,10 @@ def test_the_default_meta_optimizer_clips_and_decays_to_a_tenth():
 
 
 def test_a_curriculum_is_the_shorter_runs_one_after_the_other():
-    learner, family = learners.lft(coordinate_lstm(1, 1, features=("raw", "progress"))), quadratic(0, noise=0.5)
+    learner, family = learners.fixed("pgd", baselines.projected_gradient), quadratic(0, noise=0.5)
+    # Steps that depend on the progress.
+    settings = {"step": jnp.float32(0.3), "decay": jnp.float32(0.5), "final": jnp.float32(0.2)}
+    learner = dataclasses.replace(learner, init=lambda key, families: settings)
     options = {"tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1, momentum=0.9), "weights": "linear"}
     trainer = meta_trainer(learner, [family], num_steps=3, curriculum=[(1, 2), (2, 1)], **options)
     plain = {k: meta_trainer(learner, [family], num_steps=k, **options) for k in (1, 2, 3)}

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners, oracles
+from lft_jax import baselines, learners, oracles
 from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta import meta_trainer
 from lft_jax.rules import coordinate_lstm
@@ -106,9 +106,11 @@ def test_persistent_ones_are_unbiased_where_truncated_ones_are_not(x64, accumula
 
 def gradients_of_an_episode(estimator, keys, num_steps=4):
     """Of every key, the mean of the meta-gradients of as many meta-steps at the same meta-parameters as windows."""
-    rule = coordinate_lstm(1, 1, features="raw", output_scale=0.5)
     families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.4, 0.2, 0.1])]
-    learner = learners.lft(rule, second_order=estimator is None)
+    settings = {"learning_rate": jnp.asarray(0.05), "decay": jnp.asarray(0.5)}
+    learner = dataclasses.replace(
+        learners.fixed("momentum", baselines.sgd), init=lambda key, families: settings, second_order=estimator is None
+    )
     options = {"num_steps": num_steps, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
     trainer = meta_trainer(learner, families, estimator=estimator, **options)
     windows = num_steps // getattr(estimator, "window", num_steps)
@@ -127,19 +129,23 @@ def gradients_of_an_episode(estimator, keys, num_steps=4):
 
 
 def test_estimates_of_an_episode_agree_with_backpropagation(x64):
-    """Over many keys, each with tasks of its own, the mean difference is within what it scatters."""
+    """Over many keys, each with tasks of its own, the mean difference is within what it scatters; if it is to be."""
     keys = jax.random.split(KEY, 40)
     exact, losses = gradients_of_an_episode(None, keys)
-    for estimator in (EvolutionStrategies(100, 1e-2), PersistentEvolutionStrategies(2, 100, 1e-2)):
+    for estimator in (
+        EvolutionStrategies(100, 1e-2),
+        PersistentEvolutionStrategies(2, 100, 1e-2),
+        PersistentEvolutionStrategies(2, 100, 1e-2, accumulate=False),
+    ):
         found, tried = gradients_of_an_episode(estimator, keys)
         np.testing.assert_allclose(np.mean(tried), np.mean(losses), rtol=1e-3)  # windows' losses average to it
         differences = np.concatenate(
             [(a - b).reshape(len(keys), -1) for a, b in zip(*map(jax.tree.leaves, (found, exact)), strict=True)], 1
         )
         scatter = np.sum(np.var(differences, 0, ddof=1)) / len(keys)
-        # Expected to be equal; the meta-parameters are fourteen numbers.
-        assert np.sum(np.mean(differences, 0) ** 2) < 2 * scatter
-        assert scatter < 0.1 * sum(np.sum(np.mean(x, 0) ** 2) for x in jax.tree.leaves(exact))
+        ratio = np.sum(np.mean(differences, 0) ** 2) / scatter  # expected to be 1 without a bias; of two numbers
+        assert ratio > 12 if not getattr(estimator, "accumulate", True) else ratio < 6, (estimator, ratio)
+        assert scatter < 0.03 * sum(np.sum(np.mean(x, 0) ** 2) for x in jax.tree.leaves(exact))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ Run it again to resume. Make victims with experiments.train_victim.
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from experiments import common, config
 from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, tasks
 from lft_jax.base import Learner, check_name
 from lft_jax.directions import BASES
-from lft_jax.estimators import EvolutionStrategies
+from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.features import FEATURES
+from lft_jax.imitation import Imitation
 from lft_jax.outer_loss import STEP_WEIGHTS
 from lft_jax.victims import load_victim
 
 LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an initialization and so need victims of one image shape.
 CONGRUOUS = ("maml", "reptile", "meta_sgd", "joint")
+META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
 REMAT = {"auto": None, "always": True, "never": False}
 
 
@@ -99,11 +102,21 @@ class Config:
     meta_gradient: str = config.option(
         "backprop",
         "Backpropagation through the steps, or evolution strategies (es), on one device, which need no derivative of "
-        "the outer loss: with --num_directions no victim is ever differentiated.",
-        ("backprop", "es"),
+        "the outer loss: with --num_directions no victim is ever differentiated. Persistent ones (pes) make a "
+        "meta-step of every --es_window steps of an episode; truncated_es does so with a bias, to compare with.",
+        META_GRADIENTS,
     )
     es_pairs: int = config.option(16, "Pairs of mirrored changes that es tries in a meta-step, for each victim.")
     es_sigma: float = config.option(0.01, "Size of those changes, in units of the meta-parameters.")
+    es_window: int | None = config.option(None, "Steps of a meta-step of pes and truncated_es; divides --num_steps.")
+    curriculum: tuple[int, ...] = config.option(
+        (), "Ascending numbers of fine-tuning steps, the last --num_steps, for equal shares of the meta-steps."
+    )
+    imitation_steps: int = config.option(
+        0, "First meta-steps, by backpropagation, in which the rule imitates momentum PGD instead of lowering the loss."
+    )
+    imitation_step: float = config.option(0.8, "Step of that PGD, in units of epsilon.")
+    imitation_decay: float = config.option(0.5, "Momentum of that PGD.")
     second_order: bool = config.option(False, "Differentiate through the inner gradients too.")
     remat: str = config.option(
         "auto",
@@ -175,7 +188,8 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
 
 def check(flags: Config) -> None:
     """Raises a ValueError for a flag that what is asked for has no use for, and a choice that learns nothing."""
-    learned, es = flags.learner in ("lft", "l2o", "adaptive_lft", "joint"), flags.meta_gradient == "es"
+    learned, es = flags.learner in ("lft", "l2o", "adaptive_lft", "joint"), flags.meta_gradient != "backprop"
+    windows = flags.meta_gradient in ("pes", "truncated_es")
     starts = flags.learner in ("maml", "meta_sgd")
     useless = {
         ("rule", "features", "hidden", "layers", "start", "output_scale"): (not learned, "learns no update rule"),
@@ -184,6 +198,10 @@ def check(flags: Config) -> None:
         ("inner_step",): (learned, "fine-tunes by its own rule"),
         ("weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
         ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
+        ("es_window",): (not windows, "has no windows, without --meta_gradient=pes or truncated_es"),
+        ("curriculum",): (windows, f"has windows for short unrolls, with --meta_gradient={flags.meta_gradient}"),
+        ("imitation_steps",): (not learned, "learns no update rule"),
+        ("imitation_step", "imitation_decay"): (not flags.imitation_steps, "imitates nothing, without imitation_steps"),
         ("resolution", "basis", "smoothing", "per_example"): (
             not flags.num_directions,
             "is given exact gradients, without --num_directions",
@@ -198,6 +216,31 @@ def check(flags: Config) -> None:
     if flags.learner == "adaptive_lft" and (es or flags.num_directions):
         name = "meta_gradient" if es else "num_directions"
         raise ValueError(f"{name}: adaptive_lft differentiates the loss of the support images; leave it out.")
+    if windows and (flags.es_window is None or flags.es_window < 1 or flags.num_steps % flags.es_window):
+        raise ValueError(
+            f"es_window: {flags.meta_gradient} needs one that divides num_steps = {flags.num_steps}, "
+            f"got {flags.es_window}."
+        )
+    if windows and flags.weights == "final" and flags.es_window < flags.num_steps:
+        raise ValueError("weights: the last step's alone leave all windows but the last without a loss; choose others.")
+    if flags.curriculum:
+        ascending = all(a < b for a, b in itertools.pairwise((0, *flags.curriculum)))
+        if not ascending or flags.curriculum[-1] != flags.num_steps or len(flags.curriculum) > flags.meta_steps:
+            raise ValueError(
+                f"curriculum: expected at most meta_steps = {flags.meta_steps} numbers that ascend from at least 1 to "
+                f"num_steps = {flags.num_steps}, got {flags.curriculum}."
+            )
+    if not 0 <= flags.imitation_steps < flags.meta_steps:
+        raise ValueError(
+            f"imitation_steps: expected fewer than meta_steps = {flags.meta_steps}, got {flags.imitation_steps}."
+        )
+    if flags.imitation_steps and flags.start == "momentum":
+        own, teachers = (flags.start_step, flags.start_decay), (flags.imitation_step, flags.imitation_decay)
+        if own == teachers:
+            raise ValueError(
+                f"imitation_steps: {flags.learner} starts from the very update (step, decay) = {own} that it is to "
+                "imitate; choose --start=none, or other settings."
+            )
     if starts and flags.weights == "final" and flags.window is not None and flags.window < flags.num_steps:
         raise ValueError(
             f"window: the last of {flags.num_steps} steps alone, cut off after {flags.window}, tells {flags.learner} "
@@ -205,21 +248,44 @@ def check(flags: Config) -> None:
         )
 
 
-def estimator_of(flags: Config) -> EvolutionStrategies | None:
+def estimator_of(flags: Config) -> EvolutionStrategies | PersistentEvolutionStrategies | None:
     """The estimator of meta-gradients that the flags describe; None for backpropagation."""
-    if check_name("meta_gradient", flags.meta_gradient, ("backprop", "es")) == "backprop":
+    if check_name("meta_gradient", flags.meta_gradient, META_GRADIENTS) == "backprop":
         return None
     for name in ("second_order", "window"):
         if getattr(flags, name):
             raise ValueError(f"{name}: evolution strategies differentiate nothing; leave it out.")
-    return EvolutionStrategies(flags.es_pairs, flags.es_sigma)
+    if flags.meta_gradient == "es":
+        return EvolutionStrategies(flags.es_pairs, flags.es_sigma)
+    accumulate = flags.meta_gradient == "pes"
+    return PersistentEvolutionStrategies(flags.es_window, flags.es_pairs, flags.es_sigma, accumulate)
+
+
+def curriculum_of(flags: Config) -> list[tuple[int, int]]:
+    """Pairs of fine-tuning steps and meta-steps that come before the meta-steps of `num_steps`."""
+    ends = [i * flags.meta_steps // len(flags.curriculum) for i in range(len(flags.curriculum))]
+    return [
+        (steps, end - begin) for steps, (begin, end) in zip(flags.curriculum, itertools.pairwise(ends), strict=False)
+    ]
+
+
+def imitation_of(flags: Config) -> Imitation | None:
+    """The imitation that the flags describe."""
+    if not flags.imitation_steps:
+        return None
+    pgd = baselines.make_baselines(flags.norm)["momentum_pgd"].learner
+    teacher = pgd.optimizer({"step": flags.imitation_step, "decay": flags.imitation_decay})
+    return Imitation(teacher, flags.imitation_steps)
 
 
 def mesh_of(flags: Config) -> jax.sharding.Mesh | None:
     """The devices that share the tasks, or None for one."""
-    if flags.meta_gradient == "es":
+    if flags.meta_gradient != "backprop":
         if flags.devices > 1 or jax.process_count() > 1:
-            raise ValueError("meta_gradient: es runs on one device of one process; leave devices and coordinator out.")
+            raise ValueError(
+                f"meta_gradient: {flags.meta_gradient} runs on one device of one process; leave devices and "
+                "coordinator out."
+            )
         return None
     count = flags.devices or max(n for n in range(1, jax.device_count() + 1) if flags.tasks_per_family % n == 0)
     if count < jax.device_count() and jax.process_count() > 1:
@@ -230,13 +296,20 @@ def mesh_of(flags: Config) -> jax.sharding.Mesh | None:
     return None if count == 1 else meta.task_mesh(count)
 
 
+def _absent():
+    """What a flag meant before there was one, for runs that were made then."""
+    fields = dataclasses.fields(Config)
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING and f.name not in WHERE}
+    return {**defaults, "augment": False}
+
+
 def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
     """A stored run: its flags, its learner and its meta-parameters."""
     flags = None
 
     def like(stored):
         nonlocal flags
-        stored = {"augment": False, **stored}  # what was made before there was a choice
+        stored = {**_absent(), **stored}
         lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
         flags = Config(**{**stored, **lists, "workdir": workdir})
         families = families_of(flags, "train")[:1] if flags.learner in CONGRUOUS else ()
@@ -262,6 +335,8 @@ def meta_train(flags: Config) -> meta.MetaState:
         weights=flags.weights,
         window=flags.window,
         estimator=estimator_of(flags),
+        curriculum=curriculum_of(flags),
+        imitation=imitation_of(flags),
         remat=REMAT[check_name("remat", flags.remat, REMAT)],
         memory_mib=flags.memory,
         mesh=mesh_of(flags),
@@ -280,6 +355,7 @@ def meta_train(flags: Config) -> meta.MetaState:
         jax.random.key(flags.seed),
         flags.workdir,
         config=stored,
+        absent=_absent(),
         num_meta_steps=flags.meta_steps,
         checkpoint_every=flags.checkpoint_every,
         validate=validate if families else None,

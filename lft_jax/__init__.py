@@ -3,8 +3,9 @@
 from lft_jax import learners
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
-from lft_jax.estimators import EvolutionStrategies
+from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.fine_tune import fine_tune, fine_tune_step
+from lft_jax.imitation import Imitation
 from lft_jax.meta import MetaState, MetaTrainer, clipped_adam, meta_trainer
 from lft_jax.oracles import zeroth_order_value_and_grad
 from lft_jax.pretrained import list_pretrained, load_pretrained
@@ -21,12 +22,14 @@ __all__ = [
     "Episode",
     "Estimate",
     "EvolutionStrategies",
+    "Imitation",
     "LearnedFineTunerState",
     "Learner",
     "MetaState",
     "MetaTrainer",
     "MomentumStart",
     "Oracle",
+    "PersistentEvolutionStrategies",
     "Rule",
     "TaskFamily",
     "Trajectory",

@@ -66,12 +66,14 @@ class Trajectory(NamedTuple):
       values: `[K]` the oracle's loss at the point that each step started from.
       queries: `[K]` int32, example evaluations used up to and including each step.
       state: the optimizer's state after the last step.
+      watched: with a leading axis `[K]`: what `fine_tune` was told to keep of the optimizer's state after each step.
     """
 
     thetas: PyTree
     values: jax.Array
     queries: jax.Array
     state: PyTree
+    watched: PyTree = ()
 
 
 class TaskFamily(abc.ABC):
@@ -125,7 +127,8 @@ class Learner:
       optimizer: `params -> optax transformation` that fine-tunes.
       start: `(params, family, key) -> theta`, the initial optimizee of a task.
       objective: the outer loss: "query" (LFT, MAML: validation data) or "support" (L2O: training data), PAPER "The
-        method", or "end", half the squared distance of a learned start from where fine-tuning ends (Reptile).
+        method", "end", half the squared distance of a learned start from where fine-tuning ends (Reptile), or
+        "teacher", the distance of its updates from another's (`lft_jax.imitation`).
       second_order: whether meta-gradients flow through the inner gradients.
       adaptation_steps: gradient steps that the meta-parameters themselves take on a task's support set first.
       adaptation_rate: learning rate of those.

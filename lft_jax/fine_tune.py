@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,20 @@ from lft_jax import base
 from lft_jax.base import Estimate, Oracle, Trajectory
 
 PyTree = Any
+
+
+class Paused(NamedTuple):
+    """Where a run stands that is made in parts.
+
+    Attributes:
+      theta: the optimizee.
+      state: of the optimizer.
+      done: `[]` int32, steps done, below K; at 0 the run begins, and `theta` and `state` are of no account.
+    """
+
+    theta: PyTree
+    state: PyTree
+    done: jax.Array
 
 
 def fine_tune_step(
@@ -56,6 +70,9 @@ def fine_tune(
     second_order: bool = False,
     remat: bool = False,
     window: int | None = None,
+    paused: Paused | None = None,
+    length: int | None = None,
+    watch: Callable[[PyTree], PyTree] = lambda state: (),
 ) -> Trajectory:
     """Fine-tunes `theta` for `num_steps` (K) steps in one `jax.lax.scan` (PAPER "The method").
 
@@ -75,16 +92,25 @@ def fine_tune(
         memory grows with sqrt(K) instead of K, for one more forward pass.
       window: T, of truncated backpropagation: after every T-th step `theta` and the optimizer's state go on as
         constants, so that no derivative spans more than T steps. None for K.
+      paused: where an earlier part of the same run, of equal arguments, stopped; None to begin.
+      length: steps of this part, which must not lead beyond K. The parts of a run are together what it is in one go.
+        None for all K.
+      watch: `optimizer state -> tree of arrays`, called after each step.
 
     Returns:
-      The trajectory.
+      The trajectory, of this part alone.
 
     Raises:
-      ValueError: if `num_steps` or `window` is below 1.
+      ValueError: if `num_steps`, `window` or `length` is below 1, `length` is above `num_steps`, or it is not given for
+        a paused run.
     """
     base.check_at_least("num_steps", num_steps, 1)
     if window is not None:
         base.check_at_least("window", window, 1)
+    if length is not None:
+        base.check_at_least("length", length, 1)
+    if (paused is not None) if length is None else (length > num_steps):
+        raise ValueError(f"length must be from 1 to num_steps = {num_steps}, and given with paused, got {length!r}.")
 
     def step(carry, xs):
         theta, state = carry
@@ -99,14 +125,22 @@ def fine_tune(
             project=project,
             second_order=second_order,
         )
-        return (theta, state), (theta, estimate.value, estimate.queries)
+        return (theta, state), (theta, estimate.value, estimate.queries, watch(state))
 
     xs = (jnp.arange(num_steps, dtype=jnp.float32), jax.random.split(key, num_steps))
+    state = optimizer.init(theta)
+    if paused is not None:
+        theta, state = jax.tree.map(
+            lambda stopped, begun: jnp.where(paused.done > 0, stopped, begun), paused[:2], (theta, state)
+        )
+        xs = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, paused.done, length), xs)
+    elif length is not None:
+        xs = jax.tree.map(lambda x: x[:length], xs)
     scan = _nested_scan if remat else jax.lax.scan
-    if window is not None and window < num_steps:
+    if window is not None and window < len(xs[0]):
         scan = functools.partial(_truncated_scan, scan, window)
-    (_, state), (thetas, values, queries) = scan(step, (theta, optimizer.init(theta)), xs)
-    return Trajectory(thetas, values, jnp.cumsum(queries), state)
+    (_, state), (thetas, values, queries, watched) = scan(step, (theta, state), xs)
+    return Trajectory(thetas, values, jnp.cumsum(queries), state, watched)
 
 
 def block_length(num_steps: int) -> int:

@@ -9,7 +9,6 @@ split over the mesh axis `task`, all else is replicated, and the meta-gradients 
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,16 +19,15 @@ import optax
 
 from lft_jax import base, memory
 from lft_jax.base import Learner, TaskFamily
-from lft_jax.estimators import EvolutionStrategies
-from lft_jax.fine_tune import block_length
-from lft_jax.outer_loss import outer_losses, run_task, step_weights
+from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
+from lft_jax.imitation import Imitation, imitating
+from lft_jax.meta_gradients import family_gradient, first_particles
+from lft_jax.outer_loss import step_weights
 
 PyTree = Any
 
 #: The mesh axis that tasks are split over.
 TASK_AXIS = "task"
-
-_BESIDE_TASKS = 1000  # folded into a task's key it gives one that `run_task` does not split off
 
 
 class MetaState(NamedTuple):
@@ -40,12 +38,15 @@ class MetaState(NamedTuple):
       optimizer_state: of the meta-optimizer.
       key: the run's key; each meta-step folds its number in.
       step: `[]` int32, meta-steps done.
+      particles: what persistent evolution strategies carry from one meta-step to the next, for each group of families
+        that share a compilation; empty for all else.
     """
 
     params: PyTree
     optimizer_state: PyTree
     key: jax.Array
     step: jax.Array
+    particles: tuple[PyTree, ...] = ()
 
 
 class MetaTrainer(NamedTuple):
@@ -53,76 +54,18 @@ class MetaTrainer(NamedTuple):
 
     Metrics: `loss` `[]`, the outer loss; `family_loss` `[families]`; `final_loss` `[families]`, of the last
     fine-tuning step alone; `grad_norm` `[]`, of the meta-gradient; `skipped` and `skipped_in_a_row` `[]` int32,
-    meta-steps whose meta-gradient was not finite, which leave the parameters as they were.
+    meta-steps whose meta-gradient was not finite, which leave the parameters as they were. Losses are those of the
+    meta-step's stage: of a curriculum's shorter unroll, of one window, or the distance from an imitated teacher.
     """
 
     init: Callable[[jax.Array], MetaState]
     step: Callable[[MetaState], tuple[MetaState, dict[str, jax.Array]]]
 
 
-class MemoryPlan(NamedTuple):
-    """How a family's share of a meta-step is cut up.
-
-    Attributes:
-      remat: whether the recurrence is stored at every sqrt(K)-th step only (of a window at a time, if there is one).
-      tasks: tasks at a time, a divisor of all.
-      steps: fine-tuning steps of those tasks whose query losses are computed at a time.
-    """
-
-    remat: bool
-    tasks: int
-    steps: int
-
-
-def memory_plan(
-    learner: Learner,
-    params: PyTree,
-    family: TaskFamily,
-    num_tasks: int,
-    *,
-    num_steps: int,
-    steps: int,
-    window: int | None = None,
-    remat: bool | None = None,
-    mib: float = memory.DEFAULT_MIB,
-) -> MemoryPlan:
-    """The plan of fewest parts of which neither the recurrence nor the query losses store more than `mib` MiB.
-
-    That is what can be told without compiling; a compiled meta-step has been seen to take up to twice as much.
-
-    Args:
-      learner, params, family: what is meta-trained, and on what.
-      num_tasks: tasks of the family on one device.
-      num_steps: K.
-      steps: how many of the steps have a weight in the outer loss.
-      window: of truncated backpropagation, or None.
-      remat: None to choose it here: only if one task does not fit without.
-      mib: the budget.
-    """
-
-    def one_step(params, key):
-        return run_task(learner, params, family, key, num_steps=1)
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    episode, trajectory = jax.eval_shape(one_step, params, key)
-    data = episode.query if learner.objective == "query" else episode.support
-    theta = jax.eval_shape(lambda thetas: jax.tree.map(lambda x: x[0], thetas), trajectory.thetas)
-    step_bytes = memory.stored_bytes(lambda params: one_step(params, jax.random.key(0))[1].thetas, params)
-    loss_bytes = memory.stored_bytes(family.loss, theta, data)
-    if remat is None:  # not before one task alone is too much: to take fewer at a time costs no computing
-        remat = num_steps * step_bytes > mib * 2**20
-    span = min(window or num_steps, num_steps)  # cut up on its own
-    block = block_length(span)
-    stored_steps = block + math.ceil(num_steps / span) * math.ceil(span / block) if remat else num_steps
-    tasks = memory.fitting(num_tasks, max(stored_steps * step_bytes, loss_bytes), mib)
-    tasks = max(n for n in range(1, tasks + 1) if num_tasks % n == 0)
-    return MemoryPlan(remat, tasks, memory.fitting(steps, tasks * loss_bytes, mib))
-
-
 def init_state(
     learner: Learner, families: Sequence[TaskFamily], meta_optimizer: optax.GradientTransformation, key: jax.Array
 ) -> MetaState:
-    """The state that a run begins with. Learners of update rules need no families for it."""
+    """The state that a run begins with, but for particles. Learners of update rules need no families for it."""
     key_init, key_run = jax.random.split(key)
     params = learner.init(key_init, tuple(families))
     return MetaState(params, _skipping(meta_optimizer).init(params), key_run, jnp.zeros((), jnp.int32))
@@ -137,7 +80,9 @@ def meta_trainer(
     meta_optimizer: optax.GradientTransformation,
     weights: str = "uniform",
     window: int | None = None,
-    estimator: EvolutionStrategies | None = None,
+    estimator: EvolutionStrategies | PersistentEvolutionStrategies | None = None,
+    curriculum: Sequence[tuple[int, int]] = (),
+    imitation: Imitation | None = None,
     remat: bool | None = None,
     memory_mib: float = memory.DEFAULT_MIB,
     mesh: jax.sharding.Mesh | None = None,
@@ -152,7 +97,12 @@ def meta_trainer(
       meta_optimizer: updates the meta-parameters; see `clipped_adam`.
       weights: of the fine-tuning steps in the outer loss, see `step_weights`.
       window: of truncated backpropagation, see `fine_tune`; None for none.
-      estimator: of the meta-gradient; None for backpropagation through the steps.
+      estimator: of the meta-gradient; None for backpropagation through the steps. A meta-step of
+        `PersistentEvolutionStrategies` is one window of an episode, whose particles wait in the state for the next.
+      curriculum: `((steps, meta_steps), ...)`: the first meta-steps fine-tune for fewer steps, in ascending order; K of
+        them follow. An update rule sees its progress through the shorter unroll. All lengths are compiled at first.
+      imitation: the outer loss of the first meta-steps, always by backpropagation, for learners of update rules; the
+        steps weigh alike in it. None for none.
       remat: trade time for memory, see `fine_tune`; None: only if one task does not fit into `memory_mib` without.
       memory_mib: MiB that a device may store for a backward pass, see `memory_plan`. Tasks and query passes are run in
         as few parts as it allows (at least one task, and one of its steps, at a time).
@@ -162,7 +112,8 @@ def meta_trainer(
     Raises:
       ValueError: for no families, numbers below 1, tasks that the mesh cannot share evenly, families that the
         learner cannot serve together, an estimator with a window, a second-order learner, Reptile or several devices,
-        or Reptile with a window.
+        Reptile with a window or imitation, a curriculum that does not ascend to K, and an estimator's window that does
+        not divide K, is one of a curriculum, or leaves no weight for some windows.
       TypeError: for a family that is not a registered pytree.
     """
     families = tuple(families)
@@ -186,60 +137,68 @@ def meta_trainer(
         raise ValueError(f"window: {learner.name} differentiates nothing through its steps; leave it out.")
     if estimator is not None and learner.objective == "end":
         raise ValueError(f"estimator: {learner.name} has no outer loss to try changes at, only a meta-gradient.")
-    all_weights = step_weights(weights, num_steps)
-    steps = np.flatnonzero(all_weights)
-    final_weights = all_weights[steps]
+    persistent = isinstance(estimator, PersistentEvolutionStrategies)
+    if persistent:
+        _check_windows(estimator.window, num_steps, step_weights(weights, num_steps), curriculum)
     groups, order = _group(families)
     optimizer = _skipping(meta_optimizer)
 
-    def mean_losses(params, *, family, keys, **options):
-        """The outer loss, and that of the last step alone."""
-        losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, **options)
-        return jnp.mean(losses @ final_weights.astype(losses.dtype)), jnp.mean(losses[:, -1])
+    stages = _stages(num_steps, curriculum, imitation)
+    gradients = [
+        family_gradient(
+            imitating(learner, imitation.teacher) if stage.imitates else learner,
+            num_steps=stage.num_steps,
+            weights=step_weights("uniform" if stage.imitates else weights, stage.num_steps),
+            # Imitation differentiates no model, so there is no call for trying changes.
+            estimator=None if stage.imitates else estimator,
+            window=window,
+            remat=remat,
+            mib=memory_mib,
+        )
+        for stage in stages
+    ]
 
-    def family_gradient(params, family, keys):
-        if estimator is not None:  # tries one step's query losses at a time, since nothing is stored
-            loss = functools.partial(mean_losses, family=family, keys=keys, steps_at_once=1, differentiable=False)
-            return estimator(loss, params, jax.random.fold_in(keys[0], _BESIDE_TASKS))
-        options = {"num_steps": num_steps, "steps": len(steps), "window": window, "remat": remat, "mib": memory_mib}
-        plan = memory_plan(learner, params, family, len(keys), **options)
-
-        def gradient(keys):
-            options = {"remat": plan.remat, "window": window, "steps_at_once": plan.steps}
-            loss = functools.partial(mean_losses, family=family, keys=keys, **options)
-            return jax.value_and_grad(loss, has_aux=True)(params)
-
-        if plan.tasks == len(keys):
-            return gradient(keys)
-        parts = jax.lax.map(gradient, keys.reshape(-1, plan.tasks))
-        return jax.tree.map(lambda x: jnp.mean(x, 0), parts)
-
-    def meta_gradient(params, groups, keys):
-        """Losses `[families]` and last-step losses of the tasks that `keys` stand for, and their mean gradient."""
-        losses, finals, total = [], [], jax.tree.map(jnp.zeros_like, params)
-        for group, group_keys in zip(groups, keys, strict=True):
+    def mean_gradient(of_family, params, groups, keys, particles, window):
+        """Losses `[families]` and last-step losses of the tasks that `keys` stand for, mean gradient, particles."""
+        losses, finals, after, total = [], [], [], jax.tree.map(jnp.zeros_like, params)
+        for group, *inputs in zip(groups, keys, particles, strict=True):
 
             def member_gradient(inputs, group=group):
-                member, member_keys = inputs
-                return family_gradient(params, group.member(member), member_keys)
+                member, member_keys, member_particles = inputs
+                return of_family(params, group.member(member), member_keys, member_particles, window)
 
-            (group_losses, group_finals), grads = jax.lax.map(member_gradient, (group.stacked, group_keys))
+            ((of_group, of_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
             total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
-            losses.append(group_losses)
-            finals.append(group_finals)
+            losses.append(of_group)
+            finals.append(of_last)
+            after.append(carried)
         mean = jax.tree.map(lambda t: t / len(families), total)
-        return jnp.concatenate(losses)[order], jnp.concatenate(finals)[order], mean
+        return jnp.concatenate(losses)[order], jnp.concatenate(finals)[order], mean, tuple(after)
 
-    shared_gradient = meta_gradient if mesh is None else _shared(meta_gradient, mesh, tasks_per_family)
+    def stage_gradient(stage, of_family):
+        gradient = functools.partial(mean_gradient, of_family)
+        if mesh is not None:
+            gradient = _shared(gradient, mesh, tasks_per_family)
+        windows = stage.num_steps // estimator.window if persistent and not stage.imitates else 1
+
+        def of_state(state, groups):
+            since = state.step - stage.first
+            # The windows of an episode have its tasks.
+            key = jax.random.fold_in(state.key, stage.first + since // windows)
+            keys = [
+                jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
+                for number, group in enumerate(groups)
+            ]
+            return gradient(state.params, groups, keys, state.particles or ((),) * len(groups), since % windows)
+
+        return of_state
+
+    of_stages = [stage_gradient(stage, of_family) for stage, of_family in zip(stages, gradients, strict=True)]
+    begun = jnp.asarray([stage.first for stage in stages[1:]], jnp.int32)
 
     @jax.jit
     def step(state, groups):
-        key = jax.random.fold_in(state.key, state.step)
-        keys = [
-            jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
-            for number, group in enumerate(groups)
-        ]
-        losses, finals, mean = shared_gradient(state.params, groups, keys)
+        losses, finals, mean, particles = jax.lax.switch(jnp.sum(state.step >= begun), of_stages, state, groups)
         updates, optimizer_state = optimizer.update(mean, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -250,10 +209,18 @@ def meta_trainer(
             "skipped": optimizer_state.total_notfinite,
             "skipped_in_a_row": optimizer_state.notfinite_count,
         }
-        return MetaState(params, optimizer_state, state.key, state.step + 1), metrics
+        after = MetaState(params, optimizer_state, state.key, state.step + 1, particles if state.particles else ())
+        return after, metrics
 
     def init(key):
-        return init_state(learner, families, meta_optimizer, key)
+        state = init_state(learner, families, meta_optimizer, key)
+        if not persistent:
+            return state
+        particles = [
+            first_particles(learner, state.params, group.first(), (group.size, tasks_per_family), estimator)
+            for group in groups
+        ]
+        return state._replace(particles=tuple(particles))
 
     if mesh is None:
         return MetaTrainer(init, lambda state: step(state, groups))
@@ -261,6 +228,38 @@ def meta_trainer(
     replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
     groups = replicate(groups)
     return MetaTrainer(lambda key: replicate(init(key)), lambda state: step(replicate(state), groups))
+
+
+class _Stage(NamedTuple):
+    """Meta-steps that are alike, from the `first` on."""
+
+    first: int
+    num_steps: int
+    imitates: bool
+
+
+def _stages(num_steps, curriculum, imitation):
+    """The stages of a run, in order."""
+    lengths = [*(length for length, _ in curriculum), num_steps]
+    for number, (length, meta_steps) in enumerate(curriculum):
+        if not 1 <= length < lengths[number + 1] or not meta_steps >= 1:
+            raise ValueError(
+                f"curriculum must be pairs of steps that ascend from at least 1 to num_steps = {num_steps}, and "
+                f"meta-steps, at least 1, got {tuple(curriculum)}."
+            )
+    begins = np.cumsum([0, *(meta_steps for _, meta_steps in curriculum)])
+    imitated = imitation.meta_steps if imitation else 0
+    firsts = sorted({*begins.tolist(), imitated})
+    return [_Stage(f, lengths[np.searchsorted(begins, f, side="right") - 1], f < imitated) for f in firsts]
+
+
+def _check_windows(window, num_steps, weights, curriculum):
+    if num_steps % window or curriculum:
+        raise ValueError(
+            f"estimator: its window of {window} must divide num_steps = {num_steps}, and leaves a curriculum no use."
+        )
+    if not np.all(weights.reshape(-1, window).any(axis=1)):
+        raise ValueError("weights: they leave some of the estimator's windows without a loss; choose others.")
 
 
 def task_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
@@ -283,14 +282,13 @@ def _shared(meta_gradient, mesh, tasks_per_family):
             f"{tasks_per_family}, got {dict(mesh.shape)}."
         )
     everywhere, by_task = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, TASK_AXIS)
+    specs = (everywhere, everywhere, by_task, everywhere, everywhere)
 
-    def on_each_device(params, groups, keys):
-        return jax.lax.pmean(meta_gradient(params, groups, keys), TASK_AXIS)
+    def on_each_device(*inputs):
+        return jax.lax.pmean(meta_gradient(*inputs), TASK_AXIS)
 
     # Unchecked, since with the check `grad` itself would sum over devices what is averaged here.
-    return jax.shard_map(
-        on_each_device, mesh=mesh, in_specs=(everywhere, everywhere, by_task), out_specs=everywhere, check_vma=False
-    )
+    return jax.shard_map(on_each_device, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=False)
 
 
 def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float = 1.0) -> optax.GradientTransformation:
@@ -314,6 +312,9 @@ class _Group:
     def member(self, stacked):
         leaves = [s if s is not None else own for s, own in zip(self.shared, stacked, strict=True)]
         return jax.tree.unflatten(self.structure, leaves)
+
+    def first(self):
+        return self.member([None if column is None else column[0] for column in self.stacked])
 
     def tree_flatten(self):
         return (self.shared, self.stacked), (self.structure, self.size)

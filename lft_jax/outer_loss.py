@@ -10,7 +10,7 @@ import numpy as np
 
 from lft_jax import base
 from lft_jax.base import Episode, Learner, PyTree, TaskFamily, Trajectory
-from lft_jax.fine_tune import fine_tune
+from lft_jax.fine_tune import Paused, fine_tune
 
 STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "uniform": np.ones_like,
@@ -34,8 +34,8 @@ def run_task(
 ) -> tuple[Episode, Trajectory]:
     """Samples one task and fine-tunes on its support set: what meta-training and evaluation have in common.
 
-    The options are those of `fine_tune`, `remat` and `window`. The trajectory's queries hold those of a family's warm
-    start and of a learner's adaptation.
+    The options are those of `fine_tune`: `remat`, `window`, `paused`, `length`, `watch`. The trajectory's queries hold
+    those of a family's warm start and of a learner's adaptation.
     """
     key_sample, key_start, key_tune = jax.random.split(key, 3)
     episode = family.sample(key_sample)
@@ -93,25 +93,62 @@ def outer_losses(
     optimizee is taken at once and kept instead of what it was computed from, so this can be differentiated once only;
     if not `differentiable` it is not taken at all.
     """
+    options = {"remat": remat, "window": window, "steps_at_once": steps_at_once, "differentiable": differentiable}
+    return losses_of_part(learner, params, family, keys, num_steps=num_steps, steps=steps, **options)[0]
+
+
+def losses_of_part(
+    learner: Learner,
+    params: PyTree,
+    family: TaskFamily,
+    keys: jax.Array,
+    *,
+    num_steps: int,
+    steps: np.ndarray,
+    paused: Paused | None = None,
+    length: int | None = None,
+    steps_at_once: int | None = None,
+    differentiable: bool = True,
+    **options: Any,
+) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
+    """`outer_losses` of a part of the tasks' K steps, and what the next part goes on from.
+
+    Args:
+      learner, params, family, keys, num_steps, steps_at_once, differentiable: as of `outer_losses`.
+      steps: numbers of steps within the part.
+      paused: as of `fine_tune`, `theta` and `state` with a leading axis `[T]`.
+      length: steps of the part, as of `fine_tune`.
+      **options: `remat` and `window` of `fine_tune`.
+
+    Returns:
+      `[T, len(steps)]`, and the optimizees and the optimizer's states at the end of the part, with leading axes `[T]`.
+    """
     loss = functools.partial(_loss_and_its_gradient, family.loss) if differentiable else family.loss
+    imitates = learner.objective == "teacher"
+    if imitates:
+        options["watch"] = lambda state: state.distance
 
-    def task(key):
-        return run_task(learner, params, family, key, num_steps=num_steps, remat=remat, window=window)
+    def task(key, paused):
+        return run_task(learner, params, family, key, num_steps=num_steps, paused=paused, length=length, **options)
 
-    episodes, trajectories = jax.vmap(task)(keys)
+    axes = (0, None if paused is None else Paused(0, 0, None))
+    episodes, trajectories = jax.vmap(task, in_axes=axes)(keys, paused)
+    stopped = jax.tree.map(lambda x: x[:, -1], trajectories.thetas), trajectories.state
+    if imitates:
+        return trajectories.watched[:, steps], stopped
     data = episodes.query if learner.objective == "query" else episodes.support
     if learner.objective == "end":
         start = learner.start(params, family, keys[0])
         # The projection moves the start, but is not differentiated: its derivative is not 1 beyond the ball's border.
         start = jax.tree.map(lambda p, s: p + jax.lax.stop_gradient(s - p), params, start)
         distances = _distances_to_the_end(start, trajectories.thetas)
-        return jnp.broadcast_to(distances[:, None], (len(keys), len(steps)))
+        return jnp.broadcast_to(distances[:, None], (len(keys), len(steps))), stopped
     thetas = jax.tree.map(lambda x: jnp.moveaxis(x[:, steps], 1, 0), trajectories.thetas)
 
     def scored(thetas):
         return jax.vmap(loss)(thetas, data)
 
-    return jax.lax.map(scored, thetas, batch_size=steps_at_once or len(steps)).T
+    return jax.lax.map(scored, thetas, batch_size=steps_at_once or len(steps)).T, stopped
 
 
 def _distances_to_the_end(start, thetas):

@@ -29,6 +29,7 @@ def meta_train(
     workdir: str | os.PathLike[str],
     *,
     config: Mapping[str, Any],
+    absent: Mapping[str, Any] | None = None,
     num_meta_steps: int,
     checkpoint_every: int = 100,
     max_skipped_in_a_row: int = 20,
@@ -46,6 +47,7 @@ def meta_train(
       key: seed of the run.
       workdir: folder of the run; created.
       config: JSON-serialisable description of the run; must be what the workdir was begun with.
+      absent: what a key of `config` meant before there was one, for workdirs begun without it.
       num_meta_steps: in all, those before a resume included.
       checkpoint_every: meta-steps between checkpoints (and validations).
       max_skipped_in_a_row: so many meta-gradients in a row that are not finite stop the run.
@@ -61,7 +63,7 @@ def meta_train(
         base.check_at_least(name, value, 1)
     workdir = Path(workdir)
     first = jax.process_index() == 0
-    _claim(workdir, config, write=first)
+    _claim(workdir, config, absent or {}, write=first)
     state = trainer.init(key)
     state = _latest(workdir, like=state) or state
     start = int(state.step)
@@ -121,30 +123,40 @@ def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], M
     return state, config
 
 
-def _steps(workdir):
-    """The steps that there are checkpoints of, ascending."""
-    folder = workdir / "checkpoints"
+def _steps(folder):
+    """The steps that there is something of in the folder, ascending."""
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def _apart(state):
+    """A state as it is stored: without its particles, which only resuming needs, and these."""
+    fields = state._replace(key=jax.random.key_data(state.key))._asdict()
+    return fields, fields.pop("particles")
 
 
 def _save(workdir, state):
     """Writes a checkpoint, whole or not at all, and drops all but the last two."""
-    state = state._replace(key=jax.random.key_data(state.key))
-    checkpoints.save_tree(workdir / "checkpoints" / str(int(state.step)), state)
+    step, (fields, particles) = str(int(state.step)), _apart(state)
+    if particles:  # before the checkpoint, which is none without them
+        checkpoints.save_tree(workdir / "particles" / step, particles)
+    checkpoints.save_tree(workdir / "checkpoints" / step, fields)
     if jax.process_index() > 0:
         return
-    for step in _steps(workdir)[:-2]:
-        shutil.rmtree(workdir / "checkpoints" / str(step))
+    for folder in (workdir / "checkpoints", workdir / "particles"):
+        for step in _steps(folder)[:-2]:
+            shutil.rmtree(folder / str(step))
 
 
 def _latest(workdir, like):
     """The state of the last checkpoint, or None if there is none."""
-    steps = _steps(workdir)
+    steps = _steps(workdir / "checkpoints")
     if not steps:
         return None
-    stored = like._replace(key=jax.random.key_data(like.key))
+    fields, particles = _apart(like)
     try:
-        state = checkpoints.load_tree(workdir / "checkpoints" / str(steps[-1]), stored)
+        state = MetaState(**checkpoints.load_tree(workdir / "checkpoints" / str(steps[-1]), fields))
+        if particles:
+            state = state._replace(particles=checkpoints.load_tree(workdir / "particles" / str(steps[-1]), particles))
     except ValueError as error:
         raise ValueError(
             f"workdir: checkpoint {steps[-1]} of {workdir} is damaged, or of another rule or meta-optimizer ({error})"
@@ -163,11 +175,12 @@ def _read_config(workdir):
         raise ValueError(f"workdir: {path} is damaged ({error}).") from error
 
 
-def _claim(workdir, config, write):
+def _claim(workdir, config, absent, write):
     """Writes the configuration, if it is for this process to do, or checks that the one there is the same."""
-    config = json.loads(json.dumps(config))  # as it reads back
+    config, absent = json.loads(json.dumps([config, dict(absent)]))  # as they read back
     found = _read_config(workdir)
     if found is not None:
+        found = {**absent, **found}
         different = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
         if different:
             changes = ", ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked for" for k in different)

@@ -1,6 +1,7 @@
 """Evolution strategies against gradients, within the sampling error that their formula states."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners, oracles
-from lft_jax.estimators import EvolutionStrategies
+from lft_jax import baselines, learners, oracles
+from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta import meta_trainer
 from lft_jax.rules import coordinate_lstm
 from lft_jax.tasks.quadratic import QuadraticFamily, quadratic_family
@@ -62,6 +63,103 @@ def test_in_meta_training_it_agrees_with_backpropagation(x64):
     error = float(optax.tree.norm(jax.tree.map(jnp.subtract, found, exact)))
     # Each of two families has half the weight and changes of its own.
     assert error < 2 * norm * np.sqrt((size + 1) / pairs) < 0.5 * norm
+
+
+# ---- Windows ----
+
+
+def sum_over_windows(estimator, windows, key):
+    """The estimated slope of `sum_t s_t` by x, where `s_t = s_(t-1) + x`: of one step a window."""
+
+    def loss(x, s):
+        return ((s + x, ()), s + x)
+
+    def window(particles, inputs):
+        number, key = inputs
+        (_, grad), particles = estimator(loss, jnp.asarray(0.7), particles, key, begins=number == 0)
+        return particles, grad
+
+    # What an earlier episode left must not matter.
+    particles = jax.tree.map(lambda x: x + 5, estimator.init(jnp.asarray(0.0), jnp.asarray(0.0)))
+    particles = particles._replace(carried=jnp.zeros_like(particles.carried))
+    _, grads = jax.lax.scan(window, particles, (jnp.arange(windows), jax.random.split(key, windows)))
+    return jnp.sum(grads)
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_persistent_ones_are_unbiased_where_truncated_ones_are_not(x64, accumulate):
+    # x acts on s_t through t steps, so that the slope is 1 + 2 + ... + K; on a window by itself, through one. With E_t
+    # the sum of t normal numbers e_t, the estimates are the sums of E_t^2 and of E_t e_t over t.
+    windows, pairs = 5, 20_000
+    estimator = PersistentEvolutionStrategies(1, pairs, 0.3, accumulate)
+    found = jax.jit(sum_over_windows, static_argnums=(0, 1))(estimator, windows, KEY)
+    if accumulate:
+        expected = windows * (windows + 1) / 2
+        variance = sum(2 * min(t, u) ** 2 for t in range(1, windows + 1) for u in range(1, windows + 1))
+    else:
+        expected, variance = windows, sum(t + 1 for t in range(1, windows + 1))
+    assert abs(found - expected) < 4 * np.sqrt(variance / pairs) < 0.08 * expected
+    one = [sum_over_windows(dataclasses.replace(estimator, pairs=2, accumulate=a), 1, KEY) for a in (True, False)]
+    assert one[0] == one[1]  # a single window has no past
+    assert 4 * np.sqrt(variance / pairs) < 0.1 * (windows * (windows + 1) / 2 - windows)  # and so the two differ
+
+
+def gradients_of_an_episode(estimator, keys, num_steps=4):
+    """Of every key, the mean of the meta-gradients of as many meta-steps at the same meta-parameters as windows."""
+    families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.4, 0.2, 0.1])]
+    settings = {"learning_rate": jnp.asarray(0.05), "decay": jnp.asarray(0.5)}
+    learner = dataclasses.replace(
+        learners.fixed("momentum", baselines.sgd), init=lambda key, families: settings, second_order=estimator is None
+    )
+    options = {"num_steps": num_steps, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
+    trainer = meta_trainer(learner, families, estimator=estimator, **options)
+    windows = num_steps // getattr(estimator, "window", num_steps)
+    first = trainer.init(jax.random.key(0))
+
+    def episode(key):
+        def window(state, _):
+            after, metrics = trainer.step(state)
+            grads = jax.tree.map(jnp.subtract, state.params, after.params)
+            return after._replace(params=state.params), (grads, metrics["loss"])
+
+        _, outputs = jax.lax.scan(window, first._replace(key=key), length=windows)
+        return jax.tree.map(lambda x: jnp.mean(x, 0), outputs)
+
+    return jax.jit(lambda keys: jax.lax.map(episode, keys))(keys)
+
+
+def test_estimates_of_an_episode_agree_with_backpropagation(x64):
+    """Over many keys, each with tasks of its own, the mean difference is within what it scatters; if it is to be."""
+    keys = jax.random.split(KEY, 40)
+    exact, losses = gradients_of_an_episode(None, keys)
+    for estimator in (
+        EvolutionStrategies(100, 1e-2),
+        PersistentEvolutionStrategies(2, 100, 1e-2),
+        PersistentEvolutionStrategies(2, 100, 1e-2, accumulate=False),
+    ):
+        found, tried = gradients_of_an_episode(estimator, keys)
+        np.testing.assert_allclose(np.mean(tried), np.mean(losses), rtol=1e-3)  # windows' losses average to it
+        differences = np.concatenate(
+            [(a - b).reshape(len(keys), -1) for a, b in zip(*map(jax.tree.leaves, (found, exact)), strict=True)], 1
+        )
+        scatter = np.sum(np.var(differences, 0, ddof=1)) / len(keys)
+        ratio = np.sum(np.mean(differences, 0) ** 2) / scatter  # expected to be 1 without a bias; of two numbers
+        assert ratio > 12 if not getattr(estimator, "accumulate", True) else ratio < 6, (estimator, ratio)
+        assert scatter < 0.03 * sum(np.sum(np.mean(x, 0) ** 2) for x in jax.tree.leaves(exact))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 5}, "its window of 2 must divide num_steps = 5"),
+        ({"num_steps": 4, "curriculum": [(2, 10)]}, "leaves a curriculum no use"),
+        ({"num_steps": 4, "weights": "final"}, "weights: they leave some of the estimator's windows without a loss"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(options, message):
+    options = {"estimator": PersistentEvolutionStrategies(2), "meta_optimizer": optax.sgd(1.0), **options}
+    with pytest.raises(ValueError, match=message):
+        meta_trainer(learners.lft(coordinate_lstm(2, 1)), [quadratic_family(np.ones(2, np.float32))], **options)
 
 
 @pytest.mark.parametrize(("window", "same"), [(3, True), (1, False)])
@@ -118,5 +216,8 @@ def test_what_only_derivatives_have_is_refused(window, second_order):
     [({"pairs": 0}, "pairs must be at least 1, got 0"), ({"sigma": 0.0}, "sigma must be a finite number above 0")],
 )
 def test_bad_settings_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        EvolutionStrategies(**options)
+    for build in (EvolutionStrategies, functools.partial(PersistentEvolutionStrategies, 2)):
+        with pytest.raises(ValueError, match=message):
+            build(**options)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        PersistentEvolutionStrategies(0)

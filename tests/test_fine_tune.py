@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from lft_jax.base import Estimate
-from lft_jax.fine_tune import fine_tune, fine_tune_step
+from lft_jax.fine_tune import Paused, fine_tune, fine_tune_step
 from lft_jax.rules import MomentumStart, coordinate_lstm
 from lft_jax.transform import learned_fine_tuner
 
@@ -141,6 +141,32 @@ def test_one_step_is_the_first_of_many():
     )
     np.testing.assert_allclose(new, [1.9, -0.8])
     assert_close((trajectory.thetas[0], trajectory.values[0], trajectory.state), (new, estimate.value, state))
+
+
+def test_parts_of_a_run_are_together_the_whole():
+    """Keys, progress and the optimizer's state go on; where a run begins, what is carried does not matter."""
+    optimizer, options = learned_fine_tuner(weights(), RULE), {"num_steps": 5, "project": project}
+    run = functools.partial(fine_tune, optimizer, noisy_oracle(smooth_loss), watch=lambda state: state.count, **options)
+    whole = jax.jit(run)(THETA, KEY)
+    part = jax.jit(lambda paused, length: run(THETA, KEY, paused=paused, length=length), static_argnums=1)
+    other = jax.tree.map(lambda x: x + 3, (THETA, optimizer.init(THETA)))
+    paused, parts = Paused(*other, 0), []
+    for length in (2, 2, 1):
+        parts.append(part(paused, length))
+        paused = Paused(jax.tree.map(lambda x: x[-1], parts[-1].thetas), parts[-1].state, paused.done + length)
+    for name in ("thetas", "values", "watched"):
+        joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(getattr(p, name) for p in parts))
+        assert_close(joined, getattr(whole, name))
+    assert_close(parts[-1].state, whole.state)
+    np.testing.assert_array_equal(whole.watched, np.arange(1, 6))
+    ends = [fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=3, length=n).thetas for n in (2, None)]
+    np.testing.assert_allclose(ends[0], ends[1][:2])
+
+
+@pytest.mark.parametrize(("paused", "length"), [(None, 0), (None, 4), (Paused(1.0, (), 2), None)])
+def test_parts_that_do_not_fit_are_refused(paused, length):
+    with pytest.raises(ValueError, match=f"length must be .*got {length}"):
+        fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=3, paused=paused, length=length)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, float("nan")])

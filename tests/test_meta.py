@@ -8,15 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners, oracles
+from lft_jax import baselines, learners, oracles
 from lft_jax.base import Episode, TaskFamily
-from lft_jax.meta import (
-    MemoryPlan,
-    clipped_adam,
-    memory_plan,
-    meta_trainer,
-    task_mesh,
-)
+from lft_jax.meta import clipped_adam, meta_trainer, task_mesh
+from lft_jax.meta_gradients import MemoryPlan, memory_plan
 from lft_jax.outer_loss import outer_losses, step_weights
 from lft_jax.rules import coordinate_lstm
 
@@ -249,6 +244,37 @@ def test_the_default_meta_optimizer_clips_and_decays_to_a_tenth():
     np.testing.assert_allclose(steps[0], 0.01, rtol=1e-3)
     np.testing.assert_allclose(steps[4:], 0.001, rtol=1e-3)
     np.testing.assert_allclose(moments[0], 0.001 / 3, rtol=1e-3)  # of a gradient of norm 1
+
+
+# ---- Stages ----
+
+
+def test_a_curriculum_is_the_shorter_runs_one_after_the_other():
+    learner, family = learners.fixed("pgd", baselines.projected_gradient), quadratic(0, noise=0.5)
+    # Steps that depend on the progress.
+    settings = {"step": jnp.float32(0.3), "decay": jnp.float32(0.5), "final": jnp.float32(0.2)}
+    learner = dataclasses.replace(learner, init=lambda key, families: settings)
+    options = {"tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1, momentum=0.9), "weights": "linear"}
+    trainer = meta_trainer(learner, [family], num_steps=3, curriculum=[(1, 2), (2, 1)], **options)
+    plain = {k: meta_trainer(learner, [family], num_steps=k, **options) for k in (1, 2, 3)}
+    state = trainer.init(KEY)
+    for num_steps in (1, 1, 2, 3, 3):
+        after, metrics = trainer.step(state)
+        expected = plain[num_steps].step(state)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            (after.params, metrics),
+            (expected[0].params, expected[1]),
+        )
+        state = after
+
+
+@pytest.mark.parametrize("curriculum", [[(3, 2)], [(0, 2)], [(2, 1), (1, 1)], [(1, 0)], [(1, 1), (1, 1)]])
+def test_curricula_that_do_not_ascend_are_refused(curriculum):
+    with pytest.raises(ValueError, match="curriculum must be pairs of steps that ascend from at least 1 to num_steps"):
+        meta_trainer(
+            learners.lft(RULE), [quadratic(0)], num_steps=3, curriculum=curriculum, meta_optimizer=optax.sgd(0.1)
+        )
 
 
 # ---- Refusals ----

@@ -1,5 +1,7 @@
 """Runs on disk: exact resume, what is written, and what is refused."""
 
+import collections
+import dataclasses
 import json
 import sys
 
@@ -9,10 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners
+from lft_jax import baselines, learners
+from lft_jax.checkpoints import save_tree
+from lft_jax.estimators import PersistentEvolutionStrategies
+from lft_jax.imitation import Imitation
 from lft_jax.meta import init_state, meta_trainer
 from lft_jax.rules import coordinate_lstm
 from lft_jax.run import MetaTrainingDiverged, load_run, meta_train
+from lft_jax.tasks.quadratic import quadratic_family
 from lft_jax.tasks.uap import uap_family
 
 KEY = jax.random.key(4)
@@ -130,6 +136,47 @@ def test_a_run_is_loaded_with_its_configuration(whole):
     state, config = load_run(whole[0], like())
     assert_same(state, whole[1])
     assert config == {**CONFIG, "ways": [2, 3]}
+
+
+# ---- Runs of several windows or stages ----
+
+
+def test_a_run_resumed_within_an_episode_is_the_uninterrupted_one(trainer, tmp_path):
+    """Particles of two kinds of families, after a meta-step of imitation, which leaves them as they are."""
+    families = [quadratic_family(np.ones(n, np.float32), support=2, query=2) for n in (2, 3, 2)]
+    pgd = learners.fixed("pgd", baselines.projected_gradient)
+    settings = {"step": jnp.float32(0.1), "decay": jnp.float32(0.5)}
+    learner = dataclasses.replace(pgd, init=lambda key, families: settings)
+    windows = meta_trainer(
+        learner,
+        families,
+        num_steps=4,
+        tasks_per_family=1,
+        meta_optimizer=OPTIMIZER,
+        estimator=PersistentEvolutionStrategies(2, 2),
+        imitation=Imitation(optax.sgd(0.1), 1),
+    )
+    state, states = windows.init(KEY), []
+    for _ in range(6):
+        state, _ = windows.step(state)
+        states.append(state)
+    for stop in (3, 4):  # after the second window of an episode, and after the first of the next
+        train(windows, tmp_path / str(stop), stop)
+        assert_same(train(windows, tmp_path / str(stop), 6), states[-1])
+        assert sorted(path.name for path in (tmp_path / str(stop) / "particles").iterdir()) == ["4", "6"]
+    found, _ = load_run(tmp_path / "4", lambda config: init_state(learner, (), OPTIMIZER, KEY))
+    assert_same(found, states[-1]._replace(particles=()))
+    assert [bool(np.any(state.particles[0].change["step"])) for state in states[:2]] == [False, True]
+
+
+def test_a_run_of_before_there_were_particles_and_some_flags_goes_on(trainer, whole, begun):
+    state = load_run(begun, like())[0]
+    old = collections.namedtuple("MetaState", "params optimizer_state key step")
+    save_tree(begun / "checkpoints" / "3", old(*state[:2], jax.random.key_data(state.key), state.step))
+    with pytest.raises(ValueError, match=r"another configuration \(curriculum: \[2\] there, \[2, 3\] asked for"):
+        train(trainer, begun, 6, config={**CONFIG, "curriculum": (2, 3)}, absent={"curriculum": (2,)})
+    flags = {**CONFIG, "curriculum": ()}
+    assert_same(train(trainer, begun, 6, config=flags, absent={"curriculum": (), "epsilon": 9}), whole[1])
 
 
 def test_what_is_written(whole):

@@ -1,6 +1,7 @@
 """The binaries one after the other on real digits, as small as they get."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -54,6 +55,21 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(st
     assert json.loads(card.read_text())["commit"] == "of the day it was made"
     with pytest.raises(ValueError, match=r"another configuration.*hidden: 3 there, 4 asked for"):
         meta_train.meta_train(_flags(study, meta_steps=2, hidden=4))
+
+
+def test_a_run_of_windows_after_imitation_is_resumed_and_loaded(study):
+    windows = {"meta_gradient": "pes", "es_window": 1, "es_pairs": 2, "imitation_steps": 1, "start": "none"}
+    flags = _flags(study, workdir=str(study / "pes"), meta_steps=5, validation_tasks=0, **windows)
+    state = meta_train.meta_train(flags)
+    assert jax.tree.leaves(state.particles[0].carried)[0].shape[:4] == (1, 2, 2, 1)  # families, pairs, signs, tasks
+    lines = [json.loads(line) for line in (study / "pes" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["grad_norm"] > 0 and line["skipped"] == 0 for line in lines)
+    shutil.rmtree(study / "pes" / "checkpoints" / "5")  # as if it had been stopped after the first of two windows
+    shutil.rmtree(study / "pes" / "particles" / "5")
+    resumed = meta_train.meta_train(flags)
+    _, learned = meta_train.load_learned(flags.workdir)
+    for found in (resumed.params, learned.params[0]):
+        jax.tree.map(np.testing.assert_array_equal, found, state.params)
 
 
 @pytest.mark.parametrize("learner", meta_train.CONGRUOUS)

@@ -14,7 +14,9 @@ from lft_jax.victims import Victim, build_model
 def test_provenance_names_the_module_that_runs_and_not_where_the_data_lay(monkeypatch):
     main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name="benchmarks.meta_step"))
     monkeypatch.setitem(sys.modules, "__main__", main)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/meta_step.py", "--repeats=2", "--data_dir=/private", "--compilation_cache=/mine"])
+    monkeypatch.setattr(
+        sys, "argv", ["/somewhere/meta_step.py", "--repeats=2", "--data_dir=/private", "--compilation_cache=/mine"]
+    )
     assert common.provenance([0])["command"] == "python -m benchmarks.meta_step --repeats=2"
 
 

@@ -1,8 +1,10 @@
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import meta_train
-from lft_jax import rules
-from lft_jax.estimators import EvolutionStrategies
+from lft_jax import baselines, rules
+from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
 
 
 def flags(**changes):
@@ -56,6 +58,21 @@ def test_unknown_names_are_refused(changes, message):
         ({"per_example": True}, "per_example: lft is given exact gradients, without --num_directions"),
         ({"basis": "dct", "num_directions": 3}, "basis: lft has no subspace of directions, without --resolution"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
+        ({"es_window": 5}, "es_window: lft has no windows, without --meta_gradient=pes"),
+        ({"meta_gradient": "pes"}, "es_window: pes needs one that divides num_steps = 20, got None"),
+        ({"meta_gradient": "truncated_es", "es_window": 3}, "es_window: truncated_es needs one that divides"),
+        ({"meta_gradient": "pes", "es_window": 5, "curriculum": (5, 20)}, "curriculum: lft has windows for short"),
+        ({"meta_gradient": "pes", "es_window": 5, "weights": "final"}, "weights: the last step's alone leave"),
+        ({"meta_gradient": "pes", "es_window": 5, "learner": "adaptive_lft"}, "meta_gradient: adaptive_lft diff"),
+        ({"curriculum": (5, 10)}, r"curriculum: expected .* to num_steps = 20, got \(5, 10\)"),
+        ({"curriculum": (10, 5, 20)}, "curriculum: expected .* numbers that ascend"),
+        ({"curriculum": (0, 20)}, "curriculum: expected .* from at least 1"),
+        ({"curriculum": (5, 10, 20), "meta_steps": 2}, "curriculum: expected at most meta_steps = 2 numbers"),
+        ({"learner": "maml", "imitation_steps": 5}, "imitation_steps: maml learns no update rule"),
+        ({"imitation_decay": 0.9}, "imitation_decay: lft imitates nothing, without imitation_steps"),
+        ({"imitation_steps": 1000}, "imitation_steps: expected fewer than meta_steps = 1000, got 1000"),
+        ({"imitation_steps": -1}, "imitation_steps: expected fewer than meta_steps = 1000, got -1"),
+        ({"imitation_steps": 5}, "imitation_steps: lft starts from the very update"),
         ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft is given a penalty"),
         ({"learner": "maml", "weights": "final", "window": 5}, "window: the last of 20 steps alone, cut off after 5"),
     ],
@@ -73,6 +90,8 @@ def test_flags_without_a_use_are_refused(changes, message):
         {"learner": "maml", "window": 5},
         {"learner": "joint", "hidden": 3, "start_step": 0.1},
         {"meta_gradient": "es", "es_pairs": 3},
+        {"meta_gradient": "pes", "es_window": 5, "imitation_steps": 5, "start": "none"},
+        {"curriculum": (5, 10, 20), "imitation_steps": 5, "imitation_step": 0.2},
     ],
 )
 def test_flags_of_use_are_not(changes):
@@ -83,5 +102,37 @@ def test_flags_describe_estimators():
     assert meta_train.estimator_of(flags()) is None
     assert meta_train.estimator_of(flags(meta_gradient="es", es_pairs=3, es_sigma=0.1)) == EvolutionStrategies(3, 0.1)
     for name, value in {"second_order": True, "window": 5}.items():
-        with pytest.raises(ValueError, match=f"{name}: evolution strategies differentiate nothing"):
-            meta_train.estimator_of(flags(meta_gradient="es", **{name: value}))
+        for estimator in ("es", "pes"):
+            with pytest.raises(ValueError, match=f"{name}: evolution strategies differentiate nothing"):
+                meta_train.estimator_of(flags(meta_gradient=estimator, **{name: value}))
+    for estimator, accumulate in {"pes": True, "truncated_es": False}.items():
+        found = meta_train.estimator_of(flags(meta_gradient=estimator, es_window=5, es_pairs=3))
+        assert found == PersistentEvolutionStrategies(5, 3, 0.01, accumulate)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "meta_steps", "expected"),
+    [((), 10, []), ((20,), 10, []), ((5, 20), 10, [(5, 5)]), ((5, 10, 20), 10, [(5, 3), (10, 3)])],
+)
+def test_flags_describe_curricula(lengths, meta_steps, expected):
+    assert meta_train.curriculum_of(flags(curriculum=lengths, meta_steps=meta_steps)) == expected
+
+
+def test_flags_describe_teachers():
+    assert meta_train.imitation_of(flags()) is None
+    found = meta_train.imitation_of(flags(imitation_steps=7, imitation_step=0.2, imitation_decay=0.9))
+    assert found.meta_steps == 7
+    teacher, expected, theta = found.teacher, baselines.projected_gradient(0.2, 0.9), jnp.zeros(3)
+    states = [tx.init(theta) for tx in (teacher, expected)]
+    for grads in jnp.asarray([[1.0, -2.0, 0.5], [-0.95, 0.1, 0.3]]):
+        (update, states[0]), (other, states[1]) = (
+            tx.update(grads, state, theta, scale=0.3) for tx, state in zip((teacher, expected), states, strict=True)
+        )
+        np.testing.assert_array_equal(update, other)
+        assert np.any(update)
+
+
+def test_what_a_run_lacks_is_the_default_of_its_day():
+    absent = meta_train._absent()
+    assert (absent["augment"], absent["curriculum"], absent["window"]) == (False, (), None)
+    assert not {"victims", "workdir", "remat"} & absent.keys()

@@ -102,14 +102,16 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     scratch.replace(path)
 
 
+_FOLDERS = ("--data_dir", "--compilation_cache")  # where these lay is of no use to anyone else
+
+
 def provenance(seeds: Sequence[int]) -> dict[str, Any]:
     """Command, commit, versions, device and seeds, for a results file (PROTOCOL 7)."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     spec = sys.modules["__main__"].__spec__  # of what `python -m` was given
     module = spec.name if spec else Path(sys.argv[0]).stem
     return {
-        # Where the data lay is of no use to anyone else.
-        "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith("--data_dir"))]),
+        "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",

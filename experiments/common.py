@@ -113,8 +113,7 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     scratch.replace(path)
 
 
-#: Flags of no use to anyone else: where the data lay, and what was compiled.
-_HERE = ("--data_dir", "--compilation_cache")
+_FOLDERS = ("--data_dir", "--compilation_cache")  # where these lay is of no use to anyone else
 
 
 def provenance(seeds: Sequence[int]) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def provenance(seeds: Sequence[int]) -> dict[str, Any]:
     spec = sys.modules["__main__"].__spec__  # of what `python -m` was given
     module = spec.name if spec else Path(sys.argv[0]).stem
     return {
-        "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith(_HERE))]),
+        "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",

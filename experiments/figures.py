@@ -194,6 +194,9 @@ def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
     flags = results["flags"]
     axes[0].set(xlabel="step", ylabel="loss", title=f"{flags['images']} images, {flags['runs']} attacks on each")
     axes[1].set(xlabel="step", ylabel="images fooled, %", ylim=(0, 101))
+    axes[0].set_yticks([t for t in (1, 2, 3, 4, 6, 8) if t < axes[0].get_ylim()[1]])
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("")
     axes[0].legend(fontsize=8, frameon=False)
     for axis in axes:
         axis.grid(alpha=0.3)

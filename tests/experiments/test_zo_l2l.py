@@ -44,5 +44,7 @@ def test_all_methods_attack_the_same_images_from_the_same_starts(tmp_path, monke
     section = tables.zo_l2l_section(results, "results/zo_l2l.json", "../results/zo_l2l")
     assert "By the last step's loss: " + " < ".join(row["method"] for row in results["rows"]) + "." in section
     assert f"| zo_adam, learning rate 8 / d | {rows['zo_adam']['loss'][-1]:.2f} ± " in section
+    header, *_ = (line for line in section.splitlines() if line.startswith("|"))
+    assert {line.count("|") for line in section.splitlines() if line.startswith("|")} == {header.count("|")}
     assert (tmp_path / "zo_l2l.png").stat().st_size > 10_000
     assert render.KINDS["experiments.zo_l2l"][0] is tables.zo_l2l_section

@@ -23,9 +23,9 @@ from lft_jax.features import FEATURES
 from lft_jax.outer_loss import STEP_WEIGHTS
 from lft_jax.victims import load_victim
 
-LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "reptile", "meta_sgd", "joint")
+LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an initialization and so need victims of one image shape.
-CONGRUOUS = ("maml", "reptile", "meta_sgd", "joint")
+CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
 REMAT = {"auto": None, "always": True, "never": False}
 
 
@@ -38,9 +38,9 @@ class Config:
     learner: str = config.option(
         "lft",
         "What is learned: an update rule on query images (lft) or support images (l2o), one whose weights first adapt "
-        "to the task's support images (adaptive_lft), an initialization (maml, whose PGD makes it Sign-MAML in linf "
-        "balls, and reptile), one with a learning rate for each pixel (meta_sgd), or an initialization and an update "
-        "rule (joint).",
+        "to the task's support images (adaptive_lft), an initialization (maml and reptile, fine-tuned by PGD, and "
+        "sign_maml, by sign steps whatever the norm), one with a learning rate for each pixel (meta_sgd), or an "
+        "initialization and an update rule (joint). A perturbation has no head, so anil is not among them.",
         LEARNERS,
     )
     rule: str = config.option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
@@ -56,7 +56,7 @@ class Config:
     start_decay: float = config.option(0.5, "Momentum of that update.")
     output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
     inner_step: float = config.option(
-        0.2, "Step of the PGD of maml and reptile, in units of epsilon; first learning rate of meta_sgd."
+        0.2, "Step of the PGD of maml, sign_maml and reptile, in units of epsilon; first learning rate of meta_sgd."
     )
     adaptation_steps: int = config.option(5, "Steps that the weights of adaptive_lft take on a task's support loss.")
     adaptation_rate: float = config.option(1e-2, "Learning rate of those.")
@@ -132,6 +132,8 @@ def learner_of(flags: Config) -> Learner:
         if flags.learner == "maml":
             return learners.maml(inner, second_order=flags.second_order)
         return learners.reptile(inner)
+    if flags.learner == "sign_maml":
+        return learners.sign_maml(flags.inner_step)
     if flags.learner == "meta_sgd":
         return learners.meta_sgd(flags.inner_step, second_order=flags.second_order)
     if flags.learner == "adaptive_lft":
@@ -167,13 +169,14 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
 def check(flags: Config) -> None:
     """Raises a ValueError for a flag that what is asked for has no use for, and a choice that learns nothing."""
     learned, es = flags.learner in ("lft", "l2o", "adaptive_lft", "joint"), flags.meta_gradient == "es"
-    starts = flags.learner in ("maml", "meta_sgd")
+    starts = flags.learner in ("maml", "sign_maml", "meta_sgd")
     useless = {
         ("rule", "features", "hidden", "layers", "start", "output_scale"): (not learned, "learns no update rule"),
         ("start_step", "start_decay"): (not learned or flags.start == "none", "has no hand-made update to add to"),
         ("adaptation_steps", "adaptation_rate"): (flags.learner != "adaptive_lft", "does not adapt its weights"),
         ("inner_step",): (learned, "fine-tunes by its own rule"),
         ("weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
+        ("second_order",): (flags.learner == "sign_maml", "steps along a sign, whose derivative is 0"),
         ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
         ("resolution",): (not flags.num_directions, "is given exact gradients, without --num_directions"),
         ("epsilon",): (flags.penalty is not None, "is given a penalty instead of a ball"),

@@ -20,6 +20,10 @@ def _draw_comparison(results, path):
 #: By the binary that made a file, its tables and its figure, if any; all others are comparisons.
 KINDS = {
     "experiments.sine": (tables.sine_section, lambda results, path: figures.sine(results["rows"], path)),
+    "experiments.classification": (
+        tables.classification_section,
+        lambda results, path: figures.classification(results["rows"], path),
+    ),
     "experiments.theory_gap": (tables.theory_section, figures.theory_gap),
     "experiments.breadth": (tables.breadth_section, lambda results, path: None),
     "experiments.ablation": (tables.ablation_section, lambda results, path: None),

@@ -234,22 +234,51 @@ def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "",
     ]
     for width in dict.fromkeys(row["width"] for row in rows):
-        shown = shown_steps(range(1, 1 + len(rows[0]["error"])))
-        lines += [
-            f"Network of two layers of {width}:",
-            "",
-            "| method | "
-            + " | ".join(f"{k} step{'s' if k > 1 else ''}" for k in shown)
-            + " | minus SGD | minus Adam |",
-            "|---" * (len(shown) + 3) + "|",
-        ]
-        for row in (row for row in rows if row["width"] == width):
-            cells = [f"{row['error'][k - 1]:.3f} ± {row['error_interval'][k - 1]:.3f}" for k in shown]
-            cells += ["{:+.3f} ± {:.3f}".format(*row[f"difference_to_{name}"]) for name in ("sgd", "adam")]
-            rate = f", learning rate {row['learning_rate']}" if "learning_rate" in row else ""
-            lines.append(f"| {row['method']}{rate} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [f"Network of two layers of {width}:", ""]
+        lines += _curve_lines([row for row in rows if row["width"] == width], "error", "{:.3f}", "{:+.3f}")
     return "\n".join([*lines, f"![errors]({figures}.png)", "", ""])
+
+
+def classification_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """Few-shot classification: accuracies by kind of tasks and method."""
+    flags, rows = results["flags"], results["rows"]
+    lines = [
+        "## Few-shot classification",
+        "",
+        f"Accuracy, %, on other images after steps on {flags['shots']} images of each of {flags['ways']} classes, mean "
+        f"± 95% interval over {flags['num_tasks']} tasks, and the mean of {len(flags['seeds'])} meta-training seeds "
+        "(in brackets their range). Tasks are of classes and images that meta-training did not see. The LFT, SGD and "
+        "Adam start from random weights, all others from a learned initialization; settings and inner rates are "
+        f"tuned on validation tasks. Tasks are named source:size:architecture:width. {_origin(results, path)}",
+        "",
+    ]
+    for part, case in dict.fromkeys((row["part"], row["case"]) for row in rows):
+        alone = "Congruous, each learner meta-trained on these tasks alone"
+        together = f"Incongruous, one LFT meta-trained on all {len(flags['incongruous'])} kinds of tasks together"
+        lines += [f"{alone if part == 'congruous' else together}; `{case}`:", ""]
+        of_case = [row for row in rows if (row["part"], row["case"]) == (part, case)]
+        lines += _curve_lines(of_case, "accuracy", "{:.1f}", "{:+.1f}", factor=100)
+    return "\n".join([*lines, f"![accuracies]({figures}.png)", "", ""])
+
+
+def _curve_lines(rows, metric, number, signed, factor=1):
+    """A table of what methods have after some steps, and of their differences to SGD and Adam."""
+    shown = shown_steps(range(1, 1 + len(rows[0][metric])))
+    head = [f"{k} step{'s' if k > 1 else ''}" for k in shown]
+    lines = [f"| method | {' | '.join(head)} | minus SGD | minus Adam |", "|---" * (len(shown) + 3) + "|"]
+    for row in rows:
+        pairs = [(row[metric][k - 1], row[f"{metric}_interval"][k - 1]) for k in shown]
+        cells = [" ± ".join(number.format(factor * x) for x in pair) for pair in pairs]
+        seeds = [number.format(factor * x) for x in row.get("seed_accuracy", ())]
+        if len(seeds) > 1:
+            cells[-1] += f" ({min(seeds, key=float)} to {max(seeds, key=float)})"
+        for name in ("sgd", "adam"):
+            mean, width = row[f"difference_to_{name}"]
+            cells.append(f"{signed.format(factor * mean)} ± {number.format(factor * width)}")
+        setting = row.get("setting", {key: row[key] for key in ("learning_rate",) if key in row})
+        named = "".join(f", {key.replace('_', ' ')} {value}" for key, value in setting.items())
+        lines.append(f"| {row['method']}{named} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:

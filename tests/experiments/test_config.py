@@ -10,6 +10,7 @@ from experiments import (
     ablation,
     attack,
     breadth,
+    classification,
     config,
     evaluate,
     meta_train,
@@ -24,7 +25,7 @@ from experiments import (
 )
 
 BINARIES = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
-BINARIES += (train_victim, victims)
+BINARIES += (classification, train_victim, victims)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,8 @@ NUM_STEPS = 5
 _MOST_IMAGES = 400  # of a class: a draw takes time in proportion
 _TRAIN_QUERIES, _TEST_QUERIES = 5, 15  # of a class
 _SCANNED = 50
-_FIXED = {"sgd": lambda learning_rate, momentum: optax.sgd(learning_rate, momentum), "adam": optax.adam}
+_AT_ONCE = 25  # tasks judged at a time
+_FIXED = {name: learners.fixed(name, getattr(optax, name)) for name in ("sgd", "adam")}
 _RATES = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.06, 0.1, 0.3, 1.0)
 #: The grids of what learns nothing.
 GRIDS = {
@@ -52,6 +53,8 @@ INITIALIZATIONS: dict[str, tuple[Callable[..., Learner], tuple[dict[str, float],
     "reptile": (lambda rate: learners.reptile(optax.sgd(rate)), ({"rate": 0.1}, {"rate": 0.4})),
     "joint": (lambda: learners.joint(RULE), ({},)),
 }
+#: Those that fine-tune alike share a program.
+_FINE_TUNES_AS = {"first_order_maml": "maml", "reptile": "maml"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +88,16 @@ def classify(flags: Config) -> dict[str, Any]:
         for case, (train, validation, test) in zip(cases, families, strict=True):
             accuracy, settings = {}, {}
             for name, grid in GRIDS.items():
-                learner, tried = learners.fixed(name, _FIXED[name]), [_settings(setting) for setting in grid]
+                learner, tried = _FIXED[name], [_settings(setting) for setting in grid]
                 best = common.best_of(learner, tried, validation, "accuracy", largest=True, **_tuning(flags))
                 accuracy[name] = _accuracy(learner, [tried[best]], test, flags)
                 settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
             accuracy["lft"] = _accuracy(learners.lft(RULE), learned["lft"], test, flags)
             if part == "congruous":  # a learned initialization serves one network alone
+                evaluators = {name: common.with_settings(make) for name, (make, _) in INITIALIZATIONS.items()}
                 for name, (make, grid) in INITIALIZATIONS.items():
-                    learner, params, best = _tuned_seeds(make, grid, train, validation, flags)
+                    learner = evaluators[_FINE_TUNES_AS.get(name, name)]
+                    params, best = _tuned_seeds(make, grid, learner, train, validation, flags)
                     accuracy[name] = _accuracy(learner, params, test, flags)
                     settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
             rivals = {name: accuracy[name].mean(0) for name in GRIDS}
@@ -110,8 +115,8 @@ def classify(flags: Config) -> dict[str, Any]:
 def make_families(case: str, flags: Config) -> tuple[ClassificationFamily, ...]:
     """The tasks of meta-training, validation and test, described as source:size:architecture[:width].
 
-    Where the splits of a source share their classes, the first 60% of them are for meta-training and validation, the
-    others for test.
+    Where the splits of a source share their classes, the first half of them is for meta-training and validation, the
+    other for test.
     """
     described = re.fullmatch(r"(.+):(\d+):([a-z]\w*)(?::(\d+))?", case)
     if described is None:
@@ -122,9 +127,11 @@ def make_families(case: str, flags: Config) -> tuple[ClassificationFamily, ...]:
         source = load_source(source_name, split, data_dir=flags.data_dir)
         classes = np.unique(source.labels)
         if source_name not in SPLIT_BY_CLASS:
-            seen = int(np.ceil(0.6 * source.num_classes))
+            seen = source.num_classes // 2
             classes = classes[classes >= seen] if split == "test" else classes[classes < seen]
-        rows = np.concatenate([np.flatnonzero(source.labels == label)[:_MOST_IMAGES] for label in classes])
+        # Equally many images of each class, so that validation and test share a program where there are enough.
+        rows = [np.flatnonzero(source.labels == label)[:_MOST_IMAGES] for label in classes]
+        rows = np.concatenate([of_class[: min(map(len, rows))] for of_class in rows])
         options = {"ways": flags.ways, "shots": flags.shots, "queries": queries, "size": int(size)}
         options |= {"architecture": architecture, "width": width and int(width)}
         families.append(classification_family(source.images[rows], source.labels[rows], **options))
@@ -137,16 +144,16 @@ def _seeds(make_learner, families, settings, flags):
     return [train(seed, flags.meta_steps, **settings) for seed in flags.seeds]
 
 
-def _tuned_seeds(make_learner, grid, family, validation, flags):
-    """What evaluates the learner, its meta-parameters of each seed under the best setting, and which that was."""
-    train, learner = _trainer(make_learner, (family,), flags), common.with_settings(make_learner)
+def _tuned_seeds(make_learner, grid, learner, family, validation, flags):
+    """The meta-parameters of each seed under the best setting, as `learner` evaluates them, and which that was."""
+    train = _trainer(make_learner, (family,), flags)
     tried = [_settings(setting) for setting in grid]
     first = [{"settings": s, "learned": train(flags.seeds[0], flags.meta_steps, **s)} for s in tried]
     best = 0
     if len(grid) > 1:
         best = common.best_of(learner, first, validation, "accuracy", largest=True, **_tuning(flags))
     others = [train(seed, flags.meta_steps, **tried[best]) for seed in flags.seeds[1:]]
-    return learner, [first[best], *({"settings": tried[best], "learned": params} for params in others)], best
+    return [first[best], *({"settings": tried[best], "learned": params} for params in others)], best
 
 
 def _trainer(make_learner, families, flags):
@@ -159,12 +166,12 @@ def _settings(setting):
 
 
 def _tuning(flags):
-    return {"num_steps": NUM_STEPS, "num_tasks": flags.validation_tasks}
+    return {"num_steps": NUM_STEPS, "num_tasks": flags.validation_tasks, "at_once": _AT_ONCE}
 
 
 def _accuracy(learner, params, family, flags):
     """`[P, T, K]`."""
-    options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks}
+    options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks, "at_once": _AT_ONCE}
     return common.judged(learner, params, family, "accuracy", **options)
 
 

@@ -160,15 +160,22 @@ def judged(
     num_steps: int,
     num_tasks: int,
     tuning: bool = False,
+    at_once: int = 100,
 ) -> np.ndarray:
     """`[P, T, K]`, a metric of each task's query set after each step, by each of the given parameters.
 
-    The tasks are the same for all methods; those to tune on are others.
+    The tasks are the same for all methods; those to tune on are others. They are run `at_once`, by one program for any
+    number of tasks that this divides.
     """
     # Far from the seeds of meta-training, and from what splitting makes of their keys.
     keys = jax.random.split(jax.random.key(2**31 - (1 if tuning else 2)), num_tasks)
-    options = {"num_steps": num_steps, "at": tuple(range(1, num_steps + 1)), "batch_size": 100}
-    return np.stack([evaluation.evaluate(learner, p, family, keys, **options)[metric] for p in params])
+    parts = np.split(np.arange(num_tasks), range(at_once, num_tasks, at_once))
+    options = {"num_steps": num_steps, "at": tuple(range(1, num_steps + 1)), "batch_size": at_once}
+
+    def values(params):
+        return np.concatenate([evaluation.evaluate(learner, params, family, keys[p], **options)[metric] for p in parts])
+
+    return np.stack([values(p) for p in params])
 
 
 def best_of(

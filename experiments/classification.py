@@ -84,7 +84,8 @@ def classify(flags: Config) -> dict[str, Any]:
     for part, cases in (("congruous", (flags.congruous,)), ("incongruous", flags.incongruous)):
         families = [make_families(case, flags) for case in cases]
         together = [train for train, _, _ in families]
-        learned = {"lft": _seeds(lambda: learners.lft(RULE), together, {}, flags)}
+        train_lft = _trainer(lambda: learners.lft(RULE), together, flags, rate=1e-2)
+        rule = [train_lft(seed, flags.meta_steps) for seed in flags.seeds]
         for case, (train, validation, test) in zip(cases, families, strict=True):
             accuracy, settings = {}, {}
             for name, grid in GRIDS.items():
@@ -92,7 +93,7 @@ def classify(flags: Config) -> dict[str, Any]:
                 best = common.best_of(learner, tried, validation, "accuracy", largest=True, **_tuning(flags))
                 accuracy[name] = _accuracy(learner, [tried[best]], test, flags)
                 settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
-            accuracy["lft"] = _accuracy(learners.lft(RULE), learned["lft"], test, flags)
+            accuracy["lft"] = _accuracy(learners.lft(RULE), rule, test, flags)
             if part == "congruous":  # a learned initialization serves one network alone
                 evaluators = {name: common.with_settings(make) for name, (make, _) in INITIALIZATIONS.items()}
                 for name, (make, grid) in INITIALIZATIONS.items():
@@ -138,12 +139,6 @@ def make_families(case: str, flags: Config) -> tuple[ClassificationFamily, ...]:
     return tuple(families)
 
 
-def _seeds(make_learner, families, settings, flags):
-    """The meta-parameters of each seed."""
-    train = _trainer(make_learner, families, flags)
-    return [train(seed, flags.meta_steps, **settings) for seed in flags.seeds]
-
-
 def _tuned_seeds(make_learner, grid, learner, family, validation, flags):
     """The meta-parameters of each seed under the best setting, as `learner` evaluates them, and which that was."""
     train = _trainer(make_learner, (family,), flags)
@@ -156,8 +151,8 @@ def _tuned_seeds(make_learner, grid, learner, family, validation, flags):
     return [first[best], *({"settings": tried[best], "learned": params} for params in others)], best
 
 
-def _trainer(make_learner, families, flags):
-    options = {"num_steps": NUM_STEPS, "tasks_per_family": flags.tasks, "rate": 3e-3, "scanned": _SCANNED}
+def _trainer(make_learner, families, flags, rate=3e-3):
+    options = {"num_steps": NUM_STEPS, "tasks_per_family": flags.tasks, "rate": rate, "scanned": _SCANNED}
     return common.meta_training(make_learner, families, **options)
 
 

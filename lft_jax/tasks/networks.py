@@ -25,8 +25,8 @@ def init_network(architecture: str, width: int, shape: tuple[int, ...], ways: in
 
     Args:
       architecture: "linear" (the head alone), "mlp" (a hidden layer), or "conv4" (Vinyals et al. 2016: four blocks of
-        a 3x3 convolution, a normalisation, 2x2 pooling and relu; here over each image's own maps and positions, and
-        pooled as long as there are two pixels to pool).
+        a 3x3 convolution, normalisation, relu and 2x2 pooling; here normalised over each image's own maps and
+        positions, not over a batch, and pooled first, as long as there are two pixels to pool).
       width: of the hidden layer, or maps of each convolution; "linear" has none.
       shape: of an image.
       ways: outputs.
@@ -60,9 +60,11 @@ def apply_network(theta: PyTree, images: jax.Array) -> jax.Array:
     x = images
     for layer in theta["body"]:
         if "kernel" in layer:
-            x = _normalised(conv_by_patches(x, layer["kernel"]))
-            x = x * layer["scale"][None, None, None] + layer["bias"][None, None, None]
-            x = jax.nn.relu(max_pool(x) if min(x.shape[1:3]) > 1 else x)  # the relu of a maximum is the same, and less
+            # Pooled before anything else: XLA computes what is elementwise anew wherever it is read, with other
+            # rounding, and the gradient of a maximum that is found nowhere is NaN. Less is left to normalise, too.
+            x = conv_by_patches(x, layer["kernel"])
+            x = _normalised(max_pool(x) if min(x.shape[1:3]) > 1 else x)
+            x = jax.nn.relu(x * layer["scale"][None, None, None] + layer["bias"][None, None, None])
         else:
             x = jax.nn.relu(_affine(layer, x.reshape(len(x), -1)))
     return _affine(theta["head"], x.reshape(len(x), -1))

@@ -12,6 +12,7 @@ METHODS = {"sgd", "adam", "lft"}
 def test_every_method_is_judged_on_the_tasks_it_serves(tmp_path, monkeypatch):
     monkeypatch.setattr(classification, "_SCANNED", 2)
     monkeypatch.setattr(classification, "NUM_STEPS", 2)
+    monkeypatch.setattr(classification, "_MOST_IMAGES", 20)  # of validation and test alike: one program for both
     for name, kept in (("GRIDS", ("sgd", "adam")), ("INITIALIZATIONS", ("maml", "joint"))):
         monkeypatch.setattr(classification, name, {method: getattr(classification, name)[method] for method in kept})
     flags = classification.Config(
@@ -24,7 +25,7 @@ def test_every_method_is_judged_on_the_tasks_it_serves(tmp_path, monkeypatch):
         meta_steps=2,
         tasks=1,
         num_tasks=4,
-        validation_tasks=2,
+        validation_tasks=4,
     )
     found = classification.classify(flags)
     results = json.loads((tmp_path / "few.json").read_text())

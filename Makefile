@@ -8,7 +8,8 @@ space := $(empty) $(empty)
 # Results that are there, in the order of docs/results.md.
 HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json cifar10.json digits.json)))
 ALL = $(subst $(space),$(comma),$(wildcard $(addprefix results/,hard/mnist.json hard/cifar10.json hard/digits.json \
-	query/mnist.json query/cifar10.json query/digits.json paper/results.json l2/results.json breadth.json ablation.json theory_gap.json sine.json zo_l2l.json)))
+	query/mnist.json query/cifar10.json query/digits.json paper/results.json l2/results.json breadth.json ablation.json \
+	theory_gap.json sine.json zo_l2l.json classification.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -48,6 +49,7 @@ results: victims
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine
 	$(RUN) -m experiments.zo_l2l
+	$(RUN) -m experiments.classification
 	$(MAKE) results-render
 
 results-render: $(INSTALLED)

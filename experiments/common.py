@@ -8,13 +8,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import optax
 
-from lft_jax import comparison, oracles, tasks
+from lft_jax import comparison, evaluation, meta, oracles, tasks
+from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.data import load_source
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.victims import Victim, load_victim
@@ -102,6 +105,107 @@ def make_target(path: str, seen: bool, config: TaskConfig, data_dir: str | None 
     victim = load_victim(path)
     families = [make_family(victim, split, config, data_dir) for split in ("train", "validation", "test")]
     return comparison.Target(victim.card["source"], Path(path).name, seen, *families)
+
+
+def meta_training(
+    make_learner: Callable[..., Learner],
+    families: Sequence[TaskFamily],
+    *,
+    num_steps: int,
+    tasks_per_family: int,
+    rate: float,
+    scanned: int = 100,
+) -> Callable[..., PyTree]:
+    """Meta-training without a run on disk, for meta-steps so short that calling one would take longer.
+
+    Args:
+      make_learner: keyword arguments (which may be traced) -> learner.
+      families: see `lft_jax.meta_trainer`, as for `num_steps` and `tasks_per_family`.
+      rate: learning rate of the meta-optimizer, Adam.
+      scanned: meta-steps of a call.
+
+    Returns:
+      `train(seed, meta_steps, **settings) -> params`; whatever the settings of the learner, it is compiled once.
+    """
+    families, meta_optimizer = tuple(families), optax.adam(rate)
+
+    def trainer_of(families, settings):
+        options = {"num_steps": num_steps, "tasks_per_family": tasks_per_family, "meta_optimizer": meta_optimizer}
+        return meta.meta_trainer(make_learner(**settings), families, **options)
+
+    @jax.jit
+    def many(families, settings, state):
+        trainer = trainer_of(families, settings)
+        return jax.lax.scan(lambda state, _: (trainer.step(state)[0], None), state, length=scanned)[0]
+
+    def train(seed, meta_steps, **settings):
+        state = trainer_of(families, settings).init(jax.random.key(seed))
+        for _ in range(-(-meta_steps // scanned)):
+            state = many(families, settings, state)
+        print(f"meta-trained {make_learner(**settings).name}, seed {seed}: {int(state.step)} meta-steps", flush=True)
+        return state.params
+
+    return train
+
+
+def with_settings(make_learner: Callable[..., Learner]) -> Learner:
+    """What evaluates learners of all settings by one program; its params are `{"settings": ..., "learned": ...}`."""
+
+    def init(key, families):
+        raise ValueError("this learner is only evaluated.")
+
+    return Learner(
+        name="",
+        init=init,
+        optimizer=lambda params: make_learner(**params["settings"]).optimizer(params["learned"]),
+        start=lambda params, family, key: make_learner(**params["settings"]).start(params["learned"], family, key),
+    )
+
+
+def judged(
+    learner: Learner,
+    params: Sequence[PyTree],
+    family: TaskFamily,
+    metric: str,
+    *,
+    num_steps: int,
+    num_tasks: int,
+    tuning: bool = False,
+    at_once: int = 100,
+) -> np.ndarray:
+    """`[P, T, K]`, a metric of each task's query set after each step, by each of the given parameters.
+
+    The tasks are the same for all methods; those to tune on are others. They are run `at_once`, by one program for any
+    number of tasks that this divides.
+    """
+    # Far from the seeds of meta-training, and from what splitting makes of their keys.
+    keys = jax.random.split(jax.random.key(2**31 - (1 if tuning else 2)), num_tasks)
+    parts = np.split(np.arange(num_tasks), range(at_once, num_tasks, at_once))
+    options = {"num_steps": num_steps, "at": tuple(range(1, num_steps + 1)), "batch_size": at_once}
+
+    def values(params):
+        return np.concatenate([evaluation.evaluate(learner, params, family, keys[p], **options)[metric] for p in parts])
+
+    return np.stack([values(p) for p in params])
+
+
+def best_of(
+    learner: Learner, params: Sequence[PyTree], family: TaskFamily, metric: str, *, largest: bool, **options: Any
+) -> int:
+    """Which of the parameters have the best mean after the last step, on tasks to tune on; options as for `judged`."""
+    scores = judged(learner, params, family, metric, tuning=True, **options)[:, :, -1].mean(1)
+    scores = np.where(np.isfinite(scores), scores, -np.inf if largest else np.inf)  # not of rates that diverge
+    return int(np.argmax(scores) if largest else np.argmin(scores))
+
+
+def curve_row(metric: str, values: np.ndarray, rivals: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Means and 95% intervals over tasks `[T, K]`, and differences to others after the last step, paired by task."""
+    means, widths = zip(*(evaluation.mean_interval(column) for column in values.T), strict=True)
+    differences = {
+        f"difference_to_{name}": evaluation.mean_interval(values[:, -1] - other[:, -1])
+        for name, other in rivals.items()
+    }
+    return {metric: means, f"{metric}_interval": widths, **differences}
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

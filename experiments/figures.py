@@ -27,6 +27,9 @@ COLOURS = {
     "uap_sgd": "#aa3377",
     "transfer, fine-tuned": "#7755dd",
     "maml": "#997700",
+    "first_order_maml": "#ddcc77",
+    "sign_maml": "#88ccaa",
+    "anil": "#44aa99",
     "reptile": "#ddaa33",
     "meta_sgd": "#cc99bb",
     "joint": "#332288",
@@ -149,20 +152,35 @@ def attack(
 
 def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel a network: mean squared error against the fine-tuning step, with 95% bands."""
-    widths = list(dict.fromkeys(row["width"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(widths), figsize=(3.8 * len(widths), 3.4), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, width in zip(axes[0], widths, strict=True):
-        for row in (row for row in rows if row["width"] == width):
-            error, band = np.asarray(row["error"]), np.asarray(row["error_interval"])
-            steps, colour = np.arange(1, len(error) + 1), COLOURS[row["method"]]
-            axis.semilogy(steps, error, color=colour, marker="o", markersize=3, label=row["method"])
-            axis.fill_between(steps, error - band, error + band, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=f"network of two layers of {width}", xlabel="fine-tuning step")
-        axis.legend(fontsize=8, frameon=False)
+    panels: dict[str, list] = {}
+    for row in rows:
+        panels.setdefault(f"network of two layers of {row['width']}", []).append(row)
+    _curves(panels, "error", "mean squared error on other points", path, log=True)
+
+
+def classification(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel a kind of tasks: accuracy against the fine-tuning step, with 95% bands."""
+    panels: dict[str, list] = {}
+    for row in rows:
+        panels.setdefault(f"{row['case']} ({row['part']})", []).append(row)
+    _curves(panels, "accuracy", "accuracy on other images", path)
+
+
+def _curves(panels, metric, label, path, log=False):
+    """A panel of rows' means after each step, with 95% bands."""
+    size = (3.8 * len(panels), 3.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        for row in rows:
+            mean, band = np.asarray(row[metric]), np.asarray(row[f"{metric}_interval"])
+            steps, colour = np.arange(1, len(mean) + 1), COLOURS[row["method"]]
+            axis.plot(steps, mean, color=colour, marker="o", markersize=3, label=row["method"])
+            axis.fill_between(steps, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)
+        axis.set(title=title, xlabel="fine-tuning step", yscale="log" if log else "linear")
+        axis.title.set_size(9)
+        axis.legend(fontsize=7, frameon=False)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("mean squared error on other points")
+    axes[0, 0].set_ylabel(label)
     _save(figure, path)
 
 

@@ -26,10 +26,12 @@ from lft_jax.imitation import Imitation
 from lft_jax.outer_loss import STEP_WEIGHTS
 from lft_jax.victims import load_victim
 
-LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "reptile", "meta_sgd", "joint")
+LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an initialization and so need victims of one image shape.
-CONGRUOUS = ("maml", "reptile", "meta_sgd", "joint")
+CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
 META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
+#: ZO-L2L's sampler (PAPER "Constants of the precursors").
+QUERY_RNN = rules.coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)
 REMAT = {"auto": None, "always": True, "never": False}
 
 
@@ -42,9 +44,9 @@ class Config:
     learner: str = config.option(
         "lft",
         "What is learned: an update rule on query images (lft) or support images (l2o), one whose weights first adapt "
-        "to the task's support images (adaptive_lft), an initialization (maml, whose PGD makes it Sign-MAML in linf "
-        "balls, and reptile), one with a learning rate for each pixel (meta_sgd), or an initialization and an update "
-        "rule (joint).",
+        "to the task's support images (adaptive_lft), an initialization (maml and reptile, fine-tuned by PGD, and "
+        "sign_maml, by sign steps whatever the norm), one with a learning rate for each pixel (meta_sgd), or an "
+        "initialization and an update rule (joint). A perturbation has no head, so anil is not among them.",
         LEARNERS,
     )
     rule: str = config.option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
@@ -60,7 +62,7 @@ class Config:
     start_decay: float = config.option(0.5, "Momentum of that update.")
     output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
     inner_step: float = config.option(
-        0.2, "Step of the PGD of maml and reptile, in units of epsilon; first learning rate of meta_sgd."
+        0.2, "Step of the PGD of maml, sign_maml and reptile, in units of epsilon; first learning rate of meta_sgd."
     )
     adaptation_steps: int = config.option(5, "Steps that the weights of adaptive_lft take on a task's support loss.")
     adaptation_rate: float = config.option(1e-2, "Learning rate of those.")
@@ -80,6 +82,9 @@ class Config:
     smoothing: float = config.option(0.01, "How far those directions are tried, in units of the image range.")
     per_example: bool = config.option(
         False, "Each support image tries directions of its own, which costs no more queries."
+    )
+    sampler: bool = config.option(
+        False, "Learn too how those directions are spread over the coordinates (ZO-L2L's QueryRNN; lft, l2o)."
     )
     loss: str = config.option(
         "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
@@ -154,6 +159,8 @@ def learner_of(flags: Config) -> Learner:
         if flags.learner == "maml":
             return learners.maml(inner, second_order=flags.second_order)
         return learners.reptile(inner)
+    if flags.learner == "sign_maml":
+        return learners.sign_maml(flags.inner_step)
     if flags.learner == "meta_sgd":
         return learners.meta_sgd(flags.inner_step, second_order=flags.second_order)
     if flags.learner == "adaptive_lft":
@@ -163,7 +170,8 @@ def learner_of(flags: Config) -> Learner:
             learning_rate=flags.adaptation_rate,
             second_order=flags.second_order,
         )
-    return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order)
+    options = {"sampler": QUERY_RNN} if flags.sampler else {}
+    return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order, **options)
 
 
 def rule_of(flags: Config) -> rules.Rule:
@@ -190,19 +198,21 @@ def check(flags: Config) -> None:
     """Raises a ValueError for a flag that what is asked for has no use for, and a choice that learns nothing."""
     learned, es = flags.learner in ("lft", "l2o", "adaptive_lft", "joint"), flags.meta_gradient != "backprop"
     windows = flags.meta_gradient in ("pes", "truncated_es")
-    starts = flags.learner in ("maml", "meta_sgd")
+    starts = flags.learner in ("maml", "sign_maml", "meta_sgd")
     useless = {
         ("rule", "features", "hidden", "layers", "start", "output_scale"): (not learned, "learns no update rule"),
         ("start_step", "start_decay"): (not learned or flags.start == "none", "has no hand-made update to add to"),
         ("adaptation_steps", "adaptation_rate"): (flags.learner != "adaptive_lft", "does not adapt its weights"),
         ("inner_step",): (learned, "fine-tunes by its own rule"),
         ("weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
+        ("second_order",): (flags.learner == "sign_maml", "steps along a sign, whose derivative is 0"),
         ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
         ("es_window",): (not windows, "has no windows, without --meta_gradient=pes or truncated_es"),
         ("curriculum",): (windows, f"has windows for short unrolls, with --meta_gradient={flags.meta_gradient}"),
         ("imitation_steps",): (not learned, "learns no update rule"),
         ("imitation_step", "imitation_decay"): (not flags.imitation_steps, "imitates nothing, without imitation_steps"),
-        ("resolution", "basis", "smoothing", "per_example"): (
+        ("sampler",): (flags.learner not in ("lft", "l2o"), "has no sampler of directions"),
+        ("resolution", "basis", "smoothing", "per_example", "sampler"): (
             not flags.num_directions,
             "is given exact gradients, without --num_directions",
         ),
@@ -213,6 +223,8 @@ def check(flags: Config) -> None:
         for name in names if applies else ():
             if getattr(flags, name) != Config.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}: {flags.learner} {reason}; leave it out.")
+    if "update" in flags.features:
+        raise ValueError("features: update is what a sampler sees (--sampler); a rule makes it.")
     if flags.learner == "adaptive_lft" and (es or flags.num_directions):
         name = "meta_gradient" if es else "num_directions"
         raise ValueError(f"{name}: adaptive_lft differentiates the loss of the support images; leave it out.")
@@ -362,7 +374,9 @@ def meta_train(flags: Config) -> meta.MetaState:
     )
     path = Path(flags.workdir) / "rule.safetensors"
     # One that is there is of this run, when it ended: its card says how it was made, and this call made nothing.
-    if flags.learner in ("lft", "l2o") and jax.process_index() == 0 and not path.exists():
+    # A rule that samples is of no use without its sampler, for which the front door has no place.
+    alone = flags.learner in ("lft", "l2o") and not flags.sampler
+    if alone and jax.process_index() == 0 and not path.exists():
         card = {**common.provenance([flags.seed]), "meta_training": stored}
         pretrained.save_rule(path, state.params, rule_of(flags), card)
     return state

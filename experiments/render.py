@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from experiments import config, figures, tables
+from experiments import config, figures, sections, tables
 
 
 def _draw_comparison(results, path):
@@ -19,11 +19,15 @@ def _draw_comparison(results, path):
 
 #: By the binary that made a file, its tables and its figure, if any; all others are comparisons.
 KINDS = {
-    "experiments.sine": (tables.sine_section, lambda results, path: figures.sine(results["rows"], path)),
-    "experiments.zo_l2l": (tables.zo_l2l_section, figures.zo_l2l),
-    "experiments.theory_gap": (tables.theory_section, figures.theory_gap),
-    "experiments.breadth": (tables.breadth_section, lambda results, path: None),
-    "experiments.ablation": (tables.ablation_section, lambda results, path: None),
+    "experiments.sine": (sections.sine_section, lambda results, path: figures.sine(results["rows"], path)),
+    "experiments.zo_l2l": (sections.zo_l2l_section, figures.zo_l2l),
+    "experiments.classification": (
+        sections.classification_section,
+        lambda results, path: figures.classification(results["rows"], path),
+    ),
+    "experiments.theory_gap": (sections.theory_section, figures.theory_gap),
+    "experiments.breadth": (sections.breadth_section, lambda results, path: None),
+    "experiments.ablation": (sections.ablation_section, lambda results, path: None),
 }
 COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
 import lft_jax
 from experiments import common, config, figures
-from lft_jax import evaluation, learners
+from lft_jax import learners
 from lft_jax.base import Learner
 from lft_jax.tasks.regression import SineFamily, sine_family
 
@@ -48,7 +47,9 @@ def sine(flags: Config) -> dict[str, Any]:
     results = {"provenance": common.provenance(flags.seeds), "flags": dataclasses.asdict(flags), "rows": []}
     families = {width: sine_family(widths=(width, width)) for width in flags.widths}
     lft = learners.lft(lft_jax.coordinate_lstm(features="adam"))
-    rule = _trained(lft, tuple(families.values()), flags.seeds, flags.lft_steps, 8, NUM_STEPS, 3e-3)
+    options = {"num_steps": NUM_STEPS, "tasks_per_family": 8, "rate": 3e-3}
+    train = common.meta_training(lambda: lft, families.values(), **options)
+    rule = [train(seed, flags.lft_steps) for seed in flags.seeds]
     for width, family in families.items():
         test = dataclasses.replace(family, queries=100)
         errors = {"lft": _errors(lft, rule, test, flags)}
@@ -56,16 +57,19 @@ def sine(flags: Config) -> dict[str, Any]:
         for name, rates in RATES.items():
             learner = learners.fixed(name, OPTIMIZERS[name])
             tried = [{"learning_rate": np.float32(rate)} for rate in rates]
-            scores = [_errors(learner, [rate], test, flags, tuning=True)[:, -1].mean() for rate in tried]
-            scores = np.nan_to_num(scores, nan=np.inf)  # of rates that diverge
-            settings[name] = {"learning_rate": rates[int(np.argmin(scores))], "settings_tried": len(rates)}
-            errors[name] = _errors(learner, [tried[int(np.argmin(scores))]], test, flags)
+            options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks, "largest": False}
+            best = common.best_of(learner, tried, test, "error", **options)
+            settings[name] = {"learning_rate": rates[best], "settings_tried": len(rates)}
+            errors[name] = _errors(learner, [tried[best]], test, flags)
         if width == flags.widths[0]:  # a learned initialization serves one network alone
-            for learner, steps, num_steps, rate in _initializations(flags):
-                params = _trained(learner, (family,), flags.seeds, steps, 25, num_steps, rate)
+            for learner, steps, num_steps in _initializations(flags):
+                options = {"num_steps": num_steps, "tasks_per_family": 25, "rate": 1e-3}
+                train = common.meta_training(lambda learner=learner: learner, (family,), **options)
+                params = [train(seed, steps) for seed in flags.seeds]
                 errors[learner.name] = _errors(learner, params, test, flags)
         for name, values in errors.items():
-            results["rows"].append(_row(width, name, values, errors["sgd"], errors["adam"], settings.get(name, {})))
+            row = common.curve_row("error", values, {rival: errors[rival] for rival in RATES})
+            results["rows"].append({"width": width, "method": name, **row, **settings.get(name, {})})
             print(
                 f"width {width}: {name}: {values[:, 0].mean():.3f} after a step, {values[:, -1].mean():.3f} after ten"
             )
@@ -74,56 +78,18 @@ def sine(flags: Config) -> dict[str, Any]:
     return results
 
 
-def _initializations(flags) -> Sequence[tuple[Learner, int, int, float]]:
-    """Each with its meta-steps, inner steps, and the learning rate of its meta-optimizer, Adam."""
+def _initializations(flags) -> Sequence[tuple[Learner, int, int]]:
+    """Each with its meta-steps and inner steps."""
     return (
-        (learners.maml(optax.sgd(0.01)), flags.maml_steps, 1, 1e-3),
-        (learners.meta_sgd(0.01), flags.maml_steps, 1, 1e-3),
-        (learners.reptile(optax.sgd(0.01)), flags.maml_steps // 5, NUM_STEPS, 1e-3),
+        (learners.maml(optax.sgd(0.01)), flags.maml_steps, 1),
+        (learners.meta_sgd(0.01), flags.maml_steps, 1),
+        (learners.reptile(optax.sgd(0.01)), flags.maml_steps // 5, NUM_STEPS),
     )
 
 
-def _trained(learner, families, seeds, meta_steps, tasks, num_steps, rate):
-    """The meta-parameters of each seed."""
-    trainer = lft_jax.meta_trainer(
-        learner, families, num_steps=num_steps, tasks_per_family=tasks, meta_optimizer=optax.adam(rate)
-    )
-
-    @jax.jit
-    def many(state):  # a meta-step is so short that calling it would take longer
-        return jax.lax.scan(lambda state, _: (trainer.step(state)[0], None), state, length=100)[0]
-
-    params = []
-    for seed in seeds:
-        state = trainer.init(jax.random.key(seed))
-        for _ in range(-(-meta_steps // 100)):
-            state = many(state)
-        print(f"meta-trained {learner.name}, seed {seed}: {int(state.step)} meta-steps")
-        params.append(state.params)
-    return params
-
-
-def _errors(learner: Learner, params: Sequence[Any], family: SineFamily, flags: Config, tuning: bool = False):
+def _errors(learner: Learner, params: Sequence[Any], family: SineFamily, flags: Config):
     """`[T, K]`, means over the seeds' parameters."""
-    # Far from the seeds of meta-training, and from what splitting makes of their keys.
-    keys = jax.random.split(jax.random.key(2**31 - (1 if tuning else 2)), flags.num_tasks)
-    options = {"num_steps": NUM_STEPS, "at": tuple(range(1, NUM_STEPS + 1)), "batch_size": 100}
-    return np.mean([evaluation.evaluate(learner, p, family, keys, **options)["error"] for p in params], axis=0)
-
-
-def _row(width, method, errors, sgd, adam, setting):
-    means, widths = zip(*(evaluation.mean_interval(column) for column in errors.T), strict=True)
-    return {
-        "width": width,
-        "method": method,
-        "error": means,
-        "error_interval": widths,
-        **{
-            f"difference_to_{name}": evaluation.mean_interval(errors[:, -1] - other[:, -1])
-            for name, other in (("sgd", sgd), ("adam", adam))
-        },
-        **setting,
-    }
+    return common.judged(learner, params, family, "error", num_steps=NUM_STEPS, num_tasks=flags.num_tasks).mean(0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as Markdown."""
+"""Comparisons of attacks as Markdown."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -167,7 +167,7 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
             if _augmented(rows)
             else ""
         )
-        + f". {_origin(results, path)}"
+        + f". {origin(results, path)}"
     )
     unseen = [row for row in rows if not row["seen_victim"]]
     seen = [row for row in rows if row["seen_victim"]]
@@ -185,170 +185,6 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     for victim in dict.fromkeys(row["victim"] for row in unseen):
         parts += [f"![perturbations of {victim}]({figures}_{victim}.png)", ""]
     return "\n".join(parts)
-
-
-def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """A pretrained rule away from what it was trained on."""
-    del figures
-    flags, rows = results["flags"], results["rows"]
-    methods = list(rows[0]["methods"])
-    lines = [
-        f"## `{flags['optimizer']}` away from its training",
-        "",
-        f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks against victims that "
-        "meta-training did not see. PGD is tuned for each line on validation tasks; the start is what the rule's "
-        "output is added to: sign steps of 0.8 epsilon, momentum 0.5. Sizes that no victim has are those of stored "
-        "victims that see their images scaled down, fewer classes those whose other logits are left out. "
-        f"{_origin(results, path)}",
-        "",
-        "| victim | image | classes | images a class | epsilon | K | " + " | ".join(methods) + " | minus tuned PGD |",
-        "|---" * (7 + len(methods)) + "|",
-    ]
-    for row in rows:
-        height, width, channels = row["image_shape"]
-        cells = [row["victim"], f"{height}x{width}x{channels}", row["classes"], row["shots"], f"x {row['factor']}"]
-        cells += [row["num_steps"]]
-        found = [row["methods"][name] for name in methods]
-        cells += [f"{100 * m['asr']:.1f} ± {100 * m['interval']:.1f}" for m in found]
-        cells += ["{:+.1f} ± {:.1f}".format(*(100 * x for x in found[-1]["difference_to_tuned_pgd"]))]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, "", ""])
-
-
-def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """What each part of the fine-tuner is worth."""
-    del figures
-    flags, rows = results["flags"], results["rows"]
-    base, last = rows[0]["variant"], rows[0]["at"][-1]
-    lines = [
-        "## What the parts are worth",
-        "",
-        f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims after "
-        f"{flags['meta_steps']} meta-steps, one seed; in brackets, paired with `{base}` at K = {last}, the "
-        f"difference and its 95% interval. {_origin(results, path)}",
-        "",
-    ]
-    victims = list(dict.fromkeys(row["victim"] for row in rows))
-    lines += [
-        "| variant | " + " | ".join(f"{v}, K = {k}" for v in victims for k in (rows[0]["at"][0], last)) + " |",
-        "|---" * (1 + 2 * len(victims)) + "|",
-    ]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        cells = []
-        for row in (row for row in rows if row["variant"] == variant):
-            mean, width = row["difference"][-1]
-            change = "" if variant == base else f" ({100 * mean:+.1f} ± {100 * width:.1f})"
-            cells += [f"{100 * row['asr'][0]:.1f}", f"{100 * row['asr'][-1]:.1f}{change}"]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", ""])
-
-
-def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """Sine regression: mean squared errors by network and method."""
-    flags, rows = results["flags"], results["rows"]
-    lines = [
-        "## Sine regression",
-        "",
-        f"Mean squared error on 100 points of a curve after steps on 10 others, mean ± 95% interval over "
-        f"{flags['num_tasks']} curves, and the mean of {len(flags['seeds'])} meta-training seeds. The LFT is one, "
-        f"meta-trained on networks of all {len(flags['widths'])} widths together; it, SGD and Adam start from random "
-        f"weights. {_origin(results, path)}",
-        "",
-    ]
-    for width in dict.fromkeys(row["width"] for row in rows):
-        shown = shown_steps(range(1, 1 + len(rows[0]["error"])))
-        lines += [
-            f"Network of two layers of {width}:",
-            "",
-            "| method | "
-            + " | ".join(f"{k} step{'s' if k > 1 else ''}" for k in shown)
-            + " | minus SGD | minus Adam |",
-            "|---" * (len(shown) + 3) + "|",
-        ]
-        for row in (row for row in rows if row["width"] == width):
-            cells = [f"{row['error'][k - 1]:.3f} ± {row['error_interval'][k - 1]:.3f}" for k in shown]
-            cells += ["{:+.3f} ± {:.3f}".format(*row[f"difference_to_{name}"]) for name in ("sgd", "adam")]
-            rate = f", learning rate {row['learning_rate']}" if "learning_rate" in row else ""
-            lines.append(f"| {row['method']}{rate} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join([*lines, f"![errors]({figures}.png)", "", ""])
-
-
-def zo_l2l_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """Attacks on single images by queries: losses by method, the best first."""
-    flags, victim, rows = results["flags"], results["victim"], results["rows"]
-    last = len(rows[0]["loss"])
-    shown = [*(k for k in (20, 50, 100) if k < last), last]
-    lines = [
-        "## Attacks on single images by queries: ZO-L2L's experiment",
-        "",
-        f"Loss, the hinge on log-probabilities plus 0.1 of the l1 distance, of attacks on {flags['images']} images of "
-        f"`{victim['source']}` against a `{victim['architecture']}`, the one of the meta-training, {flags['runs']} on "
-        "each: mean ± 95% interval over the runs, of the mean over the images; fooled images after the last step; and "
-        "the difference to the UpdateRNN alone, ± 95% interval over the images. Estimates are made of 20 Gaussian "
-        "directions, forward. Learning rates are the published ones and those tuned on training images. Where this "
-        "differs from the authors' code is said in `experiments/zo_l2l.py`. "
-        f"{_origin(results, path)}",
-        "",
-        "| loss | "
-        + " | ".join(f"step {k}" for k in shown)
-        + " | mean of all steps | fooled, % | l1 | queries | minus the UpdateRNN's |",
-        "|---" * (len(shown) + 6) + "|",
-    ]
-    for row in rows:
-        cells = [f"{row['loss'][k - 1]:.2f} ± {row['loss_interval'][k - 1]:.2f}" for k in shown]
-        cells += [f"{_mean_loss(row):.2f}", f"{100 * row['success'][-1]:.0f}"]
-        cells += [f"{row['l1']:.1f}", f"{row['queries'][-1]:.0f}"]
-        cells.append("{:+.2f} ± {:.2f}".format(*row["difference_to_update_rnn"]))
-        rate = f", learning rate {row['rate_times_d']:g} / d" if "rate_times_d" in row else ""
-        lines.append(f"| {row['method']}{rate} | " + " | ".join(cells) + " |")
-    for name, key in (("the last step's loss", lambda row: row["loss"][-1]), ("the mean of all steps", _mean_loss)):
-        order = " < ".join(row["method"] for row in sorted(rows, key=key))
-        lines += ["", f"By {name}: {order}."]
-    return "\n".join([*lines, "", f"![losses]({figures}.png)", "", ""])
-
-
-def _mean_loss(row):
-    return sum(row["loss"]) / len(row["loss"])
-
-
-def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """The gap between the meta-gradients of LFT and L2O against the number of images."""
-    flags, victim = results["flags"], results["victim"]
-    lines = [
-        "## The gap between LFT and L2O",
-        "",
-        f"Norms of meta-gradients on tasks of `{victim['source']}` against a `{victim['architecture']}`, K = "
-        f"{flags['num_steps']}, {flags['ways']} classes, means over {flags['num_tasks']} tasks; the rule is "
-        f"`{flags['rule']}`, as it was shipped at that commit and with weights that were not meta-trained. "
-        f"{_origin(results, path)}",
-        "",
-    ]
-    for name, rows in results["rows"].items():
-        decay = results.get("decay", {}).get(name)  # a single number of images has none
-        falls = decay and (
-            ": the gap on a task falls with the number of images to the power of "
-            f"-{decay['exponent']:.3f} (95% interval {decay['low']:.3f} to {decay['high']:.3f})"
-        )
-        lines += [
-            f"**{name}**{falls or ''}.",
-            "",
-            "| support = query images | gap on a task | LFT's meta-gradient on a task | gap of the means | LFT's mean "
-            "meta-gradient | std of the support gradient | of the query gradient |",
-            "|---" * 7 + "|",
-        ]
-        for row in rows:
-            numbers = [
-                row["gaps"]["mean"],
-                row["norms"]["mean"],
-                row["mean_gap"],
-                row["mean_norm"],
-                row["support_variance"]["mean"] ** 0.5,
-                row["query_variance"]["mean"] ** 0.5,
-            ]
-            lines.append(f"| {row['images']} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |")
-        lines.append("")
-    return "\n".join([*lines, f"![gap]({figures}.png)", "", ""])
 
 
 def _meta_trained(runs):
@@ -370,9 +206,10 @@ def _augmented(rows):
     return any(row["method"].endswith(AUGMENTED) for row in rows)
 
 
-def _origin(results, path):
-    origin = results["provenance"]
-    return f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}."
+def origin(results: Mapping[str, Any], path: str) -> str:
+    """Where a results file came from."""
+    made = results["provenance"]
+    return f"From `{path}`: `{made['command']}`, commit {made['commit']}, {made['device']}."
 
 
 def _target_table(target, rows, penalised):

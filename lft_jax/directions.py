@@ -1,8 +1,12 @@
-"""Random directions that finite differences are taken along, and the subspaces that they may be kept to."""
+"""Random directions that finite differences are taken along, and the subspaces that they may be kept to.
+
+The optimizee is here one vector of all its leaves' coordinates.
+"""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -130,3 +134,30 @@ def _waves(length, count):
     """`[length, count]`, orthogonal cosines of the lowest frequencies; the mean square of a row is about 1."""
     angles = np.pi / length * np.outer(np.arange(length) + 0.5, np.arange(count))
     return np.cos(angles) * np.where(np.arange(count) > 0, math.sqrt(2), 1) / math.sqrt(count)
+
+
+def floats(theta: PyTree) -> PyTree:
+    """`theta` as JAX arrays. Raises a ValueError unless all are floating-point."""
+    theta = jax.tree.map(jnp.asarray, theta)
+    for path, x in jax.tree_util.tree_leaves_with_path(theta):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            name = "theta" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name} must be a floating-point array, got {x.dtype}.")
+    return theta
+
+
+def flatten(theta: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """`theta` as one vector `[d]` in its widest dtype, at least float32, and the way back for batches `[n, d]`."""
+    leaves, treedef = jax.tree.flatten(floats(theta))
+    if not any(x.size for x in leaves):
+        raise ValueError("theta must have at least one coordinate, got none.")
+    dtype = max((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize)
+    dtype = dtype if dtype.itemsize >= 4 else jnp.float32
+    ends = np.cumsum([x.size for x in leaves]).tolist()
+
+    def unflatten(batch):
+        pieces = [batch[:, end - x.size : end] for x, end in zip(leaves, ends, strict=True)]
+        pieces = [piece.reshape(len(batch), *x.shape).astype(x.dtype) for piece, x in zip(pieces, leaves, strict=True)]
+        return treedef.unflatten(pieces)
+
+    return jnp.concatenate([x.astype(dtype).reshape(-1) for x in leaves]), unflatten

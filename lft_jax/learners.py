@@ -107,6 +107,69 @@ def maml(inner_optimizer: optax.GradientTransformation, *, second_order: bool = 
     )
 
 
+def sign_maml(learning_rate: float) -> Learner:
+    """Sign-MAML: an initialization from which tasks step along the sign of their gradients.
+
+    A sign has derivative 0, so that the full meta-gradient is the first-order one: there is nothing to choose.
+
+    Args:
+      learning_rate: size of a coordinate's step, above 0, in units of the scale that a task's oracle tells (1 if none).
+
+    Returns:
+      A learner for tasks of one shape, as of `maml`.
+
+    References:
+      Fan et al. 2021, Sign-MAML: efficient model-agnostic meta-learning by signSGD.
+    """
+    _check_rate(learning_rate)
+
+    def descent(grads, state, theta=None, *, scale=1.0, **extra_args):
+        del theta, extra_args
+        return jax.tree.map(lambda g: (-learning_rate * scale * jnp.sign(g)).astype(g.dtype), grads), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda theta: optax.EmptyState(), descent)
+    return dataclasses.replace(
+        maml(inner, second_order=False), name="sign_maml", init=functools.partial(_congruous_start, "sign_maml")
+    )
+
+
+def anil(
+    inner_optimizer: optax.GradientTransformation, *, head: str | int = "head", second_order: bool = True
+) -> Learner:
+    """ANIL: MAML of which tasks fine-tune the head alone; the rest of the learned initialization stays as it is.
+
+    Args:
+      inner_optimizer: fine-tunes the head.
+      head: key of the head among the optimizee's entries, a dictionary's or a list's (from 0).
+      second_order: as for `maml`.
+
+    Returns:
+      A learner for tasks of one shape, as of `maml`, whose `init` also raises a ValueError if there is no such entry.
+
+    References:
+      Raghu et al. 2020, Rapid learning or feature reuse? Towards understanding the effectiveness of MAML.
+    """
+
+    def part(path, leaf):
+        del leaf
+        return "head" if path and getattr(path[0], "key", getattr(path[0], "idx", None)) == head else "body"
+
+    def parts(theta):
+        return jax.tree_util.tree_map_with_path(part, theta)
+
+    def init(key, families):
+        start = _congruous_start("anil", key, families)
+        if "head" not in jax.tree.leaves(parts(start)):
+            raise ValueError(
+                f"anil fine-tunes a head: optimizees must be a dictionary or a list with an entry {head!r}, got "
+                f"{jax.tree.map(jnp.shape, start)}."
+            )
+        return start
+
+    inner = optax.multi_transform({"head": inner_optimizer, "body": optax.set_to_zero()}, parts)
+    return dataclasses.replace(maml(inner, second_order=second_order), name="anil", init=init)
+
+
 def reptile(inner_optimizer: optax.GradientTransformation) -> Learner:
     """Reptile: an initialization that moves towards where fine-tuning on the support set takes it; no query examples.
 
@@ -142,7 +205,7 @@ def meta_sgd(learning_rate: float, *, second_order: bool = True) -> Learner:
     References:
       Li et al. 2017, Meta-SGD: learning to learn quickly for few-shot learning.
     """
-    base.check_positive("learning_rate", learning_rate)
+    _check_rate(learning_rate)
 
     def init(key, families):
         start = _congruous_start("meta_sgd", key, families)
@@ -156,6 +219,11 @@ def meta_sgd(learning_rate: float, *, second_order: bool = True) -> Learner:
         objective="query",
         second_order=second_order,
     )
+
+
+def _check_rate(learning_rate):
+    if not isinstance(learning_rate, jax.core.Tracer):  # a traced one has no value yet: it is being tuned
+        base.check_positive("learning_rate", learning_rate)
 
 
 def _own_start(params, family, key):

@@ -29,7 +29,7 @@ import numpy as np
 from lft_jax import covariance, memory
 from lft_jax import directions as drawing
 from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
-from lft_jax.directions import BASES, DRAW, UNIT_LENGTH, Subspace
+from lft_jax.directions import BASES, DRAW, UNIT_LENGTH, Subspace, flatten, floats
 
 
 def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) -> Oracle:
@@ -49,7 +49,7 @@ def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) ->
 
     def oracle(theta, key):
         del key
-        value, grads = jax.value_and_grad(loss_fn)(_floats(theta))
+        value, grads = jax.value_and_grad(loss_fn)(floats(theta))
         return Estimate(value, grads, jnp.asarray(evaluations, jnp.int32), {})
 
     return oracle
@@ -78,7 +78,7 @@ def per_example_gradient(example_losses: Callable[[PyTree], jax.Array], *, num_e
 
     def oracle(theta, key):
         del key
-        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_examples, *x.shape)), _floats(theta))
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_examples, *x.shape)), floats(theta))
 
         def summed(thetas):
             losses = _check_losses("example_losses", example_losses(thetas), num_examples)
@@ -176,7 +176,7 @@ def zeroth_order(
         return _check_losses("loss_fn", batched_loss(points), len(jax.tree.leaves(points)[0]))
 
     def oracle(theta, key, **sampling):
-        flat, unflatten = _flatten(theta)
+        flat, unflatten = flatten(theta)
         root = covariance.root(theta, sampling, flat.dtype)
         subspace = Subspace.of(theta, resolution, basis)
         seeds = drawing.seeds(directions, key, num_directions, subspace.size)
@@ -245,7 +245,7 @@ def per_example_zeroth_order(
     queries = (2 * num_directions if antithetic else num_directions + 1) * num_examples
 
     def oracle(theta, key, **sampling):
-        flat, unflatten = _flatten(theta)
+        flat, unflatten = flatten(theta)
         root = covariance.root(theta, sampling, flat.dtype)
         subspace = Subspace.of(theta, resolution, basis)
         keys = jax.random.split(key, num_examples)
@@ -384,33 +384,6 @@ def _on_numpy(batched_loss):
         return np.asarray(batched_loss(jax.tree.map(np.array, points)))
 
     return on_numpy
-
-
-def _floats(theta):
-    """`theta` as JAX arrays. Raises a ValueError unless all are floating-point."""
-    theta = jax.tree.map(jnp.asarray, theta)
-    for path, x in jax.tree_util.tree_leaves_with_path(theta):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            name = "theta" + jax.tree_util.keystr(path)
-            raise ValueError(f"{name} must be a floating-point array, got {x.dtype}.")
-    return theta
-
-
-def _flatten(theta):
-    """`theta` as one vector `[d]` in its widest dtype, at least float32, and the way back for batches `[n, d]`."""
-    leaves, treedef = jax.tree.flatten(_floats(theta))
-    if not any(x.size for x in leaves):
-        raise ValueError("theta must have at least one coordinate, got none.")
-    dtype = max((x.dtype for x in leaves), key=lambda dtype: dtype.itemsize)
-    dtype = dtype if dtype.itemsize >= 4 else jnp.float32
-    ends = np.cumsum([x.size for x in leaves]).tolist()
-
-    def unflatten(batch):
-        pieces = [batch[:, end - x.size : end] for x, end in zip(leaves, ends, strict=True)]
-        pieces = [piece.reshape(len(batch), *x.shape).astype(x.dtype) for piece, x in zip(pieces, leaves, strict=True)]
-        return treedef.unflatten(pieces)
-
-    return jnp.concatenate([x.astype(dtype).reshape(-1) for x in leaves]), unflatten
 
 
 def _check_directions(num_directions, smoothing, directions, resolution, basis):

@@ -1,5 +1,6 @@
 """What is meta-learned: each learner's start, optimizer and objective, on linear victims of 4x4 images."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from lft_jax.estimators import EvolutionStrategies
 from lft_jax.meta import meta_trainer
 from lft_jax.outer_loss import outer_losses, run_task
 from lft_jax.rules import coordinate_lstm
+from lft_jax.tasks.regression import sine_family
 from lft_jax.tasks.uap import uap_family
 from lft_jax.transform import learned_fine_tuner
 
@@ -156,6 +158,8 @@ INITIALIZATIONS = [
     learners.maml(optax.sgd(0.1)),
     learners.reptile(optax.sgd(0.1)),
     learners.meta_sgd(0.1),
+    learners.sign_maml(0.1),
+    learners.anil(optax.sgd(0.1)),
     learners.joint(RULE),
 ]
 
@@ -164,6 +168,70 @@ INITIALIZATIONS = [
 def test_initializations_refuse_incongruous_families(learner):
     with pytest.raises(ValueError, match=rf"{learner.name} needs congruous tasks.*4, 4, 1.*3, 4, 1"):
         learner.init(jax.random.key(0), (FAMILY, FAMILY, family(height=3)))
+
+
+def test_sign_maml_steps_along_the_sign_in_units_of_the_scale():
+    learner = learners.sign_maml(0.2)
+    start = jnp.asarray(RNG.uniform(-0.1, 0.1, (4, 4, 1)), jnp.float32)
+    episode, trajectory = run_task(learner, start, FAMILY, KEYS[0], num_steps=STEPS)
+    theta = start
+    for found in trajectory.thetas:
+        step = 0.2 * EPSILON * np.sign(jax.grad(entropy)(theta, episode.support))
+        theta = jnp.clip(theta - step, -EPSILON, EPSILON)
+        np.testing.assert_allclose(found, theta, atol=1e-6)
+    # Without a scale, of any tree; and at a gradient of 0 it stays.
+    tx = learner.optimizer(start)
+    updates, _ = tx.update({"a": jnp.asarray([3.0, 0.0, -1e-9])}, tx.init(None))
+    np.testing.assert_allclose(updates["a"], [-0.2, 0.0, 0.2])
+    assert (learner.name, learner.objective, learner.second_order) == ("sign_maml", "query", False)
+
+
+def test_the_full_meta_gradient_of_sign_maml_is_its_first_order_one():
+    start = jnp.full((4, 4, 1), 0.01)
+
+    def grad(second_order):
+        learner = dataclasses.replace(learners.sign_maml(0.2), second_order=second_order)
+        return jax.grad(lambda start: jnp.sum(losses_of(learner, start)))(start)
+
+    grads = grad(False), grad(True)
+    assert np.abs(grads[0]).max() > 0
+    np.testing.assert_allclose(*grads, rtol=1e-5)
+
+
+def test_anil_moves_the_head_alone():
+    family = sine_family(widths=(3,), shots=4, queries=5)
+    learner = learners.anil(optax.sgd(0.05), head=1)
+    params = learner.init(jax.random.key(0), (family, family))
+    episode, trajectory = run_task(learner, params, family, KEYS[0], num_steps=STEPS)
+    theta = params
+    for step in range(STEPS):
+        head = jax.grad(lambda head, theta=theta: family.loss([theta[0], head], episode.support))(theta[1])
+        theta = [params[0], jax.tree.map(lambda x, g: x - 0.05 * g, theta[1], head)]
+        jax.tree.map(lambda f, e, k=step: np.testing.assert_allclose(f[k], e, rtol=1e-5), trajectory.thetas, theta)
+    assert np.abs(theta[1]["weight"] - params[1]["weight"]).max() > 1e-4
+
+    # The body is meta-learned all the same, through where the head ends.
+    def by_hand(params):
+        theta = params
+        for _ in range(STEPS):
+            head = jax.grad(lambda head, theta=theta: family.loss([theta[0], head], episode.support))(theta[1])
+            theta = [params[0], jax.tree.map(lambda x, g: x - 0.05 * g, theta[1], head)]
+        return family.loss(theta, episode.query)
+
+    def last_loss(params):
+        return outer_losses(learner, params, family, KEYS[:1], num_steps=STEPS, steps=np.arange(STEPS))[0, -1]
+
+    found, expected = jax.grad(last_loss)(params), jax.grad(by_hand)(params)
+    jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-3, atol=1e-5), found, expected)
+    assert np.abs(found[0]["weight"]).max() > 0
+    assert (learner.name, learner.objective, learner.second_order) == ("anil", "query", True)
+    assert not learners.anil(optax.sgd(0.1), second_order=False).second_order
+
+
+@pytest.mark.parametrize(("head", "families"), [("head", (FAMILY,)), (2, (sine_family(widths=(3,)),))])
+def test_anil_needs_a_head(head, families):
+    with pytest.raises(ValueError, match=f"anil fine-tunes a head: .* an entry {head!r}, got"):
+        learners.anil(optax.sgd(0.1), head=head).init(KEYS[0], families)
 
 
 def losses_of(learner, params, **options):
@@ -230,6 +298,8 @@ def test_meta_sgd_is_maml_when_all_rates_are_equal():
 def test_a_learning_rate_must_be_positive():
     with pytest.raises(ValueError, match="learning_rate must be a finite number above 0, got 0"):
         learners.meta_sgd(0.0)
+    with pytest.raises(ValueError, match="learning_rate must be a finite number above 0, got -1"):
+        learners.sign_maml(-1)
 
 
 def test_a_hand_designed_optimizer_takes_its_settings_as_params():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from lft_jax.meta import meta_trainer
 from lft_jax.rules import MomentumStart, coordinate_lstm
 from lft_jax.sampling import guided, learned_sampler
 from lft_jax.tasks.single_image import single_image_family
+from lft_jax.tasks.uap import uap_family
 from lft_jax.transform import leaf_signals, learned_fine_tuner
 
 KEY = jax.random.key(3)
@@ -300,3 +303,27 @@ def test_the_second_stage_trains_the_sampler_alone():
     for part in ("cells", "head"):
         changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained.params["sampler"], state.params["sampler"])
         assert all(change > 0 for change in jax.tree.leaves(changes[part]) if change is not None)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_universal_perturbations_can_be_sought_by_learned_sampling(per_example):
+    """A meta-step through a black-box victim moves the sampler's weights, with directions shared or each image's own."""
+    random = np.random.default_rng(0)
+    images = random.uniform(0.2, 0.8, size=(20, 4, 4, 1)).astype(np.float32)
+    weights = jnp.asarray(random.normal(size=(16, 2)), jnp.float32)
+
+    def victim(images):
+        return (images - 0.5).reshape(len(images), -1) @ weights
+
+    labels = np.asarray(victim(images)).argmax(1)
+    estimator = oracles.ZerothOrder(4, per_example=per_example)
+    family = uap_family(images, labels, victim, ways=2, shots=2, queries=2, epsilon=0.1, estimator=estimator)
+    sampler = coordinate_lstm(2, 1, features=("raw", "update"), output_scale=1.0)
+    learner = learners.lft(coordinate_lstm(2, 1, start=MomentumStart(0.3)), sampler=sampler)
+    trainer = meta_trainer(learner, [family], num_steps=3, tasks_per_family=2, meta_optimizer=optax.sgd(1.0))
+    state = trainer.init(jax.random.key(0))
+    moved, metrics = trainer.step(state)
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0
+    head = "sampler", "head", "weight"
+    before, after = (functools.reduce(lambda tree, name: tree[name], head, s.params) for s in (state, moved))
+    assert np.all(np.isfinite(after)) and np.abs(after - before).max() > 0

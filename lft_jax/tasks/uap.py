@@ -142,12 +142,12 @@ def constrained_oracle(
     """
     context = jnp.stack([jnp.mean(images, 0), jnp.std(images, 0)])
 
-    def oracle(theta, key):
+    def oracle(theta, key, **sampling):
         seen = images
         if augmentation is not None:
             key, key_images = jax.random.split(key)
             seen = augmentation(images, key_images)
-        estimate = attack(seen)(theta, key)
+        estimate = attack(seen)(theta, key, **sampling)
         extras = {**estimate.extras, "scale": constraint.scale(theta), "context": context}
         # The penalty does not touch the victim: its gradient is always exact.
         cost, pull = jax.value_and_grad(constraint.cost)(theta)

@@ -39,6 +39,18 @@ def conv(images: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     return _conv(images, kernel, stride, tuple(padding))
 
 
+def conv_by_patches(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`conv` of stride 1 by one product with all that the kernel meets: where each of many tasks has its own kernel.
+
+    Under `vmap` over kernels XLA makes a grouped convolution of any other form, which is up to twice as slow on a CPU.
+    """
+    if not all(size % 2 for size in kernel.shape[:2]):
+        raise ValueError(f"kernel must have odd height and width, got shape {kernel.shape}.")
+    padding = ((0, 0), *((size // 2, size // 2) for size in kernel.shape[:2]), (0, 0))
+    patches = _patches(jnp.pad(images, padding), kernel.shape[:2], 1, *images.shape[1:3])
+    return (patches @ kernel.reshape(-1, kernel.shape[3])).reshape(*images.shape[:3], kernel.shape[3])
+
+
 _FEW_CHANNELS = 3
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -149,6 +150,37 @@ def test_tfds_images_are_what_tfds_reads():
     for i in (0, 1234, 9999):
         np.testing.assert_array_equal(source.images[i], data[i]["image"])
         assert source.labels[i] == data[i]["label"]
+
+
+@quiet
+def test_omniglot_is_split_by_character(monkeypatch, tmp_path):
+    """Its files are not at hand: what TFDS would read is made up, of its features and splits."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {
+            "alphabet": tfds.features.ClassLabel(num_classes=50),
+            "alphabet_char_id": tfds.features.Scalar(np.int64),
+            "image": tfds.features.Image(shape=(105, 105, 3)),
+            "label": tfds.features.ClassLabel(num_classes=1623),
+        }
+    )
+    labels = {"train": np.arange(90) * 37 % 30 * 50, "test": np.arange(40) % 10 * 50 + 1}
+
+    def examples(split):
+        images = [np.full((105, 105, 3), i, np.uint8) for i in range(len(labels[split]))]
+        return [{"image": image, "label": label} for image, label in zip(images, labels[split], strict=True)]
+
+    info = types.SimpleNamespace(features=features, full_name="omniglot/3.0.0", splits={"train": 0, "test": 0})
+    builder = types.SimpleNamespace(info=info, data_dir=tmp_path, as_data_source=lambda split: examples(split))
+    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: builder)
+    train, validation, test = (load_source("omniglot", split, cache_dir=tmp_path) for split in SPLITS)
+    assert [len(part.labels) for part in (train, validation, test)] == [81, 9, 40]
+    assert all(part.num_classes == 1623 and part.images.shape[1:] == (105, 105, 3) for part in (train, validation))
+    assert set(validation.labels) == {1350, 1400, 1450}
+    assert not set(train.labels) & set(validation.labels)
+    np.testing.assert_array_equal(labels["train"][train.images[:, 0, 0, 0]], train.labels)
+    np.testing.assert_array_equal(test.labels, labels["test"])
 
 
 @quiet

@@ -10,6 +10,7 @@ from experiments import (
     ablation,
     attack,
     breadth,
+    classification,
     config,
     evaluate,
     meta_train,
@@ -25,7 +26,7 @@ from experiments import (
 )
 
 BINARIES = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
-BINARIES += (train_victim, victims, zo_l2l)
+BINARIES += (classification, train_victim, victims, zo_l2l)
 
 
 @dataclasses.dataclass(frozen=True)

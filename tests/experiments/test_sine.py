@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import sine, tables
+from experiments import sections, sine
 
 
 @pytest.mark.standard_promotion
@@ -22,7 +22,7 @@ def test_every_method_is_judged_on_the_networks_it_serves(tmp_path):
     np.testing.assert_allclose(of["lft"]["difference_to_sgd"][0], of["lft"]["error"][-1] - of["sgd"]["error"][-1])
     assert of["sgd"]["difference_to_sgd"] == [0, 0]
     assert of["adam"]["learning_rate"] in sine.RATES["adam"]
-    section = tables.sine_section(
+    section = sections.sine_section(
         json.loads((tmp_path / "sine.json").read_text()), "results/sine.json", "../results/sine"
     )
     assert section.count("| lft | ") == 2

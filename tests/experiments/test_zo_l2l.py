@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import render, tables, zo_l2l
+from experiments import render, sections, zo_l2l
 
 METHODS = {"update_rnn", "update_rnn + query_rnn", "update_rnn + guided"}
 METHODS |= {name + tuned for name in zo_l2l.BASELINES for tuned in ("", " (tuned)")}
@@ -41,10 +41,10 @@ def test_all_methods_attack_the_same_images_from_the_same_starts(tmp_path, monke
         # Of one setting there is one outcome: the images, the starts and the directions are the same for all.
         assert (tuned["loss"] == published["loss"]) == (tuned["rate_times_d"] == rate)
 
-    section = tables.zo_l2l_section(results, "results/zo_l2l.json", "../results/zo_l2l")
+    section = sections.zo_l2l_section(results, "results/zo_l2l.json", "../results/zo_l2l")
     assert "By the last step's loss: " + " < ".join(row["method"] for row in results["rows"]) + "." in section
     assert f"| zo_adam, learning rate 8 / d | {rows['zo_adam']['loss'][-1]:.2f} ± " in section
     header, *_ = (line for line in section.splitlines() if line.startswith("|"))
     assert {line.count("|") for line in section.splitlines() if line.startswith("|")} == {header.count("|")}
     assert (tmp_path / "zo_l2l.png").stat().st_size > 10_000
-    assert render.KINDS["experiments.zo_l2l"][0] is tables.zo_l2l_section
+    assert render.KINDS["experiments.zo_l2l"][0] is sections.zo_l2l_section

@@ -1,0 +1,44 @@
+"""Drawing rows from a class table, and scaling images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lft_jax.data import class_table, draw_rows, resized
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 6), min_size=7, max_size=7))
+def test_rows_are_different_ones_of_classes_that_have_enough(seed, counts):
+    labels = np.repeat(np.arange(8), [*counts, 6])
+    table, sizes = class_table(labels, 8)
+    ways, per_class = min(3, int(np.sum(sizes >= 3))), 3
+    rows = np.asarray(draw_rows(jax.random.key(seed), jnp.asarray(table), jnp.asarray(sizes), ways, per_class))
+    assert rows.shape == (ways, per_class)
+    assert len(set(rows.ravel())) == rows.size
+    found = labels[rows]
+    assert np.all(found == found[:, :1])
+    assert np.all(sizes[found[:, 0]] >= per_class)
+
+
+def test_scaling_down_by_a_whole_number_loses_no_light():
+    images = np.random.default_rng(0).integers(0, 256, (1003, 6, 6, 2), np.uint8)
+    small = resized(images, 3)
+    assert small.shape == (1003, 3, 3, 2) and small.dtype == np.uint8
+    # A triangle filter of an antialiased bilinear scaling, whose weights at a factor of 2 are 1, 3, 3, 1 eighths.
+    along = np.asarray([[3, 3, 1, 0, 0, 0], [0, 1, 3, 3, 1, 0], [0, 0, 0, 1, 3, 3]], float)
+    along /= along.sum(1, keepdims=True)
+    expected = np.einsum("ph,qw,nhwc->npqc", along, along, images.astype(float))
+    np.testing.assert_allclose(small, expected, atol=0.51)
+    half = resized(images[:2].astype(np.float32) / 255, 3)
+    np.testing.assert_allclose(half, expected[:2] / 255, atol=1e-5)
+    assert half.dtype == np.float32 and half.max() <= 1
+
+
+def test_images_of_the_size_are_left_alone():
+    images = np.zeros((2, 5, 5, 1), np.uint8)
+    assert resized(images, 5) is images
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        resized(images, 0)

@@ -307,7 +307,7 @@ def test_the_second_stage_trains_the_sampler_alone():
 
 @pytest.mark.parametrize("per_example", [False, True])
 def test_universal_perturbations_can_be_sought_by_learned_sampling(per_example):
-    """A meta-step through a black-box victim moves the sampler's weights, with directions shared or each image's own."""
+    """A meta-step through a black-box victim moves the sampler's weights, whoever the directions belong to."""
     random = np.random.default_rng(0)
     images = random.uniform(0.2, 0.8, size=(20, 4, 4, 1)).astype(np.float32)
     weights = jnp.asarray(random.normal(size=(16, 2)), jnp.float32)

@@ -1,6 +1,7 @@
 """Tests run as strictly as JAX allows: no silent rank or dtype promotion, warnings are errors (pyproject.toml)."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 
@@ -9,8 +10,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from lft_jax import oracles
+from lft_jax.tasks.quadratic import QuadraticFamily
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -52,3 +58,24 @@ def x64():
     """Runs a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Opaque(QuadraticFamily):
+    """Quadratic tasks whose loss only NumPy can tell."""
+
+    def oracle(self, support):
+        return oracles.zeroth_order(lambda theta: self.loss(theta, support), num_directions=3, smoothing=0.1)
+
+    def loss(self, theta, data):
+        def on_numpy(theta, data):
+            return np.mean((np.asarray(theta)[None] - np.asarray(data)) ** 2, dtype=np.float32)
+
+        return jax.pure_callback(on_numpy, jax.ShapeDtypeStruct((), jnp.float32), theta, data, vmap_method="sequential")
+
+
+@pytest.fixture
+def opaque_family():
+    """Two examples of three coordinates a task."""
+    return Opaque(jnp.ones(3), support=2, query=2)

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import baselines, learners, oracles
+from lft_jax import baselines, learners
 from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta import meta_trainer
 from lft_jax.rules import coordinate_lstm
-from lft_jax.tasks.quadratic import QuadraticFamily, quadratic_family
+from lft_jax.tasks.quadratic import quadratic_family
 
 KEY = jax.random.key(5)
 
@@ -174,23 +174,8 @@ def test_truncation_by_all_steps_is_none(window, same):
     assert np.isclose(cut["grad_norm"], full["grad_norm"], rtol=1e-5) == same
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Opaque(QuadraticFamily):
-    """Quadratic tasks whose loss only NumPy can tell."""
-
-    def oracle(self, support):
-        return oracles.zeroth_order(lambda theta: self.loss(theta, support), num_directions=3, smoothing=0.1)
-
-    def loss(self, theta, data):
-        def on_numpy(theta, data):
-            return np.mean((np.asarray(theta)[None] - np.asarray(data)) ** 2, dtype=np.float32)
-
-        return jax.pure_callback(on_numpy, jax.ShapeDtypeStruct((), jnp.float32), theta, data, vmap_method="sequential")
-
-
-def test_an_opaque_model_can_be_meta_trained_on():
-    family = Opaque(jnp.ones(3), support=2, query=2)
+def test_an_opaque_model_can_be_meta_trained_on(opaque_family):
+    family = opaque_family
     learner = learners.lft(coordinate_lstm(2, 1, features="raw"))
     options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
     trainer = meta_trainer(learner, [family], estimator=EvolutionStrategies(2), **options)

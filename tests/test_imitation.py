@@ -1,20 +1,18 @@
 """Imitation of a hand-made optimizer: the distance against a plain loop, its meta-gradient, and what is learned."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from lft_jax import baselines, learners, oracles
+from lft_jax import baselines, learners
 from lft_jax.estimators import EvolutionStrategies
 from lft_jax.imitation import Imitation, imitating
 from lft_jax.meta import meta_trainer
 from lft_jax.outer_loss import outer_losses
 from lft_jax.rules import coordinate_lstm
-from lft_jax.tasks.quadratic import QuadraticFamily, quadratic_family
+from lft_jax.tasks.quadratic import quadratic_family
 from lft_jax.tasks.uap import uap_family
 from lft_jax.transform import learned_fine_tuner
 
@@ -72,27 +70,12 @@ def test_the_teacher_is_a_constant(x64, window):
     np.testing.assert_allclose([value, slope], [0.7**2 * squares, -2 * 0.7 * squares], rtol=1e-10)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Opaque(QuadraticFamily):
-    """Quadratic tasks whose loss only NumPy can tell."""
-
-    def oracle(self, support):
-        return oracles.zeroth_order(lambda theta: self.loss(theta, support), num_directions=3, smoothing=0.1)
-
-    def loss(self, theta, data):
-        def on_numpy(theta, data):
-            return np.mean((np.asarray(theta)[None] - np.asarray(data)) ** 2, dtype=np.float32)
-
-        return jax.pure_callback(on_numpy, jax.ShapeDtypeStruct((), jnp.float32), theta, data, vmap_method="sequential")
-
-
-def test_a_rule_learns_its_teacher_on_a_model_that_can_only_be_called():
+def test_a_rule_learns_its_teacher_on_a_model_that_can_only_be_called(opaque_family):
     """By backpropagation, and then goes on to lower the loss, by whatever is asked for."""
     imitation = Imitation(baselines.projected_gradient(0.5), 60)
     trainer = meta_trainer(
         learners.lft(coordinate_lstm(4, 1, output_scale=1.0)),
-        [Opaque(jnp.ones(3), support=2, query=2)],
+        [opaque_family],
         num_steps=2,
         tasks_per_family=4,
         meta_optimizer=optax.rmsprop(0.03),

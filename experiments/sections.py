@@ -121,14 +121,17 @@ def _mean_loss(row):
 def classification_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """Few-shot classification: accuracies by kind of tasks and method."""
     flags, rows = results["flags"], results["rows"]
+    tried = {row["method"]: row["settings_tried"] for row in rows if row.get("settings_tried", 1) > 1}
+    tried = ", ".join(f"{method} {count}" for method, count in tried.items())
     lines = [
         "## Few-shot classification",
         "",
         f"Accuracy, %, on other images after steps on {flags['shots']} images of each of {flags['ways']} classes, mean "
         f"± 95% interval over {flags['num_tasks']} tasks, and the mean of {len(flags['seeds'])} meta-training seeds "
         "(in brackets their range). Tasks are of classes and images that meta-training did not see. The LFT, SGD and "
-        "Adam start from random weights, all others from a learned initialization; settings and inner rates are "
-        f"tuned on validation tasks. Tasks are named source:size:architecture:width. {origin(results, path)}",
+        "Adam start from random weights, all others from a learned initialization. Settings are the best of so many on "
+        f"validation tasks, which are of the classes of meta-training, inner rates with the first seed: {tried}. The "
+        f"LFT's are not tuned. Tasks are named source:size:architecture:width. {origin(results, path)}",
         "",
     ]
     for part, case in dict.fromkeys((row["part"], row["case"]) for row in rows):

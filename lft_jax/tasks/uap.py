@@ -9,7 +9,7 @@ import numpy as np
 
 from lft_jax import base, oracles
 from lft_jax.base import Episode, Estimate, Oracle, TaskFamily
-from lft_jax.data import check_images_labels, class_table, unit_range
+from lft_jax.data import check_images_labels, class_table, draw_rows, unit_range
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, margins, norm, perturb
 from lft_jax.tasks.waves import WaveSearch
@@ -62,15 +62,7 @@ class UapFamily(TaskFamily):
 
     def sample(self, key: jax.Array) -> Episode:
         """Draws classes, then disjoint support and query images of each: `Batch`es of ways * shots, ways * queries."""
-        key_classes, key_images = jax.random.split(key)
-        enough = self.counts >= self.shots + self.queries
-        # The largest of uniform scores are a sample without replacement, also where some entries are barred.
-        scores = jnp.where(enough, jax.random.uniform(key_classes, self.counts.shape), -1)
-        classes = jax.lax.top_k(scores, self.ways)[1]
-        real = jnp.arange(self.table.shape[1])[None] < self.counts[classes][:, None]
-        scores = jnp.where(real, jax.random.uniform(key_images, real.shape), -1)
-        columns = jax.lax.top_k(scores, self.shots + self.queries)[1]
-        rows = jnp.take_along_axis(self.table[classes], columns, axis=1)
+        rows = draw_rows(key, self.table, self.counts, self.ways, self.shots + self.queries)
         return Episode(self.batch(rows[:, : self.shots].ravel()), self.batch(rows[:, self.shots :].ravel()))
 
     def batch(self, rows: jax.Array) -> Batch:

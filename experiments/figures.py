@@ -57,8 +57,7 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         of_target = {row["method"]: row for row in rows if (row["source"], row["victim"]) == (source, victim)}
         # In the order of the colours, the learned ones on top; what is augmented, and runs of one learner on other
         # sources, by their lines.
-        spent = {m: tuple(row["queries"]) for m, row in of_target.items() if row.get("queries")}
-        by_query = len(set(spent.values())) > 1
+        spent = _spent(of_target)
         variants = [(n, m) for n in COLOURS for m in of_target if m == n or _plain(m) == n]
         for name, method in variants:
             row, colour = of_target[method], COLOURS[name]
@@ -68,13 +67,13 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axis.axhline(row["asr"][-1], color=colour, linestyle=":", label="oracle (all images)")
                 continue
             at, asr, width = (np.asarray(row[name], float) for name in ("at", "asr", "asr_interval"))
-            if by_query:
+            if spent:
                 at = np.asarray(spent.get(method, spent["pgd"]))
             axis.plot(at, asr, color=colour, linestyle=style, marker="o", markersize=2, label=method)
             axis.fill_between(at, asr - width, asr + width, color=colour, alpha=0.15, linewidth=0)
         axis.set(title=f"{victim} ({'seen' if seen else 'unseen'} victim)", ylim=(0, None))
-        axis.set_xlabel("image evaluations of the victim" if by_query else "fine-tuning step")
-        if not by_query:
+        axis.set_xlabel("image evaluations of the victim" if spent else "fine-tuning step")
+        if not spent:
             axis.set_xticks(tables.shown_steps(of_target["pgd"]["at"]))
         axis.grid(alpha=0.3)
     for line in axes:
@@ -91,13 +90,22 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def _spent(rows):
+    """`{method: image evaluations after each judged step}`, if they are not the same for all; else empty."""
+    spent = {method: tuple(row["queries"]) for method, row in rows.items() if row.get("queries")}
+    return spent if len(set(spent.values())) > 1 else {}
+
+
 def _plain(method):
     """The method without its augmentation and the sources that it was trained on; untuned ones are their own."""
     return method if method.endswith("(untuned)") else method.removesuffix(tables.AUGMENTED).split(" (")[0]
 
 
 def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a target: bars of the steps until each method's mean success is the final one of tuned PGD."""
+    """A panel a target: bars of the steps until each method's mean success is the final one of tuned PGD.
+
+    Of the image evaluations until then, where methods differ in what a step costs.
+    """
     targets = list(dict.fromkeys(row["victim"] for row in rows))
     shown = [row for row in rows if row["method"] not in ("oracle", "transfer") and "(untuned)" not in row["method"]]
     methods = list(dict.fromkeys(row["method"] for row in shown))
@@ -105,15 +113,20 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(targets), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, victim in zip(axes[0], targets, strict=True):
         of_target = {row["method"]: row for row in shown if row["victim"] == victim}
+        by_query = bool(_spent(of_target))
         for height, method in enumerate(methods):
             if method not in of_target:
                 axis.text(0, height, " not comparable", va="center", fontsize=7, color="#777777")
                 continue
-            steps = of_target[method]["steps_to_tuned_pgd"]
+            row = of_target[method]
+            steps = row["steps_to_tuned_pgd"]
+            if steps and by_query:
+                steps = round(row["queries"][row["at"].index(steps)])
             colour = COLOURS.get(_plain(method), "#777777")
             axis.barh(height, steps or 0, color=colour)
             axis.text(steps or 0, height, f" {steps or 'never'}", va="center", fontsize=7)
-        axis.set(title=victim, xlabel="steps", xlim=(0, 1.25 * rows[0]["at"][-1]))
+        most = max(of_target["pgd"]["queries"]) if by_query else rows[0]["at"][-1]
+        axis.set(title=victim, xlabel="image evaluations" if by_query else "steps", xlim=(0, 1.25 * most))
         axis.title.set_size(8)
     axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
     axes[0, 0].invert_yaxis()

@@ -25,7 +25,7 @@ def study(tmp_path_factory):
 
 
 def _flags(folder, **changes):
-    has_no_rule = changes.get("learner") in ("maml", "reptile", "meta_sgd")
+    has_no_rule = changes.get("learner") in ("maml", "sign_maml", "reptile", "meta_sgd")
     rule = {} if has_no_rule else {"rule": "coordinate_lstm", "hidden": 3}
     settings = {
         "victims": (str(folder / "victim"),),

@@ -36,6 +36,10 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
         "compilation_cache", str(user_folder() / "compiled"), "Folder that keeps compiled programs; empty for none."
     )
 
+    # --help shows the flags of the program alone, which are those defined here.
+    for name in (*(field.name for field in dataclasses.fields(config_type)), "compilation_cache"):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
     def from_flags(argv):
         jax.config.update("jax_compilation_cache_dir", flags.FLAGS.compilation_cache or None)
         logging.set_verbosity(logging.WARNING)  # TFDS and orbax tell much at the level below

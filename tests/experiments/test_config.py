@@ -84,7 +84,7 @@ def test_help_and_errors_of_a_binary():
         return subprocess.run(command, capture_output=True, text=True)
 
     shown = run("--help")
-    assert "--victim" in shown.stdout and "universal perturbation" in shown.stdout
+    assert "universal perturbation" in shown.stdout and "--max_queries: Image evaluations at most." in shown.stdout
     missing = run("--victim=nowhere", "--output=x")
     assert missing.returncode != 0
     assert "nowhere" in missing.stderr and "Traceback" not in missing.stderr

@@ -113,20 +113,20 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(targets), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, victim in zip(axes[0], targets, strict=True):
         of_target = {row["method"]: row for row in shown if row["victim"] == victim}
-        by_query = bool(_spent(of_target))
+        spent = _spent(of_target)
         for height, method in enumerate(methods):
             if method not in of_target:
                 axis.text(0, height, " not comparable", va="center", fontsize=7, color="#777777")
                 continue
             row = of_target[method]
             steps = row["steps_to_tuned_pgd"]
-            if steps and by_query:
-                steps = round(row["queries"][row["at"].index(steps)])
+            if steps and spent:
+                steps = round(spent.get(method, spent["pgd"])[row["at"].index(steps)])
             colour = COLOURS.get(_plain(method), "#777777")
             axis.barh(height, steps or 0, color=colour)
             axis.text(steps or 0, height, f" {steps or 'never'}", va="center", fontsize=7)
-        most = max(of_target["pgd"]["queries"]) if by_query else rows[0]["at"][-1]
-        axis.set(title=victim, xlabel="image evaluations" if by_query else "steps", xlim=(0, 1.25 * most))
+        most = spent["pgd"][-1] if spent else rows[0]["at"][-1]
+        axis.set(title=victim, xlabel="image evaluations" if spent else "steps", xlim=(0, 1.25 * most))
         axis.title.set_size(8)
     axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
     axes[0, 0].invert_yaxis()

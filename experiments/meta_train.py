@@ -17,7 +17,7 @@ import jax
 import optax
 
 from experiments import common, config
-from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, tasks
+from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, sampling, tasks
 from lft_jax.base import Learner, check_name
 from lft_jax.directions import BASES
 from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
@@ -30,8 +30,6 @@ LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_
 #: Those that learn an initialization and so need victims of one image shape.
 CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
 META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
-#: ZO-L2L's sampler (PAPER "Constants of the precursors").
-QUERY_RNN = rules.coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)
 REMAT = {"auto": None, "always": True, "never": False}
 
 
@@ -170,7 +168,7 @@ def learner_of(flags: Config) -> Learner:
             learning_rate=flags.adaptation_rate,
             second_order=flags.second_order,
         )
-    options = {"sampler": QUERY_RNN} if flags.sampler else {}
+    options = {"sampler": sampling.QUERY_RNN} if flags.sampler else {}
     return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order, **options)
 
 

@@ -162,8 +162,9 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         'training images. "Steps" are those until a method\'s mean ASR reaches the final one of tuned PGD; "gap '
         'closed" is the part of the way from the best tuned baseline to the oracle'
         + (
-            ', "augmented" that from the best of these and of two that augment too: what was best on the validation '
-            "tasks without, and the transfer start fine-tuned by it, each tuned again"
+            ', "augmented" that from the best of these and of two that augment too'
+            + (", and search and ask as the learned methods do" if directions else "")
+            + ": what was best on the validation tasks without and the transfer start fine-tuned by it, tuned again"
             if _augmented(rows)
             else ""
         )

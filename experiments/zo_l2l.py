@@ -37,7 +37,6 @@ BASELINES = {
 }
 #: Learning rates tried, times d.
 RATES = tuple(2.0**power for power in range(-1, 9))
-QUERY_RNN = lft_jax.coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
     attacked = single_image_family(test.images[: 20 * flags.images], test.labels[: 20 * flags.images], victim.logits_fn)
 
     update_rnn = lft_jax.coordinate_lstm(10, 1, features="raw", output_scale=flags.output_scale)
-    update, both = learners.l2o(update_rnn), learners.l2o(update_rnn, sampler=QUERY_RNN)
+    update, both = learners.l2o(update_rnn), learners.l2o(update_rnn, sampler=sampling.QUERY_RNN)
     rule, losses = _meta_trained(update, optax.adam(1e-3), family, flags, flags.update_steps)
     results["meta_training"]["update_rnn"] = losses
     stages = {"train": optax.adam(5e-3), "hold": optax.set_to_zero()}

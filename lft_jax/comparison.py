@@ -17,7 +17,7 @@ from lft_jax.tasks.uap import UapFamily
 REFERENCE = "pgd"
 TRANSFER = "transfer, fine-tuned"
 #: Ends the names of baselines that were given what the learned methods were: the augmentation of the support images
-#: and, under zeroth-order gradients, the estimator with all its settings.
+#: and, under zeroth-order gradients, the search of waves and the estimator with all its settings.
 AUGMENTED = ", augmented"
 
 

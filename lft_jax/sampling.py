@@ -16,8 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from lft_jax.base import PyTree, check_at_least
-from lft_jax.rules import Rule
+from lft_jax.rules import Rule, coordinate_lstm
 from lft_jax.transform import initial_states, leaf_signals
+
+#: ZO-L2L's sampler (PAPER "Constants of the precursors").
+QUERY_RNN = coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)
 
 
 class LearnedSamplerState(NamedTuple):

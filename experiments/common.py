@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from lft_jax import comparison, evaluation, meta, oracles, tasks
+from lft_jax import checkpoints, comparison, evaluation, meta, oracles, tasks
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.data import load_source
 from lft_jax.tasks.augmentation import Augmentation
@@ -115,14 +115,16 @@ def meta_training(
     tasks_per_family: int,
     rate: float,
     scanned: int = 100,
+    workdir: str | os.PathLike[str] | None = None,
 ) -> Callable[..., PyTree]:
-    """Meta-training without a run on disk, for meta-steps so short that calling one would take longer.
+    """Meta-training without checkpoints, for meta-steps so short that calling one would take longer.
 
     Args:
       make_learner: keyword arguments (which may be traced) -> learner.
       families: see `lft_jax.meta_trainer`, as for `num_steps` and `tasks_per_family`.
       rate: learning rate of the meta-optimizer, Adam.
       scanned: meta-steps of a call.
+      workdir: a folder for this very training, where meta-parameters are kept when ready and found again.
 
     Returns:
       `train(seed, meta_steps, **settings) -> params`; whatever the settings of the learner, it is compiled once.
@@ -140,9 +142,14 @@ def meta_training(
 
     def train(seed, meta_steps, **settings):
         state = trainer_of(families, settings).init(jax.random.key(seed))
+        kept = workdir and Path(workdir, "_".join(map(str, (seed, meta_steps, *settings.values()))))
+        if kept and kept.is_dir():
+            return checkpoints.load_tree(kept, state.params)
         for _ in range(-(-meta_steps // scanned)):
             state = many(families, settings, state)
         print(f"meta-trained {make_learner(**settings).name}, seed {seed}: {int(state.step)} meta-steps", flush=True)
+        if kept:
+            checkpoints.save_tree(kept, state.params)
         return state.params
 
     return train

@@ -77,7 +77,18 @@ def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     for width in dict.fromkeys(row["width"] for row in rows):
         lines += [f"Network of two layers of {width}:", ""]
         lines += _curve_lines([row for row in rows if row["width"] == width], "error", "{:.3f}", "{:+.3f}")
-    return "\n".join([*lines, f"![errors]({figures}.png)", "", ""])
+    lines += [
+        "As published for curves whose frequency varies too (Meta-SGD, Li et al. 2017, table 1, after one step), and "
+        "obtained on such curves:",
+        "",
+        "| method | published | after 1 step | after 10 steps |",
+        "|---|---|---|---|",
+    ]
+    for row in results["published"]:
+        cells = ["{:.2f} ± {:.2f}".format(*row["published_error"])]
+        cells += [f"{row['error'][k]:.3f} ± {row['error_interval'][k]:.3f}" for k in (0, -1)]
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"![errors]({figures}.png)", "", ""])
 
 
 def zo_l2l_section(results: Mapping[str, Any], path: str, figures: str) -> str:

@@ -1,4 +1,4 @@
-"""Few-shot regression of sine curves, the setting of MAML (Finn et al. 2017, section 5.1)."""
+"""Few-shot regression of sine curves, the settings of MAML (Finn et al. 2017, section 5.1) and of Meta-SGD."""
 
 import dataclasses
 import math
@@ -15,7 +15,9 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SineFamily(TaskFamily):
-    """Fit `y = amplitude * sin(x - phase)` from a few points with a small network. Build it with `sine_family`.
+    """Fit `y = amplitude * sin(frequency * x - phase)` from a few points with a small network.
+
+    Build it with `sine_family`.
 
     The optimizee is the network: a list of layers `{"weight": [in, out], "bias": [out]}`, relu between them. Families
     of other widths share no variables: incongruous tasks. Data are pairs `(x [n], y [n])`, the loss is the mean squared
@@ -23,6 +25,7 @@ class SineFamily(TaskFamily):
 
     Attributes:
       amplitude: `[2]`, ends of the range that a task's amplitude is drawn from, uniformly.
+      frequency: `[2]`, the same of its frequency, in radians a unit of x.
       phase: `[2]`, the same of its phase, in radians.
       x: `[2]`, the same of the points.
       widths: of the hidden layers.
@@ -31,6 +34,7 @@ class SineFamily(TaskFamily):
     """
 
     amplitude: jax.Array
+    frequency: jax.Array
     phase: jax.Array
     x: jax.Array
     widths: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
@@ -39,13 +43,14 @@ class SineFamily(TaskFamily):
 
     def sample(self, key: jax.Array) -> Episode:
         """Points of one curve."""
-        keys, dtype = jax.random.split(key, 3), self.x.dtype
+        keys, dtype = jax.random.split(key, 4), self.x.dtype
 
         def uniform(key, ends, shape=()):
             return jax.random.uniform(key, shape, dtype, ends[0], ends[1])
 
         x = uniform(keys[2], self.x, (self.shots + self.queries,))
-        y = uniform(keys[0], self.amplitude) * jnp.sin(x - uniform(keys[1], self.phase))
+        angle = uniform(keys[3], self.frequency) * x - uniform(keys[1], self.phase)
+        y = uniform(keys[0], self.amplitude) * jnp.sin(angle)
         return Episode((x[: self.shots], y[: self.shots]), (x[self.shots :], y[self.shots :]))
 
     def init(self, key: jax.Array) -> PyTree:
@@ -87,18 +92,20 @@ def sine_family(
     shots: int = 10,
     queries: int = 10,
     amplitude: tuple[float, float] = (0.1, 5.0),
+    frequency: tuple[float, float] = (1.0, 1.0),
     phase: tuple[float, float] = (0.0, math.pi),
     x: tuple[float, float] = (-5.0, 5.0),
 ) -> SineFamily:
-    """A `SineFamily`; the defaults are MAML's.
+    """A `SineFamily`; the defaults are MAML's. With a `frequency` of (0.8, 1.2) it is Meta-SGD's (Li et al. 2017).
 
     Raises:
-      ValueError: for ranges that do not ascend, or numbers below 1.
+      ValueError: for ranges that descend, or numbers below 1.
     """
-    for name, ends in (("amplitude", amplitude), ("phase", phase), ("x", x)):
-        if len(ends) != 2 or not ends[0] < ends[1]:
-            raise ValueError(f"{name} must be two ascending numbers, got {ends!r}.")
+    ranges = {"amplitude": amplitude, "frequency": frequency, "phase": phase, "x": x}
+    for name, ends in ranges.items():
+        if len(ends) != 2 or not ends[0] <= ends[1]:
+            raise ValueError(f"{name} must be two numbers that do not descend, got {ends!r}.")
     for name, value in (("shots", shots), ("queries", queries), *(("widths", width) for width in widths)):
         base.check_at_least(name, value, 1)
-    ranges = (jnp.asarray(ends, jnp.result_type(float)) for ends in (amplitude, phase, x))
-    return SineFamily(*ranges, tuple(widths), shots, queries)
+    arrays = {name: jnp.asarray(ends, jnp.result_type(float)) for name, ends in ranges.items()}
+    return SineFamily(**arrays, widths=tuple(widths), shots=shots, queries=queries)

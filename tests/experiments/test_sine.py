@@ -9,9 +9,23 @@ from experiments import sections, sine
 @pytest.mark.standard_promotion
 def test_every_method_is_judged_on_the_networks_it_serves(tmp_path):
     flags = sine.Config(
-        output=str(tmp_path / "sine.json"), widths=(4, 3), seeds=(0,), maml_steps=100, lft_steps=100, num_tasks=5
+        output=str(tmp_path / "sine.json"),
+        widths=(4, 3),
+        seeds=(0,),
+        maml_steps=100,
+        lft_steps=100,
+        published_steps=100,
+        num_tasks=5,
+        workdir=str(tmp_path / "runs"),
     )
-    sine.sine(flags)
+    first = sine.sine(flags)
+    kept = [path for path in tmp_path.rglob("0_*") if path.is_dir()]
+    assert len(kept) == 1 + 3 + 2
+    ready = [path.stat().st_mtime_ns for path in kept]
+    again = sine.sine(flags)  # finds what was meta-trained
+    assert [path.stat().st_mtime_ns for path in kept] == ready
+    assert again["rows"] == first["rows"] and again["published"] == first["published"]
+    assert [row["method"] for row in first["published"]] == list(sine.PUBLISHED)
     rows = json.loads((tmp_path / "sine.json").read_text())["rows"]
     methods = {width: [row["method"] for row in rows if row["width"] == width] for width in (4, 3)}
     assert methods[3] == ["lft", "sgd", "adam"]
@@ -26,5 +40,7 @@ def test_every_method_is_judged_on_the_networks_it_serves(tmp_path):
         json.loads((tmp_path / "sine.json").read_text()), "results/sine.json", "../results/sine"
     )
     assert section.count("| lft | ") == 2
+    obtained = first["published"][0]["error"][0]
+    assert f"| maml | 0.77 ± 0.11 | {obtained:.3f} ± " in section
     assert f"| adam, learning rate {of['adam']['learning_rate']} | {of['adam']['error'][0]:.3f} ± " in section
     assert (tmp_path / "sine.png").stat().st_size > 10_000

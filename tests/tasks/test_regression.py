@@ -25,6 +25,20 @@ def test_points_lie_on_one_curve_of_the_ranges():
         np.testing.assert_allclose(along * np.sin(x_query) - across * np.cos(x_query), y_query, atol=1e-4)
 
 
+def test_curves_have_frequencies_of_the_range():
+    family = sine_family(shots=200, queries=1, frequency=(0.8, 1.2))
+    found = []
+    for seed in range(20):
+        x, y = family.sample(jax.random.key(seed)).support
+        tried = np.linspace(0.7, 1.3, 601)
+        residuals = []
+        for frequency in tried:
+            basis = np.stack([np.sin(frequency * x), np.cos(frequency * x)], axis=1)
+            residuals.append(np.linalg.lstsq(basis, np.asarray(y), rcond=None)[1][0])
+        found.append(tried[np.argmin(residuals)])
+    assert 0.799 <= min(found) < 0.9 and 1.1 < max(found) <= 1.201
+
+
 def test_the_loss_is_that_of_the_network():
     family = sine_family(widths=(3, 2))
     theta = family.init(jax.random.key(0))
@@ -59,7 +73,7 @@ def test_descent_fits_the_support_points():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"x": (1.0, 1.0)}, r"x must be two ascending numbers, got \(1.0, 1.0\)"),
+        ({"x": (1.0, 0.5)}, r"x must be two numbers that do not descend, got \(1.0, 0.5\)"),
         ({"widths": (4, 0)}, "widths must be at least 1, got 0"),
         ({"shots": 0}, "shots must be at least 1, got 0"),
     ],

@@ -20,6 +20,7 @@ from lft_jax import checkpoints, comparison, evaluation, meta, oracles, tasks
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.data import load_source
 from lft_jax.tasks.augmentation import Augmentation
+from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.victims import Victim, load_victim
 
 #: Radii of balls by norm and source, in units of the image range: near where a full-data UAP fools four in five images
@@ -45,6 +46,7 @@ class TaskConfig:
       per_example: whether each support image tries directions of its own.
       loss: the objective, of the query images.
       support_loss: of the support images.
+      kappa: confidence of the hinge, of both losses.
       start: "zeros" or "random".
       waves: what a search for a better start may cost (`lft_jax.tasks.WaveSearch`), a quarter of it for new waves; 0
         for none.
@@ -64,6 +66,7 @@ class TaskConfig:
     per_example: bool = False
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
+    kappa: float = 0.0
     start: str = "zeros"
     waves: int = 0
     augment: bool = True
@@ -85,6 +88,9 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     source = load_source(name, split, data_dir=data_dir)
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["augmentation"] = Augmentation() if options.pop("augment") else None
+    kappa = options.pop("kappa")
+    for name_of_loss in ("loss", "support_loss"):
+        options[name_of_loss] = AttackLoss(options[name_of_loss], kappa=kappa)
     waves = options.pop("waves")
     options["waves"] = tasks.WaveSearch.within(waves) if waves else None
     names = ("num_directions", "resolution", "basis", "smoothing", "per_example")

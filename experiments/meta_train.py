@@ -88,6 +88,7 @@ class Config:
         "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
     )
     support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
+    kappa: float = config.option(0.0, "How far the hinge wants the margin beyond 0, in logits (C&W's confidence).")
     task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
     waves: int = config.option(
         0, "Evaluations of the support images, 2 or more, that search plane waves for a better start; 0 for none."
@@ -215,6 +216,7 @@ def check(flags: Config) -> None:
             "is given exact gradients, without --num_directions",
         ),
         ("basis",): (flags.resolution is None, "has no subspace of directions, without --resolution"),
+        ("kappa",): ("hinge" not in (flags.loss, flags.support_loss), "minimises no hinge"),
         ("epsilon",): (flags.penalty is not None, "is given a penalty instead of a ball"),
     }
     for names, (applies, reason) in useless.items():

@@ -46,6 +46,7 @@ def test_unknown_names_are_refused(changes, message):
     ("changes", "message"),
     [
         ({"learner": "maml", "hidden": 3}, "hidden: maml learns no update rule; leave it out"),
+        ({"kappa": 5.0}, "kappa: lft minimises no hinge; leave it out"),
         ({"learner": "meta_sgd", "features": ("raw",)}, "features: meta_sgd learns no update rule"),
         ({"start": "none", "start_step": 0.1}, "start_step: lft has no hand-made update to add to"),
         ({"learner": "joint", "inner_step": 0.1}, "inner_step: joint fine-tunes by its own rule"),

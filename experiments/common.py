@@ -212,13 +212,19 @@ def best_of(
 
 
 def curve_row(metric: str, values: np.ndarray, rivals: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Means and 95% intervals over tasks `[T, K]`, and differences to others after the last step, paired by task."""
-    means, widths = zip(*(evaluation.mean_interval(column) for column in values.T), strict=True)
+    """Means and 95% intervals over tasks `[T, K]`, and differences to others after the last step, paired by task.
+
+    Where a method has diverged on a task, mean and interval are None.
+    """
+    means, widths = zip(*(_finite_interval(column) for column in values.T), strict=True)
     differences = {
-        f"difference_to_{name}": evaluation.mean_interval(values[:, -1] - other[:, -1])
-        for name, other in rivals.items()
+        f"difference_to_{name}": _finite_interval(values[:, -1] - other[:, -1]) for name, other in rivals.items()
     }
     return {metric: means, f"{metric}_interval": widths, **differences}
+
+
+def _finite_interval(values):
+    return evaluation.mean_interval(values) if np.all(np.isfinite(values)) else (None, None)
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -185,7 +185,7 @@ def _curves(panels, metric, label, path, log=False):
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for row in rows:
-            mean, band = np.asarray(row[metric]), np.asarray(row[f"{metric}_interval"])
+            mean, band = (np.asarray(row[name], float) for name in (metric, f"{metric}_interval"))  # None is nan
             steps, colour = np.arange(1, len(mean) + 1), COLOURS[row["method"]]
             axis.plot(steps, mean, color=colour, marker="o", markersize=3, label=row["method"])
             axis.fill_between(steps, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)

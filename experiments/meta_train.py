@@ -29,6 +29,8 @@ from lft_jax.victims import load_victim
 LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an initialization and so need victims of one image shape.
 CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
+#: Those that learn an update rule.
+RULE_LEARNERS = ("lft", "l2o", "adaptive_lft", "joint")
 META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
 REMAT = {"auto": None, "always": True, "never": False}
 
@@ -195,7 +197,7 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
 
 def check(flags: Config) -> None:
     """Raises a ValueError for a flag that what is asked for has no use for, and a choice that learns nothing."""
-    learned, es = flags.learner in ("lft", "l2o", "adaptive_lft", "joint"), flags.meta_gradient != "backprop"
+    learned, es = flags.learner in RULE_LEARNERS, flags.meta_gradient != "backprop"
     windows = flags.meta_gradient in ("pes", "truncated_es")
     starts = flags.learner in ("maml", "sign_maml", "meta_sgd")
     useless = {

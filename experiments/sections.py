@@ -86,7 +86,7 @@ def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     ]
     for row in results["published"]:
         cells = ["{:.2f} ± {:.2f}".format(*row["published_error"])]
-        cells += [f"{row['error'][k]:.3f} ± {row['error_interval'][k]:.3f}" for k in (0, -1)]
+        cells += [_plus_minus(row["error"][k], row["error_interval"][k], "{:.3f}", "{:.3f}") for k in (0, -1)]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"![errors]({figures}.png)", "", ""])
 
@@ -161,17 +161,20 @@ def _curve_lines(rows, metric, number, signed, factor=1):
     lines = [f"| method | {' | '.join(head)} | minus SGD | minus Adam |", "|---" * (len(shown) + 3) + "|"]
     for row in rows:
         pairs = [(row[metric][k - 1], row[f"{metric}_interval"][k - 1]) for k in shown]
-        cells = [" ± ".join(number.format(factor * x) for x in pair) for pair in pairs]
+        cells = [_plus_minus(*pair, number, number, factor) for pair in pairs]
         seeds = [number.format(factor * x) for x in row.get("seed_accuracy", ())]
         if len(seeds) > 1:
             cells[-1] += f" ({min(seeds, key=float)} to {max(seeds, key=float)})"
         for name in ("sgd", "adam"):
-            mean, width = row[f"difference_to_{name}"]
-            cells.append(f"{signed.format(factor * mean)} ± {number.format(factor * width)}")
+            cells.append(_plus_minus(*row[f"difference_to_{name}"], signed, number, factor))
         setting = row.get("setting", {key: row[key] for key in ("learning_rate",) if key in row})
         named = "".join(f", {key.replace('_', ' ')} {value}" for key, value in setting.items())
         lines.append(f"| {row['method']}{named} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _plus_minus(mean, width, number, of_width, factor=1):
+    return "diverges" if mean is None else f"{number.format(factor * mean)} ± {of_width.format(factor * width)}"
 
 
 def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:

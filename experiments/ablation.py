@@ -1,10 +1,12 @@
 r"""What each part of the fine-tuner is worth: leaves it out or adds it, one at a time, and attacks validation victims.
 
-  python -m experiments.ablation --variants=base,positions --meta_steps=150
+  python -m experiments.ablation --variants=base,positions
+  python -m experiments.ablation --study=query --output=results/ablation_query.json
 
 Choices are made here, on victims and images of meta-validation, so that the studies' unseen victims decide nothing.
-Variants are meta-trained on the small CNNs of the studies, with one seed; the first one given is what the others are
-compared with, task by task. Runs are kept in --workdir: a variant is trained once.
+Variants differ from one of the studies in what they say only; they are meta-trained on small CNNs, with one seed. The
+first one given is what the others are compared with, task by task. All of a study cost as many queries. Runs are kept
+in --workdir: a variant is trained once.
 """
 
 import dataclasses
@@ -14,33 +16,64 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, config, meta_train, victims
-from lft_jax import evaluation
+from experiments import common, config, meta_train, study, victims
+from lft_jax import evaluation, tasks
 from lft_jax.base import check_name
 from lft_jax.victims import load_victim
 
 _SEEN = ("momentum", "spread", "constraint", "progress", "context")
 
-#: Changes to the flags of experiments.meta_train, by the name of the variant.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "positions": {"features": (*_SEEN, "position")},
-    "no spread": {"features": tuple(f for f in _SEEN if f != "spread")},
-    "no context": {"features": tuple(f for f in _SEEN if f != "context")},
-    "no progress": {"features": tuple(f for f in _SEEN if f != "progress")},
-    "no constraint": {"features": tuple(f for f in _SEEN if f != "constraint")},
-    "no augmentation": {"augment": False},
-    "coordinatewise": {"rule": "coordinate_lstm", "features": _SEEN, "output_scale": 1.0},
-    "no start": {"start": "none"},
-    "the paper's rule": {
-        "rule": "coordinate_lstm",
-        "layers": 2,
-        "start": "none",
-        "augment": False,
-        "loss": "hinge",
-        "support_loss": "hinge",
+_PAPERS_RULE = {"rule": "coordinate_lstm", "layers": 2, "start": "none", "start_step": 0.8, "start_decay": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a variant differs from its study.
+
+    Attributes:
+      flags: of experiments.meta_train.
+      judged: those of its tasks and steps that differ only when it is judged, by the first variant's meta-parameters.
+    """
+
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    judged: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+#: By study and name.
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "hard": {
+        "base": Variant(),
+        "positions": Variant({"features": (*_SEEN, "position")}),
+        "no spread": Variant({"features": tuple(f for f in _SEEN if f != "spread")}),
+        "no context": Variant({"features": tuple(f for f in _SEEN if f != "context")}),
+        "no progress": Variant({"features": tuple(f for f in _SEEN if f != "progress")}),
+        "no constraint": Variant({"features": tuple(f for f in _SEEN if f != "constraint")}),
+        "no augmentation": Variant({"augment": False}),
+        "coordinatewise": Variant({"rule": "coordinate_lstm", "features": _SEEN, "output_scale": 1.0}),
+        "no start": Variant({"start": "none"}),
+        "a smaller start": Variant({"start_step": 0.3}),
+        "later steps count more": Variant({"weights": "linear"}),
+        "the paper's rule": Variant(
+            {**_PAPERS_RULE, "augment": False, "loss": "hinge", "support_loss": "hinge"},
+        ),
+        "learned on support images": Variant({"learner": "l2o"}),
     },
-    "learned on support images": {"learner": "l2o"},
+    "query": {
+        "base": Variant(),
+        "no waves": Variant({"waves": 0, "num_directions": 10}),
+        "shared directions": Variant({"per_example": False}),
+        "no tiles": Variant({"resolution": None}),
+        "small smoothing": Variant({"smoothing": 0.01}),
+        "no augmentation": Variant({"augment": False}),
+        "1 direction": Variant(judged={"num_directions": 1, "num_steps": 120}),
+        "5 directions": Variant(judged={"num_directions": 5, "num_steps": 24}),
+        "20 directions": Variant(judged={"num_directions": 20, "num_steps": 6}),
+        "log_sign": Variant({**_PAPERS_RULE, "features": ("log_sign",)}),
+        "raw": Variant({**_PAPERS_RULE, "features": ("raw",)}),
+        "adam": Variant({**_PAPERS_RULE, "features": ("adam",)}),
+        "learned directions": Variant({"sampler": True}),
+        "learned on support images": Variant({"learner": "l2o"}),
+    },
 }
 
 
@@ -48,9 +81,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Config:
     """Flags of the binary."""
 
-    variants: tuple[str, ...] = config.option(tuple(VARIANTS), "What to compare, the first with all others.")
+    study: str = config.option("hard", "Which study they are variants of.", tuple(VARIANTS))
+    variants: tuple[str, ...] = config.option((), "What to compare, the first with all others; all if empty.")
     sources: tuple[str, ...] = config.option(("mnist", "cifar10"), "Image sources.")
-    meta_steps: int = config.option(150, "Meta-steps of each variant.")
+    meta_steps: int | None = config.option(None, "Meta-steps of each variant; the study's if not given.")
     num_tasks: int = config.option(50, "Validation tasks of each victim.")
     at: tuple[int, ...] = config.option((1, 2, 5, 10, 20), "Fine-tuning steps to judge; the last one is K.")
     victims: str = config.option("victims", "Folder of the victims, made by experiments.victims.")
@@ -61,56 +95,65 @@ class Config:
 
 def ablate(flags: Config) -> None:
     """Meta-trains the variants that are missing and compares them all."""
-    for name in flags.variants:
-        check_name("variants", name, VARIANTS)
-    origin, rows, reference = common.provenance([0]), [], {}
-    for name in flags.variants:
+    known = VARIANTS[check_name("study", flags.study, VARIANTS)]
+    names = flags.variants or tuple(known)
+    for name in names:
+        check_name("variants", name, known)
+    if known[names[0]].judged:
+        raise ValueError(f"variants: {names[0]!r} is not meta-trained, so it cannot be the first.")
+    origin, rows, first, reference = common.provenance([0]), [], None, {}
+    for name in names:
         print(f"{name}", flush=True)
-        learner, params, families = _variant(name, flags)
-        for victim, family in families.items():
-            asr = _success(learner, params, family, flags)
-            rows.append(_row(name, victim, asr, reference.setdefault(victim, asr), flags))
+        if not known[name].judged:
+            settings = _settings(name, known[name], flags)
+            state = meta_train.meta_train(settings)
+            first = first or (settings, state)
+        else:
+            settings, state = dataclasses.replace(first[0], **known[name].judged), first[1]
+        at = (*(k for k in flags.at if k < settings.num_steps), settings.num_steps)
+        learner = meta_train.learner_of(settings)
+        for victim, family in _families(settings, flags).items():
+            keys = jax.random.split(jax.random.key(0), flags.num_tasks)
+            found = evaluation.evaluate(learner, state.params, family, keys, num_steps=at[-1], at=at)
+            asr = np.asarray(found["asr"], np.float64)
+            rows.append(_row(name, victim, at, asr, reference.setdefault(victim, asr[:, -1])))
+            rows[-1]["queries"] = float(np.mean(found["queries"][:, -1]))
             print(f"  {victim}: " + ", ".join(f"{mean:.3f}" for mean in rows[-1]["asr"]), flush=True)
-        settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir")}
-        common.write_json(flags.output, {"provenance": origin, "flags": settings, "rows": rows})
+        described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
+        described["meta_steps"] = settings.meta_steps
+        common.write_json(flags.output, {"provenance": origin, "flags": described, "rows": rows})
     print(f"wrote {flags.output}")
 
 
-def _variant(name, flags):
-    """The meta-trained learner, its meta-parameters, and the validation victims' tasks as it sees them."""
+def _settings(name: str, variant: Variant, flags: Config) -> meta_train.Config:
     trained = [p for s in flags.sources for p in victims.paths(s, "train", flags.victims) if "small_cnn" in p]
-    settings = meta_train.Config(
+    changes = {"num_steps": flags.at[-1], **variant.flags}
+    if flags.meta_steps is not None:
+        changes["meta_steps"] = flags.meta_steps
+    return meta_train.Config(
         victims=tuple(trained),
-        workdir=str(Path(flags.workdir, name.replace(" ", "_").replace("'", ""))),
-        meta_steps=flags.meta_steps,
-        num_steps=flags.at[-1],
-        validation_tasks=0,
+        workdir=str(Path(flags.workdir, flags.study, name.replace(" ", "_").replace("'", ""))),
         data_dir=flags.data_dir,
-        **VARIANTS[name],
+        **{**study.STUDIES[flags.study].meta, **changes},
     )
-    state = meta_train.meta_train(settings)
-    tasks = dataclasses.replace(meta_train.tasks_of(settings), queries=5)
+
+
+def _families(settings: meta_train.Config, flags: Config) -> dict[str, tasks.UapFamily]:
+    """The validation victims' tasks as a variant sees them."""
+    seen = dataclasses.replace(meta_train.tasks_of(settings), queries=5)
     paths = [path for s in flags.sources for path in victims.paths(s, "validation", flags.victims)]
-    families = {Path(p).name: common.make_family(load_victim(p), "validation", tasks, flags.data_dir) for p in paths}
-    return meta_train.learner_of(settings), state.params, families
+    return {Path(p).name: common.make_family(load_victim(p), "validation", seen, flags.data_dir) for p in paths}
 
 
-def _success(learner, params, family, flags):
-    keys = jax.random.split(jax.random.key(0), flags.num_tasks)
-    metrics = evaluation.evaluate(learner, params, family, keys, num_steps=flags.at[-1], at=flags.at)
-    return np.asarray(metrics["asr"], np.float64)
-
-
-def _row(name, victim, asr, reference, flags):
+def _row(name, victim, at, asr, reference):
     means, widths = zip(*(evaluation.mean_interval(column) for column in asr.T), strict=True)
-    difference = [evaluation.mean_interval(column) for column in (asr - reference).T]
     return {
         "variant": name,
         "victim": victim,
-        "at": list(flags.at),
+        "at": list(at),
         "asr": list(means),
         "asr_interval": list(widths),
-        "difference": [list(pair) for pair in difference],
+        "difference": list(evaluation.mean_interval(asr[:, -1] - reference)),
     }
 
 

@@ -38,25 +38,26 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
     """What each part of the fine-tuner is worth."""
     del figures
     flags, rows = results["flags"], results["rows"]
-    base, last = rows[0]["variant"], rows[0]["at"][-1]
+    base = rows[0]["variant"]
     lines = [
-        "## What the parts are worth",
+        f"## What the parts are worth: {flags['study']}",
         "",
-        f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims after "
-        f"{flags['meta_steps']} meta-steps, one seed; in brackets, paired with `{base}` at K = {last}, the "
-        f"difference and its 95% interval. {origin(results, path)}",
+        f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims, after "
+        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on small CNNs, one seed. In "
+        f"brackets, paired with `{base}`, the difference after the last step and its 95% interval. What the variants "
+        f"are stands in `experiments/ablation.py`. {origin(results, path)}",
         "",
     ]
     victims = list(dict.fromkeys(row["victim"] for row in rows))
     lines += [
-        "| variant | " + " | ".join(f"{v}, K = {k}" for v in victims for k in (rows[0]["at"][0], last)) + " |",
-        "|---" * (1 + 2 * len(victims)) + "|",
+        "| variant | steps | " + " | ".join(f"{v}, {k}" for v in victims for k in ("first", "last")) + " |",
+        "|---" * (2 + 2 * len(victims)) + "|",
     ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        cells = []
-        for row in (row for row in rows if row["variant"] == variant):
-            mean, width = row["difference"][-1]
-            change = "" if variant == base else f" ({100 * mean:+.1f} ± {100 * width:.1f})"
+        of_variant = [row for row in rows if row["variant"] == variant]
+        cells = [str(of_variant[0]["at"][-1])]
+        for row in of_variant:
+            change = "" if variant == base else " ({:+.1f} ± {:.1f})".format(*(100 * x for x in row["difference"]))
             cells += [f"{100 * row['asr'][0]:.1f}", f"{100 * row['asr'][-1]:.1f}{change}"]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", ""])

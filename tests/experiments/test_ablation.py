@@ -1,0 +1,79 @@
+"""An ablation as small as it gets, on victims of a few seconds."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import ablation, study, victims
+from experiments.ablation import Variant
+
+TINY = {
+    "digits": (
+        victims.Recipe("train", "small_cnn", 0, 1),
+        victims.Recipe("train", "lenet", 1, 1),
+        victims.Recipe("validation", "small_cnn", 100, 1),
+    )
+}
+META = {"rule": "coordinate_lstm", "hidden": 2, "meta_steps": 1, "validation_tasks": 0, "num_directions": 6}
+
+
+@pytest.mark.standard_promotion
+def test_variants_are_paired_task_by_task_at_equal_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(victims, "RECIPES", TINY)
+    victims.train_missing(victims.Config(sources=("digits",), folder=str(tmp_path / "victims")))
+    monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {})})
+    variants = {
+        "base": Variant(),
+        "raw": Variant({"features": ("raw",)}),
+        "3 directions": Variant(judged={"num_directions": 3, "num_steps": 4}),
+    }
+    monkeypatch.setitem(ablation.VARIANTS, "query", variants)
+    flags = ablation.Config(
+        study="query",
+        sources=("digits",),
+        num_tasks=4,
+        at=(1, 2),
+        victims=str(tmp_path / "victims"),
+        workdir=str(tmp_path / "runs"),
+        output=str(tmp_path / "ablation.json"),
+    )
+    ablation.ablate(flags)
+    found = json.loads((tmp_path / "ablation.json").read_text())
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert found["flags"]["meta_steps"] == 1
+    assert list(rows) == list(variants)
+    assert {row["victim"] for row in rows.values()} == {"digits_small_cnn_100"}
+    assert {row["queries"] for row in rows.values()} == {2 * 2 * 6 * 10}
+    assert rows["base"]["difference"] == [0, 0]
+    assert rows["3 directions"]["at"] == [1, 2, 4]
+    for name in ("raw", "3 directions"):
+        np.testing.assert_allclose(rows[name]["difference"][0], rows[name]["asr"][-1] - rows["base"]["asr"][-1])
+    trained = [path.name for path in (tmp_path / "runs" / "query").iterdir()]
+    assert sorted(trained) == ["base", "raw"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("base", "no spred"), "variants: unknown name 'no spred'. Did you mean 'no spread'"),
+        (("positions", "raw"), "variants: unknown name 'raw'"),
+    ],
+)
+def test_unknown_variants_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        ablation.ablate(ablation.Config(variants=names))
+
+
+def test_what_is_only_judged_cannot_be_the_first():
+    with pytest.raises(ValueError, match="variants: '1 direction' is not meta-trained, so it cannot be the first"):
+        ablation.ablate(ablation.Config(study="query", variants=("1 direction", "base")))
+
+
+@pytest.mark.parametrize("name", ablation.VARIANTS)
+def test_all_variants_of_a_study_cost_as_many_queries(name):
+    for variant in ablation.VARIANTS[name].values():
+        meta = {"num_steps": 20, "num_directions": 0, "waves": 0, **study.STUDIES[name].meta}
+        meta |= {**variant.flags, **variant.judged}
+        evaluations = 2 * meta["num_directions"] * meta["num_steps"] + meta["waves"]
+        assert evaluations == (400 if name == "query" else 0)

@@ -43,7 +43,6 @@ results: victims
 	$(RUN) -m experiments.study --study=query --attacked=mnist --output=results/query/mnist.json
 	$(RUN) -m experiments.study --study=query --attacked=cifar10 --output=results/query/cifar10.json
 	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
-	$(RUN) -m experiments.study --study=query --attacked=mnist_5k --output=results/query/mnist_5k.json
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.ablation
 	$(RUN) -m experiments.ablation --study=query --output=results/ablation_query.json

@@ -60,10 +60,6 @@ RECIPES = {
         Recipe("unseen", "small_cnn", 1000, 30),
         Recipe("unseen", "lenet", 1001, 30),
     ),
-    "mnist_5k": (
-        Recipe("unseen", "small_cnn", 1000, 12),
-        Recipe("unseen", "lenet", 1001, 12),
-    ),
 }
 
 

@@ -187,7 +187,7 @@ def full_data_uap(
 
     Args:
       families: one or more, of the same image shape and constraint.
-      judge: whose images and victim choose among the runs.
+      judge: whose images and victim choose among the runs, and whose hinge's confidence they have.
       key: for minibatches.
       num_steps: of each run.
       batch_size: images of each family in a step.
@@ -209,9 +209,8 @@ def full_data_uap(
     theta0 = jnp.zeros_like(families[0].init(key))
     best, records = (-math.inf, theta0), []
     for kind, target, step in runs:
-        theta = _full_data_run(
-            families, theta0, key, step, AttackLoss(kind, target=target), num_steps=num_steps, batch_size=batch_size
-        )
+        loss = AttackLoss(kind, kappa=judge.attack_loss.kappa, target=target)
+        theta = _full_data_run(families, theta0, key, step, loss, num_steps=num_steps, batch_size=batch_size)
         metrics = _judged(judge, theta, batch)
         records.append({"loss": kind, "target": target, "step": step, "asr": float(metrics["asr"])})
         best = max(best, (float(merit(judge, metrics)), theta), key=lambda pair: pair[0])

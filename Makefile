@@ -9,7 +9,7 @@ space := $(empty) $(empty)
 HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json cifar10.json digits.json)))
 ALL = $(subst $(space),$(comma),$(wildcard $(addprefix results/,hard/mnist.json hard/cifar10.json hard/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json l2/results.json \
-	breadth.json ablation.json ablation_query.json theory_gap.json sine.json zo_l2l.json classification.json)))
+	breadth.json ablation_hard.json ablation_query.json theory_gap.json sine.json zo_l2l.json classification.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -45,7 +45,7 @@ results: victims
 	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.ablation
-	$(RUN) -m experiments.ablation --study=query --output=results/ablation_query.json
+	$(RUN) -m experiments.ablation --study=query
 	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine

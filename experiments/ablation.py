@@ -1,12 +1,12 @@
 r"""What each part of the fine-tuner is worth: leaves it out or adds it, one at a time, and attacks validation victims.
 
   python -m experiments.ablation --variants=base,positions
-  python -m experiments.ablation --study=query --output=results/ablation_query.json
+  python -m experiments.ablation --study=query
 
 Choices are made here, on victims and images of meta-validation, so that the studies' unseen victims decide nothing.
-Variants differ from one of the studies in what they say only; they are meta-trained on small CNNs, with one seed. The
-first one given is what the others are compared with, task by task. All of a study cost as many queries. Runs are kept
-in --workdir: a variant is trained once.
+Variants differ from a study's runs in what they say only; they are meta-trained on small CNNs, with one seed. The first
+one given is what the others are compared with, task by task, at as many queries. Runs are kept in --workdir: a variant
+is trained once.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from lft_jax.victims import load_victim
 
 _SEEN = ("momentum", "spread", "constraint", "progress", "context")
 
+# Without a start its settings have no use: they go back to the defaults, or the run is refused.
 _PAPERS_RULE = {"rule": "coordinate_lstm", "layers": 2, "start": "none", "start_step": 0.8, "start_decay": 0.5}
 
 
@@ -32,7 +33,8 @@ class Variant:
 
     Attributes:
       flags: of experiments.meta_train.
-      judged: those of its tasks and steps that differ only when it is judged, by the first variant's meta-parameters.
+      judged: those of its tasks and steps that differ only when it is judged, by the first variant's meta-parameters;
+        there are no other flags then.
     """
 
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -60,17 +62,17 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     },
     "query": {
         "base": Variant(),
-        "no waves": Variant({"waves": 0, "num_directions": 10}),
+        "no waves": Variant({"waves": 0, "num_directions": 10, "start_step": 0.8, "start_decay": 0.5}),
         "shared directions": Variant({"per_example": False}),
         "no tiles": Variant({"resolution": None}),
         "small smoothing": Variant({"smoothing": 0.01}),
         "no augmentation": Variant({"augment": False}),
-        "1 direction": Variant(judged={"num_directions": 1, "num_steps": 120}),
-        "5 directions": Variant(judged={"num_directions": 5, "num_steps": 24}),
-        "20 directions": Variant(judged={"num_directions": 20, "num_steps": 6}),
-        "log_sign": Variant({**_PAPERS_RULE, "features": ("log_sign",)}),
-        "raw": Variant({**_PAPERS_RULE, "features": ("raw",)}),
-        "adam": Variant({**_PAPERS_RULE, "features": ("adam",)}),
+        "1 direction, not meta-trained": Variant(judged={"num_directions": 1, "num_steps": 120}),
+        "5 directions, not meta-trained": Variant(judged={"num_directions": 5, "num_steps": 24}),
+        "20 directions, not meta-trained": Variant(judged={"num_directions": 20, "num_steps": 6}),
+        "the paper's rule, log_sign": Variant({**_PAPERS_RULE, "features": ("log_sign",)}),
+        "the paper's rule, raw": Variant({**_PAPERS_RULE, "features": ("raw",)}),
+        "the paper's rule, adam": Variant({**_PAPERS_RULE, "features": ("adam",)}),
         "learned directions": Variant({"sampler": True}),
         "learned on support images": Variant({"learner": "l2o"}),
     },
@@ -86,10 +88,12 @@ class Config:
     sources: tuple[str, ...] = config.option(("mnist", "cifar10"), "Image sources.")
     meta_steps: int | None = config.option(None, "Meta-steps of each variant; the study's if not given.")
     num_tasks: int = config.option(50, "Validation tasks of each victim.")
-    at: tuple[int, ...] = config.option((1, 2, 5, 10, 20), "Fine-tuning steps to judge; the last one is K.")
+    at: tuple[int, ...] = config.option(
+        (1, 2, 5, 10, 20), "Fine-tuning steps to judge; the last one is K, unless a variant says."
+    )
     victims: str = config.option("victims", "Folder of the victims, made by experiments.victims.")
     workdir: str = config.option("runs/ablation", "Folder for the meta-training runs.")
-    output: str = config.option("results/ablation.json", "Results file.")
+    output: str | None = config.option(None, "Results file; results/ablation_STUDY.json if not given.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
@@ -101,6 +105,7 @@ def ablate(flags: Config) -> None:
         check_name("variants", name, known)
     if known[names[0]].judged:
         raise ValueError(f"variants: {names[0]!r} is not meta-trained, so it cannot be the first.")
+    output = flags.output or f"results/ablation_{flags.study}.json"
     origin, rows, first, reference = common.provenance([0]), [], None, {}
     for name in names:
         print(f"{name}", flush=True)
@@ -118,11 +123,16 @@ def ablate(flags: Config) -> None:
             asr = np.asarray(found["asr"], np.float64)
             rows.append(_row(name, victim, at, asr, reference.setdefault(victim, asr[:, -1])))
             rows[-1]["queries"] = float(np.mean(found["queries"][:, -1]))
+            if rows[-1]["queries"] != rows[0]["queries"]:
+                raise ValueError(
+                    f"at: after {at[-1]} steps {name!r} has spent {rows[-1]['queries']:.0f} queries, "
+                    f"{names[0]!r} {rows[0]['queries']:.0f}; they must be as many."
+                )
             print(f"  {victim}: " + ", ".join(f"{mean:.3f}" for mean in rows[-1]["asr"]), flush=True)
         described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
         described["meta_steps"] = settings.meta_steps
-        common.write_json(flags.output, {"provenance": origin, "flags": described, "rows": rows})
-    print(f"wrote {flags.output}")
+        common.write_json(output, {"provenance": origin, "flags": described, "rows": rows})
+    print(f"wrote {output}")
 
 
 def _settings(name: str, variant: Variant, flags: Config) -> meta_train.Config:
@@ -134,7 +144,7 @@ def _settings(name: str, variant: Variant, flags: Config) -> meta_train.Config:
         victims=tuple(trained),
         workdir=str(Path(flags.workdir, flags.study, name.replace(" ", "_").replace("'", ""))),
         data_dir=flags.data_dir,
-        **{**study.STUDIES[flags.study].meta, **changes},
+        **{**study.STUDIES[flags.study].meta, **study.STUDIES[flags.study].rule, **changes},
     )
 
 

@@ -123,7 +123,7 @@ def meta_training(
     scanned: int = 100,
     workdir: str | os.PathLike[str] | None = None,
 ) -> Callable[..., PyTree]:
-    """Meta-training without checkpoints, for meta-steps so short that calling one would take longer.
+    """Meta-training that cannot be resumed, for meta-steps so short that calling one would take longer.
 
     Args:
       make_learner: keyword arguments (which may be traced) -> learner.
@@ -148,8 +148,10 @@ def meta_training(
 
     def train(seed, meta_steps, **settings):
         state = trainer_of(families, settings).init(jax.random.key(seed))
-        kept = workdir and Path(workdir, "_".join(map(str, (seed, meta_steps, *settings.values()))))
+        described = {"steps": meta_steps, "of": tasks_per_family, "inner": num_steps, "rate": rate, **settings}
+        kept = workdir and Path(workdir, "_".join(f"{k}_{v}" for k, v in {"seed": seed, **described}.items()))
         if kept and kept.is_dir():
+            print(f"found {kept}", flush=True)
             return checkpoints.load_tree(kept, state.params)
         for _ in range(-(-meta_steps // scanned)):
             state = many(families, settings, state)
@@ -214,13 +216,14 @@ def best_of(
 def curve_row(metric: str, values: np.ndarray, rivals: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Means and 95% intervals over tasks `[T, K]`, and differences to others after the last step, paired by task.
 
-    Where a method has diverged on a task, mean and interval are None.
+    Where some task's value is not finite, mean and interval are None; `diverged` is the share of such tasks.
     """
     means, widths = zip(*(_finite_interval(column) for column in values.T), strict=True)
     differences = {
         f"difference_to_{name}": _finite_interval(values[:, -1] - other[:, -1]) for name, other in rivals.items()
     }
-    return {metric: means, f"{metric}_interval": widths, **differences}
+    diverged = np.mean(~np.isfinite(values), axis=0).tolist()
+    return {metric: means, f"{metric}_interval": widths, "diverged": diverged, **differences}
 
 
 def _finite_interval(values):

@@ -195,9 +195,8 @@ def _curves(panels, metric, label, path, log=False):
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(label)
     if log:  # what diverges leaves by the top
-        all_rows = [row for rows in panels.values() for row in rows]
-        first = max(row[metric][0] for row in all_rows)
-        axes[0, 0].set_ylim(0.7 * min(min(filter(None, row[metric])) for row in all_rows), 1.5 * first)
+        errors = np.asarray([row[metric] for rows in panels.values() for row in rows], float)
+        axes[0, 0].set_ylim(0.7 * np.nanmin(errors), 1.5 * np.nanmax(errors[:, 0]))
     _save(figure, path)
 
 

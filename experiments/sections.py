@@ -50,12 +50,12 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
     ]
     victims = list(dict.fromkeys(row["victim"] for row in rows))
     lines += [
-        "| variant | steps | " + " | ".join(f"{v}, {k}" for v in victims for k in ("first", "last")) + " |",
-        "|---" * (2 + 2 * len(victims)) + "|",
+        "| variant | steps | queries | " + " | ".join(f"{v}, {k}" for v in victims for k in ("first", "last")) + " |",
+        "|---" * (3 + 2 * len(victims)) + "|",
     ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         of_variant = [row for row in rows if row["variant"] == variant]
-        cells = [str(of_variant[0]["at"][-1])]
+        cells = [str(of_variant[0]["at"][-1]), f"{of_variant[0]['queries']:.0f}"]
         for row in of_variant:
             change = "" if variant == base else " ({:+.1f} ± {:.1f})".format(*(100 * x for x in row["difference"]))
             cells += [f"{100 * row['asr'][0]:.1f}", f"{100 * row['asr'][-1]:.1f}{change}"]
@@ -79,8 +79,8 @@ def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         lines += [f"Network of two layers of {width}:", ""]
         lines += _curve_lines([row for row in rows if row["width"] == width], "error", "{:.3f}", "{:+.3f}")
     lines += [
-        "As published for curves whose frequency varies too (Meta-SGD, Li et al. 2017, table 1, after one step), and "
-        "obtained on such curves:",
+        "Published, as recalled, for curves whose frequency varies too (Meta-SGD, Li et al. 2017, table 1: after one "
+        f"step, 100 curves), and obtained on such curves in {flags['published_steps']} meta-steps of 4 tasks:",
         "",
         "| method | published | after 1 step | after 10 steps |",
         "|---|---|---|---|",
@@ -175,7 +175,7 @@ def _curve_lines(rows, metric, number, signed, factor=1):
 
 
 def _plus_minus(mean, width, number, of_width, factor=1):
-    return "diverges" if mean is None else f"{number.format(factor * mean)} ± {of_width.format(factor * width)}"
+    return "not finite" if mean is None else f"{number.format(factor * mean)} ± {of_width.format(factor * width)}"
 
 
 def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:

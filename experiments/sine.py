@@ -5,11 +5,10 @@ r"""Few-shot sine regression, MAML's first experiment, and an incongruous form t
 MAML, Meta-SGD and Reptile learn an initialization of one network; one learned fine-tuner (LFT) is meta-trained on
 networks of several widths together, and starts from random ones. SGD and Adam are tuned for each network. All see ten
 points of a curve and are judged, after each of ten steps, on a hundred others. MAML and Meta-SGD are also meta-trained
-as in the paper of the latter, which has errors of both, on its curves, whose frequency varies too.
+on the curves of the latter's paper, whose frequency varies too, for which it has errors of both.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,12 @@ from lft_jax.base import Learner
 from lft_jax.tasks.regression import SineFamily, sine_family
 
 NUM_STEPS = 10
-#: The grid of both baselines, learning rates.
-RATES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+#: The grids of the baselines, learning rates with and without momentum.
+_RATES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
+GRIDS = {
+    "sgd": [{"learning_rate": rate, "momentum": decay} for decay in (0.0, 0.9) for rate in _RATES],
+    "adam": [{"learning_rate": rate, "b1": decay} for decay in (0.5, 0.9) for rate in _RATES],
+}
 OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 #: Errors after one step and their 95% intervals, as published for ten points of curves of `PUBLISHED_FREQUENCY`: Li et
 #: al. 2017, Meta-SGD: Learning to learn quickly for few-shot learning, table 1 (recalled, not read again).
@@ -43,34 +46,39 @@ class Config:
     maml_steps: int = config.option(70_000, "Meta-steps of MAML and Meta-SGD, each of 25 tasks; a fifth for Reptile.")
     lft_steps: int = config.option(2_000, "Meta-steps of the LFT, each of 2 tasks of every width.")
     published_steps: int = config.option(60_000, "Meta-steps, each of 4 tasks, where errors are published.")
-    num_tasks: int = config.option(600, "Tasks that all methods are judged on; five times as many to tune on.")
-    workdir: str = config.option("runs/sine", "Folder for what is meta-trained; a run that was stopped goes on.")
+    num_tasks: int = config.option(  # a few curves have errors a hundred times the mean
+        3000, "Tasks that all methods are judged on, and as many to tune on."
+    )
+    workdir: str = config.option("runs/sine", "Folder for what is meta-trained, which is not meta-trained again.")
 
 
 def sine(flags: Config) -> dict[str, Any]:
     """Runs the experiment and writes its files; returns the results."""
     described = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("output", "workdir")}
-    workdir = Path(flags.workdir, hashlib.sha256(repr(described).encode()).hexdigest()[:8])
     results = {"provenance": common.provenance(flags.seeds), "flags": described, "rows": [], "published": []}
     families = {width: sine_family(widths=(width, width)) for width in flags.widths}
     lft = learners.lft(lft_jax.coordinate_lstm(features="adam"))
-    options = {"num_steps": NUM_STEPS, "tasks_per_family": 2, "rate": 3e-3, "workdir": workdir / "lft"}
+    options = {
+        "num_steps": NUM_STEPS,
+        "tasks_per_family": 2,
+        "rate": 3e-3,
+        "workdir": Path(flags.workdir, "lft", "_".join(map(str, flags.widths))),
+    }
     train = common.meta_training(lambda: lft, families.values(), **options)
     rule = [train(seed, flags.lft_steps) for seed in flags.seeds]
     for width, family in families.items():
         test = dataclasses.replace(family, queries=100)
         errors = {"lft": _errors(lft, rule, test, flags)}
         settings = {}
-        tried = [{"learning_rate": np.float32(rate)} for rate in RATES]
-        for name, optimizer in OPTIMIZERS.items():
-            learner = learners.fixed(name, optimizer)
-            # A few curves have errors a hundred times the mean: of 600 the luckiest rate would win.
-            options = {"num_steps": NUM_STEPS, "num_tasks": 5 * flags.num_tasks, "largest": False}
+        for name, grid in GRIDS.items():
+            learner = learners.fixed(name, OPTIMIZERS[name])
+            tried = [{key: np.float32(value) for key, value in setting.items()} for setting in grid]
+            options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks, "largest": False}
             best = common.best_of(learner, tried, test, "error", **options)
-            settings[name] = {"learning_rate": RATES[best], "settings_tried": len(RATES)}
+            settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
             errors[name] = _errors(learner, [tried[best]], test, flags)
         if width == flags.widths[0]:  # a learned initialization serves one network alone
-            for learner, params in _initializations(family, 25, flags.maml_steps, flags, workdir / "maml"):
+            for learner, params in _initializations(family, 25, flags.maml_steps, flags, "maml"):
                 errors[learner.name] = _errors(learner, params(), test, flags)
         for name, values in errors.items():
             row = common.curve_row("error", values, {rival: errors[rival] for rival in OPTIMIZERS})
@@ -81,7 +89,7 @@ def sine(flags: Config) -> dict[str, Any]:
         common.write_json(flags.output, results)
     published = sine_family(widths=(flags.widths[0],) * 2, frequency=PUBLISHED_FREQUENCY)
     test = dataclasses.replace(published, queries=100)
-    for learner, params in _initializations(published, 4, flags.published_steps, flags, workdir / "published"):
+    for learner, params in _initializations(published, 4, flags.published_steps, flags, "published"):
         if learner.name not in PUBLISHED:
             continue
         values = _errors(learner, params(), test, flags)
@@ -94,7 +102,7 @@ def sine(flags: Config) -> dict[str, Any]:
 
 
 def _initializations(
-    family: SineFamily, tasks: int, meta_steps: int, flags: Config, workdir: Path
+    family: SineFamily, tasks: int, meta_steps: int, flags: Config, name: str
 ) -> Iterator[tuple[Learner, Callable[[], list[Any]]]]:
     """What learns an initialization, and what meta-trains it with each seed."""
     for learner, steps, num_steps in (
@@ -102,7 +110,12 @@ def _initializations(
         (learners.meta_sgd(0.01), meta_steps, 1),
         (learners.reptile(optax.sgd(0.01)), meta_steps // 5, NUM_STEPS),
     ):
-        options = {"num_steps": num_steps, "tasks_per_family": tasks, "rate": 1e-3, "workdir": workdir / learner.name}
+        options = {
+            "num_steps": num_steps,
+            "tasks_per_family": tasks,
+            "rate": 1e-3,
+            "workdir": Path(flags.workdir, name, learner.name),
+        }
         train = common.meta_training(lambda learner=learner: learner, (family,), **options)
         yield learner, lambda train=train, steps=steps: [train(seed, steps) for seed in flags.seeds]
 

@@ -1,9 +1,10 @@
-r"""Trains the victims of the studies on real images that are missing: ten a source, three architectures.
+r"""Trains the victims of the studies on real images that are missing: ten of three architectures, two of digits.
 
   python -m experiments.victims --sources=mnist,cifar10
 
-Eight of each source are for meta-training and meta-validation; the others, one of them of an architecture that
-meta-training never sees, are only attacked. A victim is stored when it is ready, so a run that was stopped goes on.
+Eight of MNIST and of CIFAR-10 are for meta-training and meta-validation. The others, one of each source of an
+architecture that meta-training never sees, and those of digits are only attacked. A victim is stored when it is ready,
+so a run that was stopped goes on.
 """
 
 import dataclasses

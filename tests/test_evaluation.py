@@ -211,6 +211,18 @@ def test_the_full_data_perturbation_is_the_best_of_its_runs(targeted):
     assert asr_of(0 * theta) == 0
 
 
+def test_the_full_data_perturbation_minimises_the_hinge_of_its_judge(monkeypatch):
+    tried = []
+
+    def run(families, theta, key, step, loss, **options):
+        tried.append((loss.kind, loss.kappa))
+        return theta
+
+    monkeypatch.setattr(evaluation, "_full_data_run", run)
+    full_data(judge=family(loss=AttackLoss("hinge", kappa=4.0)))
+    assert tried == [("cross_entropy", 4.0), ("hinge", 4.0)]
+
+
 def test_the_full_data_perturbation_keeps_to_the_target_of_its_judge():
     judge = family(loss=AttackLoss(target=1), epsilon=0.2)
     theta, records = full_data([judge], judge, targeted=True)

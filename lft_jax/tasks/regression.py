@@ -25,7 +25,7 @@ class SineFamily(TaskFamily):
 
     Attributes:
       amplitude: `[2]`, ends of the range that a task's amplitude is drawn from, uniformly.
-      frequency: `[2]`, the same of its frequency, in radians a unit of x.
+      frequency: `[2]`, the same of its angular frequency, in radians a unit of x.
       phase: `[2]`, the same of its phase, in radians.
       x: `[2]`, the same of the points.
       widths: of the hidden layers.
@@ -99,12 +99,13 @@ def sine_family(
     """A `SineFamily`; the defaults are MAML's. With a `frequency` of (0.8, 1.2) it is Meta-SGD's (Li et al. 2017).
 
     Raises:
-      ValueError: for ranges that descend, or numbers below 1.
+      ValueError: for ranges that do not ascend (a frequency may be constant), or numbers below 1.
     """
     ranges = {"amplitude": amplitude, "frequency": frequency, "phase": phase, "x": x}
     for name, ends in ranges.items():
-        if len(ends) != 2 or not ends[0] <= ends[1]:
-            raise ValueError(f"{name} must be two numbers that do not descend, got {ends!r}.")
+        constant = name == "frequency" and len(ends) == 2 and ends[0] == ends[1]
+        if not constant and (len(ends) != 2 or not ends[0] < ends[1]):
+            raise ValueError(f"{name} must be two ascending numbers, got {ends!r}.")
     for name, value in (("shots", shots), ("queries", queries), *(("widths", width) for width in widths)):
         base.check_at_least(name, value, 1)
     arrays = {name: jnp.asarray(ends, jnp.result_type(float)) for name, ends in ranges.items()}

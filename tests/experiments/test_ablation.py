@@ -1,11 +1,12 @@
 """An ablation as small as it gets, on victims of a few seconds."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from experiments import ablation, study, victims
+from experiments import ablation, meta_train, study, victims
 from experiments.ablation import Variant
 
 TINY = {
@@ -66,14 +67,33 @@ def test_unknown_variants_are_refused(names, message):
 
 
 def test_what_is_only_judged_cannot_be_the_first():
-    with pytest.raises(ValueError, match="variants: '1 direction' is not meta-trained, so it cannot be the first"):
-        ablation.ablate(ablation.Config(study="query", variants=("1 direction", "base")))
+    with pytest.raises(
+        ValueError, match="variants: '1 direction, not meta-trained' is not meta-trained, so it cannot be the first"
+    ):
+        ablation.ablate(ablation.Config(study="query", variants=("1 direction, not meta-trained", "base")))
 
 
 @pytest.mark.parametrize("name", ablation.VARIANTS)
-def test_all_variants_of_a_study_cost_as_many_queries(name):
+def test_all_variants_of_a_study_make_sense_at_as_many_queries(name):
+    flags, evaluations = ablation.Config(study=name), set()
     for variant in ablation.VARIANTS[name].values():
-        meta = {"num_steps": 20, "num_directions": 0, "waves": 0, **study.STUDIES[name].meta}
-        meta |= {**variant.flags, **variant.judged}
-        evaluations = 2 * meta["num_directions"] * meta["num_steps"] + meta["waves"]
-        assert evaluations == (400 if name == "query" else 0)
+        settings = ablation._settings("variant", variant, flags)
+        meta_train.check(settings)
+        assert not (variant.flags and variant.judged)
+        settings = dataclasses.replace(settings, **variant.judged)
+        tried = 2 * settings.num_directions or 1  # by exact gradients a step evaluates the images once
+        evaluations.add(settings.num_steps * tried + settings.waves)
+    assert len(evaluations) == 1
+
+
+@pytest.mark.standard_promotion
+def test_variants_of_unequal_queries_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(victims, "RECIPES", TINY)
+    victims.train_missing(victims.Config(sources=("digits",), folder=str(tmp_path / "victims")))
+    monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {})})
+    variants = {"base": Variant(), "fewer": Variant(judged={"num_directions": 3})}
+    monkeypatch.setitem(ablation.VARIANTS, "query", variants)
+    flags = ablation.Config(study="query", sources=("digits",), num_tasks=2, at=(2,), victims=str(tmp_path / "victims"))
+    flags = dataclasses.replace(flags, workdir=str(tmp_path / "runs"), output=str(tmp_path / "ablation.json"))
+    with pytest.raises(ValueError, match="at: after 2 steps 'fewer' has spent 120 queries, 'base' 240"):
+        ablation.ablate(flags)

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import common
 from lft_jax import oracles
-from lft_jax.tasks.perturbation import Constraint
+from lft_jax.tasks.perturbation import AttackLoss, Constraint
 from lft_jax.victims import Victim, build_model
 
 
@@ -27,6 +27,9 @@ def test_tasks_have_a_ball_or_a_penalty_and_exact_or_estimated_gradients():
     victim = Victim(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(like)), card)
     ball = common.make_family(victim, "train", common.TaskConfig())
     assert (ball.constraint, ball.estimator) == (Constraint("linf", common.DEFAULT_EPSILON["linf"]["digits"]), None)
+    assert ball.attack_loss == ball.support_loss == AttackLoss("cross_entropy")
+    hinge = common.make_family(victim, "train", common.TaskConfig(loss="hinge", kappa=3.0))
+    assert (hinge.attack_loss.kind, hinge.attack_loss.kappa) == ("hinge", 3.0)
     penalty = common.make_family(victim, "train", common.TaskConfig(norm="l1", penalty=0.1, num_directions=4))
     assert (penalty.constraint, penalty.estimator) == (Constraint("l1", None, 0.1), oracles.ZerothOrder(4))
     with pytest.raises(ValueError, match=r"penalty: give a penalty or radii of balls, got 0\.1 and \{'digits': 0\.2\}"):

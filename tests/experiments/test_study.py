@@ -56,7 +56,9 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
         "augment": False,
     }
     protocol = {"at": (1, 2), "num_tasks": 2, "num_validation": 2, "methods": ("sgd",), "oracle_steps": 2}
-    tiny = study.Study((study.Run("lft", ("digits",), seeds=2), study.Run("maml", ("digits",))), meta, protocol)
+    tiny = study.Study(
+        (study.Run("lft", ("digits",), seeds=2), study.Run("maml", ("digits",))), meta, protocol, {"start_step": 0.3}
+    )
     monkeypatch.setattr(study, "STUDIES", {"tiny": tiny})
     output = tmp_path / "results.json"
     given = study.Config(
@@ -74,6 +76,7 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     # Three directions, each tried both ways, on ten support images.
     assert rows["lft"]["queries"] == rows["sgd"]["queries"] == [60, 120]
     assert "maml" not in rows
+    assert json.loads((tmp_path / "runs/tiny/lft_digits_0/config.json").read_text())["start_step"] == 0.3
     one = study._unseen("digits_small_cnn_1000", flags.folder)
     assert one == study._unseen("digits", flags.folder) == victims.paths("digits", "unseen", flags.folder)
     with pytest.raises(ValueError, match=r"attacked: unknown name 'digit'. Did you mean 'digits'"):

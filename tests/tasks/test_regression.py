@@ -73,7 +73,8 @@ def test_descent_fits_the_support_points():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"x": (1.0, 0.5)}, r"x must be two numbers that do not descend, got \(1.0, 0.5\)"),
+        ({"x": (1.0, 1.0)}, r"x must be two ascending numbers, got \(1.0, 1.0\)"),
+        ({"frequency": (1.2, 0.8)}, r"frequency must be two ascending numbers, got \(1.2, 0.8\)"),
         ({"widths": (4, 0)}, "widths must be at least 1, got 0"),
         ({"shots": 0}, "shots must be at least 1, got 0"),
     ],

@@ -143,7 +143,7 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
             f"a penalty of {tasks['penalty']} on the {tasks['norm']} norm, where settings and oracles are chosen by "
             "the loss, of which success is only a part"
         )
-    if tasks["loss"] == "hinge":
+    if tasks.get("loss") == "hinge":
         bound += f", and the hinge with a confidence of {tasks.get('kappa', 0.0):g}"
     directions = tasks.get("num_directions")
     gradients = f"zeroth-order gradients of {directions} directions a step" if directions else "exact gradients"

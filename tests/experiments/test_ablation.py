@@ -68,9 +68,14 @@ def test_unknown_variants_are_refused(names, message):
 
 def test_what_is_only_judged_cannot_be_the_first():
     with pytest.raises(
-        ValueError, match="variants: '1 direction, not meta-trained' is not meta-trained, so it cannot be the first"
+        ValueError, match="variants: '1 direction at test time' is not meta-trained, so it cannot be the first"
     ):
-        ablation.ablate(ablation.Config(study="query", variants=("1 direction, not meta-trained", "base")))
+        ablation.ablate(ablation.Config(study="query", variants=("1 direction at test time", "base")))
+
+
+@pytest.mark.parametrize("name", ablation.VARIANTS)
+def test_variants_can_be_named_by_a_flag(name):
+    assert not any("," in variant for variant in ablation.VARIANTS[name])
 
 
 @pytest.mark.parametrize("name", ablation.VARIANTS)

@@ -8,8 +8,9 @@ space := $(empty) $(empty)
 # Results that are there, in the order of docs/results.md.
 HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json cifar10.json digits.json)))
 ALL = $(subst $(space),$(comma),$(wildcard $(addprefix results/,hard/mnist.json hard/cifar10.json hard/digits.json \
-	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json l2/results.json \
-	breadth.json ablation_hard.json ablation_query.json theory_gap.json sine.json zo_l2l.json classification.json)))
+	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
+	l2/results.json breadth.json ablation_hard.json ablation_query.json theory_gap.json sine.json zo_l2l.json \
+	classification.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed

@@ -97,7 +97,7 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
 def _kind_of_tasks(tasks):
     if tasks.get("num_directions"):
         return "queries only"
-    return "penalty" if tasks.get("penalty") else "ball"
+    return f"penalty, kappa {tasks.get('kappa', 0.0):g}" if tasks.get("penalty") else "ball"
 
 
 def _reached(row, index, tasks):

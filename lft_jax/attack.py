@@ -75,6 +75,7 @@ def universal_perturbation(
         transformation.
       oracle: "gradient", or "query": `logits_fn` is only called, never differentiated.
       loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
+        "uap-l1" was meta-trained to minimise `AttackLoss("hinge", kappa=5.0)`, all other shipped rules the default.
       augmentation: how the images are changed anew in each step, at no queries, or None. Meant for few images, which
         are overfitted without; what it does to hundreds was not measured.
       num_directions: random (Rademacher) directions that a zeroth-order estimate (`oracle="query"`) tries both ways,

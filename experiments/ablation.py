@@ -4,9 +4,9 @@ r"""What each part of the fine-tuner is worth: leaves it out or adds it, one at 
   python -m experiments.ablation --study=query
 
 Choices are made here, on victims and images of meta-validation, so that the studies' unseen victims decide nothing.
-Variants differ from a study's runs in what they say only; they are meta-trained on small CNNs, with one seed. The first
-one given is what the others are compared with, task by task, at as many queries. Runs are kept in --workdir: a variant
-is trained once.
+Variants differ from a study's runs in what they say only; they are meta-trained on small CNNs. The first one given is
+what the others are compared with, task by task, at as many queries, by the mean over --seeds. Runs are kept in
+--workdir: a variant is trained once.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import common, config, meta_train, study, victims
 from lft_jax import evaluation, tasks
-from lft_jax.base import check_name
+from lft_jax.base import check_at_least, check_name
 from lft_jax.victims import load_victim
 
 _SEEN = ("momentum", "spread", "constraint", "progress", "context")
@@ -55,6 +55,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no start": Variant({"start": "none"}),
         "a smaller start": Variant({"start_step": 0.3}),
         "later steps count more": Variant({"weights": "linear"}),
+        "momenta alone": Variant(
+            {"rule": "coordinate_lstm", "features": ("momentum",), "output_scale": 1.0, "start": "none"}
+        ),
         "the paper's rule": Variant(
             {**_PAPERS_RULE, "augment": False, "loss": "hinge", "support_loss": "hinge"},
         ),
@@ -87,6 +90,7 @@ class Config:
     variants: tuple[str, ...] = config.option((), "What to compare, the first with all others; all if empty.")
     sources: tuple[str, ...] = config.option(("mnist", "cifar10"), "Image sources.")
     meta_steps: int | None = config.option(None, "Meta-steps of each variant; the study's if not given.")
+    seeds: int = config.option(3, "Meta-training seeds of each variant, from 0.")
     num_tasks: int = config.option(50, "Validation tasks of each victim.")
     at: tuple[int, ...] = config.option(
         (1, 2, 5, 10, 20), "Fine-tuning steps to judge; the last one is K, unless a variant says."
@@ -100,29 +104,31 @@ class Config:
 def ablate(flags: Config) -> None:
     """Meta-trains the variants that are missing and compares them all."""
     known = VARIANTS[check_name("study", flags.study, VARIANTS)]
+    check_at_least("seeds", flags.seeds, 1)
     names = flags.variants or tuple(known)
     for name in names:
         check_name("variants", name, known)
     if known[names[0]].judged:
         raise ValueError(f"variants: {names[0]!r} is not meta-trained, so it cannot be the first.")
     output = flags.output or f"results/ablation_{flags.study}.json"
-    origin, rows, first, reference = common.provenance([0]), [], None, {}
+    origin, rows, first, reference = common.provenance(list(range(flags.seeds))), [], None, {}
     for name in names:
         print(f"{name}", flush=True)
         if not known[name].judged:
-            settings = _settings(name, known[name], flags)
-            state = meta_train.meta_train(settings)
-            first = first or (settings, state)
+            runs = [_settings(name, known[name], seed, flags) for seed in range(flags.seeds)]
+            params = [meta_train.meta_train(run).params for run in runs]
+            settings = runs[0]
+            first = first or (settings, params)
         else:
-            settings, state = dataclasses.replace(first[0], **known[name].judged), first[1]
+            settings, params = dataclasses.replace(first[0], **known[name].judged), first[1]
         at = (*(k for k in flags.at if k < settings.num_steps), settings.num_steps)
         learner = meta_train.learner_of(settings)
         for victim, family in _families(settings, flags).items():
             keys = jax.random.split(jax.random.key(0), flags.num_tasks)
-            found = evaluation.evaluate(learner, state.params, family, keys, num_steps=at[-1], at=at)
-            asr = np.asarray(found["asr"], np.float64)
-            rows.append(_row(name, victim, at, asr, reference.setdefault(victim, asr[:, -1])))
-            rows[-1]["queries"] = float(np.mean(found["queries"][:, -1]))
+            found = [evaluation.evaluate(learner, of, family, keys, num_steps=at[-1], at=at) for of in params]
+            asr = np.asarray([seed["asr"] for seed in found], np.float64)
+            rows.append(_row(name, victim, at, asr, reference.setdefault(victim, asr[..., -1])))
+            rows[-1]["queries"] = float(np.mean(found[0]["queries"][:, -1]))
             if rows[-1]["queries"] != rows[0]["queries"]:
                 raise ValueError(
                     f"at: after {at[-1]} steps {name!r} has spent {rows[-1]['queries']:.0f} queries, "
@@ -135,14 +141,15 @@ def ablate(flags: Config) -> None:
     print(f"wrote {output}")
 
 
-def _settings(name: str, variant: Variant, flags: Config) -> meta_train.Config:
+def _settings(name: str, variant: Variant, seed: int, flags: Config) -> meta_train.Config:
     trained = [p for s in flags.sources for p in victims.paths(s, "train", flags.victims) if "small_cnn" in p]
     changes = {"num_steps": flags.at[-1], **variant.flags}
     if flags.meta_steps is not None:
         changes["meta_steps"] = flags.meta_steps
     return meta_train.Config(
         victims=tuple(trained),
-        workdir=str(Path(flags.workdir, flags.study, name.replace(" ", "_").replace("'", ""))),
+        workdir=str(Path(flags.workdir, flags.study, f"{name.replace(' ', '_')}_{seed}".replace("'", ""))),
+        seed=seed,
         data_dir=flags.data_dir,
         **{**study.STUDIES[flags.study].meta, **study.STUDIES[flags.study].rule, **changes},
     )
@@ -156,14 +163,17 @@ def _families(settings: meta_train.Config, flags: Config) -> dict[str, tasks.Uap
 
 
 def _row(name, victim, at, asr, reference):
-    means, widths = zip(*(evaluation.mean_interval(column) for column in asr.T), strict=True)
+    """A row from `asr` `[seeds, tasks, steps]` and what the first variant had after its last step `[seeds, tasks]`."""
+    means, widths = zip(*(evaluation.mean_interval(column) for column in asr.mean(0).T), strict=True)
+    differences = asr[..., -1] - reference
     return {
         "variant": name,
         "victim": victim,
         "at": list(at),
         "asr": list(means),
         "asr_interval": list(widths),
-        "difference": list(evaluation.mean_interval(asr[:, -1] - reference)),
+        "difference": list(evaluation.mean_interval(differences.mean(0))),
+        "seed_differences": differences.mean(1).tolist(),
     }
 
 

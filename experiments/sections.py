@@ -43,8 +43,9 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
         f"## What the parts are worth: {flags['study']}",
         "",
         f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims, after "
-        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on small CNNs, one seed. In "
-        f"brackets, paired with `{base}`, the difference after the last step and its 95% interval. What the variants "
+        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on small CNNs, mean over "
+        f"{flags['seeds']} meta-training seeds. In brackets, paired with `{base}`, the difference after the last step, "
+        f"its 95% interval over the tasks{', and that of each seed' if flags['seeds'] > 1 else ''}. What the variants "
         f"are stands in `experiments/ablation.py`. {origin(results, path)}",
         "",
     ]
@@ -57,10 +58,16 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
         of_variant = [row for row in rows if row["variant"] == variant]
         cells = [str(of_variant[0]["at"][-1]), f"{of_variant[0]['queries']:.0f}"]
         for row in of_variant:
-            change = "" if variant == base else " ({:+.1f} ± {:.1f})".format(*(100 * x for x in row["difference"]))
+            change = "" if variant == base else f" ({_difference(row)})"
             cells += [f"{100 * row['asr'][0]:.1f}", f"{100 * row['asr'][-1]:.1f}{change}"]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", ""])
+
+
+def _difference(row):
+    mean, width = (100 * x for x in row["difference"])
+    seeds = [f"{100 * x:+.1f}" for x in row["seed_differences"]]
+    return f"{mean:+.1f} ± {width:.1f}" + (f": {', '.join(seeds)}" if len(seeds) > 1 else "")
 
 
 def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:

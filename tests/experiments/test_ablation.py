@@ -33,6 +33,7 @@ def test_variants_are_paired_task_by_task_at_equal_queries(tmp_path, monkeypatch
     flags = ablation.Config(
         study="query",
         sources=("digits",),
+        seeds=2,
         num_tasks=4,
         at=(1, 2),
         victims=str(tmp_path / "victims"),
@@ -50,8 +51,11 @@ def test_variants_are_paired_task_by_task_at_equal_queries(tmp_path, monkeypatch
     assert rows["3 directions"]["at"] == [1, 2, 4]
     for name in ("raw", "3 directions"):
         np.testing.assert_allclose(rows[name]["difference"][0], rows[name]["asr"][-1] - rows["base"]["asr"][-1])
+        np.testing.assert_allclose(rows[name]["difference"][0], np.mean(rows[name]["seed_differences"]))
+        assert len(rows[name]["seed_differences"]) == 2
+    assert rows["base"]["seed_differences"] == [0, 0]
     trained = [path.name for path in (tmp_path / "runs" / "query").iterdir()]
-    assert sorted(trained) == ["base", "raw"]
+    assert sorted(trained) == ["base_0", "base_1", "raw_0", "raw_1"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_variants_can_be_named_by_a_flag(name):
 def test_all_variants_of_a_study_make_sense_at_as_many_queries(name):
     flags, evaluations = ablation.Config(study=name), set()
     for variant in ablation.VARIANTS[name].values():
-        settings = ablation._settings("variant", variant, flags)
+        settings = ablation._settings("variant", variant, 0, flags)
         meta_train.check(settings)
         assert not (variant.flags and variant.judged)
         settings = dataclasses.replace(settings, **variant.judged)
@@ -99,6 +103,6 @@ def test_variants_of_unequal_queries_are_refused(tmp_path, monkeypatch):
     variants = {"base": Variant(), "fewer": Variant(judged={"num_directions": 3})}
     monkeypatch.setitem(ablation.VARIANTS, "query", variants)
     flags = ablation.Config(study="query", sources=("digits",), num_tasks=2, at=(2,), victims=str(tmp_path / "victims"))
-    flags = dataclasses.replace(flags, workdir=str(tmp_path / "runs"), output=str(tmp_path / "ablation.json"))
+    flags = dataclasses.replace(flags, seeds=1, workdir=str(tmp_path / "runs"), output=str(tmp_path / "ablation.json"))
     with pytest.raises(ValueError, match="at: after 2 steps 'fewer' has spent 120 queries, 'base' 240"):
         ablation.ablate(flags)

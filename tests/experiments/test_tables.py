@@ -68,7 +68,7 @@ BREADTH = {
     "provenance": {"command": "python -m experiments.breadth", "commit": "abc", "device": "1 x cpu"},
 }
 ABLATION = {
-    "flags": {"study": "hard", "num_tasks": 5, "meta_steps": 3},
+    "flags": {"study": "hard", "num_tasks": 5, "meta_steps": 3, "seeds": 2},
     "rows": [
         {
             "variant": variant,
@@ -77,6 +77,7 @@ ABLATION = {
             "asr": [0.1, asr],
             "asr_interval": [0.01, 0.02],
             "difference": [asr - 0.5, 0.03],
+            "seed_differences": [asr - 0.49, asr - 0.51],
             "queries": 200.0,
         }
         for variant, asr in (("base", 0.5), ("no spread", 0.46))
@@ -118,7 +119,7 @@ def test_what_is_around_the_marks_stays(rendered):
         "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| toy_lenet_1001 | 8x9x3 | 4 | 2 | x 0.5 | 6 | 30.0 ± 2.0 | 41.0 ± 3.0 | +11.0 ± 4.0 |",
-        "| no spread | 20 | 200 | 10.0 | 46.0 (-4.0 ± 3.0) |",
+        "| no spread | 20 | 200 | 10.0 | 46.0 (-4.0 ± 3.0: -3.0, -5.0) |",
         "| base | 20 | 200 | 10.0 | 50.0 |",
         "![success against the step](../compare.png)",
         "![perturbations of toy_lenet_1001](../compare_toy_lenet_1001.png)",

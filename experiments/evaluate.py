@@ -20,7 +20,9 @@ from lft_jax.victims import load_victim
 class Config:
     """Flags of the binary."""
 
-    learned: tuple[str, ...] = config.required("Folders of meta-training runs (experiments.meta_train).")
+    learned: tuple[str, ...] = config.required(
+        "Folders of meta-training runs (experiments.meta_train), or names of pretrained rules: uap-linf."
+    )
     victims: tuple[str, ...] = config.required("Folders of the victims to attack.")
     output: str = config.required("Results file to write, .json; the table and the figures are put beside it.")
     at: tuple[int, ...] = config.option(tuple(range(1, 21)), "Fine-tuning steps to judge; the last one is K.")

@@ -10,6 +10,7 @@ Run it again to resume. Make victims with experiments.train_victim.
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -317,19 +318,28 @@ def _absent():
     return {**defaults, "augment": False}
 
 
-def load_learned(workdir: str) -> tuple[Config, comparison.Learned]:
-    """A stored run: its flags, its learner and its meta-parameters."""
+def flags_of(stored: Mapping[str, Any], workdir: str = "") -> Config:
+    """The flags that a run's configuration or a rule's card holds."""
+    stored = {**_absent(), **stored}
+    lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+    return Config(**{**stored, **lists, "workdir": workdir})
+
+
+def load_learned(name: str) -> tuple[Config, comparison.Learned]:
+    """A run by its folder, or a rule that ships by its name: its flags, its learner and its meta-parameters."""
+    if name in pretrained.list_pretrained():
+        params, rule = pretrained.load_pretrained(name)
+        flags = flags_of(pretrained.pretrained_card(name)["meta_training"], name)
+        return flags, comparison.Learned(getattr(learners, flags.learner)(rule), [params])
     flags = None
 
     def like(stored):
         nonlocal flags
-        stored = {**_absent(), **stored}
-        lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
-        flags = Config(**{**stored, **lists, "workdir": workdir})
+        flags = flags_of(stored, name)
         families = families_of(flags, "train")[:1] if flags.learner in CONGRUOUS else ()
         return meta.init_state(learner_of(flags), families, meta_optimizer_of(flags), jax.random.key(0))
 
-    state, _ = run.load_run(workdir, like)
+    state, _ = run.load_run(name, like)
     return flags, comparison.Learned(learner_of(flags), [state.params])
 
 

@@ -51,14 +51,7 @@ def ship(flags: Config) -> None:
 
 def check(params: Any, rule: Any, card: dict[str, Any]) -> dict[str, float]:
     """Mean success and norms on 20 tasks of digits, K = 10, with the losses and the bound of its meta-training."""
-    flags = meta_train.Config(
-        workdir="",
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in {"augment": False, **card["meta_training"]}.items()
-            if name not in ("workdir", "epsilon")
-        },
-    )
+    flags = dataclasses.replace(meta_train.flags_of(card["meta_training"]), epsilon=())
     victim = load_victim(_ROOT / "victims" / "digits_small_cnn_1000")
     tasks = dataclasses.replace(meta_train.tasks_of(flags), queries=5)
     family = common.make_family(victim, "test", tasks)

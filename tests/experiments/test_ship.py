@@ -54,3 +54,19 @@ def test_a_run_is_shipped_with_its_card(tmp_path, monkeypatch):
     assert card["check"] == {"asr": 0.5}
     assert card["meta_test"] == [{"file": results, **row, "method": method} for method in ("pgd", "lft (mnist)")]
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(name)[0], params)
+
+
+@pytest.mark.parametrize("name", list_pretrained())
+def test_a_shipped_rule_is_evaluated_by_its_name(name):
+    flags, learned = meta_train.load_learned(name)
+    params, rule = load_pretrained(name)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, learned.params, [params]))
+    assert meta_train.rule_of(flags) == rule  # its flags are those that made it
+    assert flags.workdir == name
+    assert len(flags.victims) >= 2
+    assert meta_train.tasks_of(flags).augment
+
+
+def test_what_is_neither_a_run_nor_a_shipped_rule_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        meta_train.load_learned(str(tmp_path / "uap-linf"))

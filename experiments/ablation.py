@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no start": Variant({"start": "none"}),
         "a smaller start": Variant({"start_step": 0.3}),
         "later steps count more": Variant({"weights": "linear"}),
+        "no features but momenta": Variant({"features": ("momentum",)}),
         "momenta alone": Variant(
             {"rule": "coordinate_lstm", "features": ("momentum",), "output_scale": 1.0, "start": "none"}
         ),

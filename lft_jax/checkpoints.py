@@ -68,9 +68,14 @@ def load_tree(path: str | os.PathLike, like: PyTree) -> PyTree:
 
 
 def replace_directory(new: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Moves the directory `new` to `path`, in place of what is there."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Moves the directory `new` to `path`; one that is there is deleted last, so that a crash loses neither."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.is_dir():
+        os.replace(path, aside)
     os.replace(new, path)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -40,9 +40,18 @@ def run_task(
     key_sample, key_start, key_tune = jax.random.split(key, 3)
     episode = family.sample(key_sample)
 
+    def warm(start, paused):
+        def begun(start):
+            start, queries = family.warm_start(start, episode.support, jax.random.fold_in(key_start, _WARM))
+            return start, jnp.asarray(queries, jnp.int32)
+
+        if paused is None:
+            return begun(start)
+        return jax.lax.cond(paused.done > 0, lambda start: (start, jnp.int32(0)), begun, start)
+
     def tuned(params, key, **options):
         start = learner.start(params, family, key_start)
-        start, queries = family.warm_start(start, episode.support, jax.random.fold_in(key_start, _WARM))
+        start, queries = warm(start, options.get("paused"))
         trajectory = fine_tune(
             learner.optimizer(params),
             family.oracle(episode.support),

@@ -1,5 +1,6 @@
 """Trees on disk."""
 
+import os
 import shutil
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lft_jax.checkpoints import load_tree, save_tree
+from lft_jax.checkpoints import load_tree, replace_directory, save_tree
 
 TREE = {
     "weights": [jnp.arange(6, dtype=jnp.float32).reshape(2, 3), jnp.ones((1, 2), jnp.bfloat16)],
@@ -40,6 +41,26 @@ def test_a_failed_save_leaves_the_old_tree(tmp_path):
     with pytest.raises(ValueError, match="object"):
         save_tree(tmp_path / "tree", {"x": object()})
     np.testing.assert_array_equal(load_tree(tmp_path / "tree", {"x": jnp.zeros(3)})["x"], 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+def test_a_crash_between_the_moves_loses_neither_tree(tmp_path, monkeypatch):
+    save_tree(tmp_path / "tree", {"x": jnp.ones(3)})
+    save_tree(tmp_path / "new", {"x": jnp.zeros(3)})
+    move = os.replace
+
+    def crash(source, target):
+        if source == tmp_path / "new":
+            raise OSError("no more space")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="no more space"):
+        replace_directory(tmp_path / "new", tmp_path / "tree")
+    for name, value in (("tree.replaced", 1), ("new", 0)):
+        np.testing.assert_array_equal(load_tree(tmp_path / name, {"x": jnp.zeros(3)})["x"], value)
+    monkeypatch.undo()
+    replace_directory(tmp_path / "new", tmp_path / "tree")
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
 

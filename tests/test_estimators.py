@@ -13,7 +13,7 @@ from lft_jax import baselines, learners
 from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta import meta_trainer
 from lft_jax.rules import coordinate_lstm
-from lft_jax.tasks.quadratic import quadratic_family
+from lft_jax.tasks.quadratic import QuadraticFamily, quadratic_family
 
 KEY = jax.random.key(5)
 
@@ -146,6 +146,35 @@ def test_estimates_of_an_episode_agree_with_backpropagation(x64):
         ratio = np.sum(np.mean(differences, 0) ** 2) / scatter  # expected to be 1 without a bias; of two numbers
         assert ratio > 12 if not getattr(estimator, "accumulate", True) else ratio < 6, (estimator, ratio)
         assert scatter < 0.03 * sum(np.sum(np.mean(x, 0) ** 2) for x in jax.tree.leaves(exact))
+
+
+class SearchingFamily(QuadraticFamily):
+    """Quadratic tasks that say when they look for a start."""
+
+    said = []  # noqa: RUF012
+
+    def warm_start(self, theta, support, key):
+        jax.debug.callback(lambda: self.said.append(1))
+        return theta + jnp.mean(support, 0), 3
+
+
+jax.tree_util.register_dataclass(SearchingFamily, ["curvature", "center", "noise"], ["support", "query"])
+
+
+def test_a_start_is_searched_once_an_episode():
+    family = SearchingFamily(jnp.ones(2))
+    SearchingFamily.said.clear()
+    options = {"num_steps": 6, "tasks_per_family": 1, "meta_optimizer": optax.sgd(0.0)}
+    learner = learners.lft(coordinate_lstm(2, 1))
+    trainer = meta_trainer(learner, [family], estimator=PersistentEvolutionStrategies(2, 4, 1e-2), **options)
+    state = trainer.init(jax.random.key(0))
+    losses = []
+    for _ in range(6):
+        state, metrics = trainer.step(state)
+        losses.append(float(metrics["loss"]))
+    jax.effects_barrier()
+    assert len(SearchingFamily.said) == 2 * 4 * 2  # mirrored pairs, in each of two episodes of three windows
+    assert max(losses) < 2  # about 1 after the search, about 3 without
 
 
 @pytest.mark.parametrize(

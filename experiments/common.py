@@ -46,7 +46,8 @@ class TaskConfig:
       per_example: whether each support image tries directions of its own.
       loss: the objective, of the query images.
       support_loss: of the support images.
-      kappa: confidence of the hinge, of both losses.
+      second_loss: added to that where gradients are exact; "none" for none.
+      kappa: confidence of the hinge, of all losses.
       start: "zeros" or "random".
       waves: what a search for a better start may cost (`lft_jax.tasks.WaveSearch`), a quarter of it for new waves; 0
         for none.
@@ -66,6 +67,7 @@ class TaskConfig:
     per_example: bool = False
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
+    second_loss: str = "none"
     kappa: float = 0.0
     start: str = "zeros"
     waves: int = 0
@@ -89,14 +91,15 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["augmentation"] = Augmentation() if options.pop("augment") else None
     kappa = options.pop("kappa")
-    for name_of_loss in ("loss", "support_loss"):
-        options[name_of_loss] = AttackLoss(options[name_of_loss], kappa=kappa)
+    for name_of_loss in ("loss", "support_loss", "second_loss"):
+        kind = options[name_of_loss]
+        options[name_of_loss] = None if kind == "none" else AttackLoss(kind, kappa=kappa)
     waves = options.pop("waves")
     options["waves"] = tasks.WaveSearch.within(waves) if waves else None
     names = ("num_directions", "resolution", "basis", "smoothing", "per_example")
     estimator = oracles.ZerothOrder(**{name: options.pop(name) for name in names})
     if estimator.num_directions:
-        options["estimator"] = estimator
+        options |= {"estimator": estimator, "second_loss": None}
     if config.penalty is None:
         options["epsilon"] = config.epsilon[name] if name in config.epsilon else default_epsilon(config.norm, name)
     elif config.epsilon:

@@ -32,6 +32,8 @@ LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_
 CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an update rule.
 RULE_LEARNERS = ("lft", "l2o", "adaptive_lft", "joint")
+#: What a rule sees that is given one loss.
+ONE_LOSS = ("momentum", "spread", "constraint", "progress", "context")
 META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
 REMAT = {"auto": None, "always": True, "never": False}
 
@@ -91,6 +93,12 @@ class Config:
         "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
     )
     support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
+    second_loss: str = config.option(
+        "dominant",
+        "Loss that is added to it where gradients are exact, and whose gradient a rule also sees alone (its feature "
+        "`second`): what pulls all images to the class that they are nearest to (dominant), or another one, or none.",
+        ("dominant", "hinge", "cross_entropy", "none"),
+    )
     kappa: float = config.option(0.0, "How far the hinge wants the margin beyond 0, in logits (C&W's confidence).")
     task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
     waves: int = config.option(
@@ -219,7 +227,8 @@ def check(flags: Config) -> None:
             "is given exact gradients, without --num_directions",
         ),
         ("basis",): (flags.resolution is None, "has no subspace of directions, without --resolution"),
-        ("kappa",): ("hinge" not in (flags.loss, flags.support_loss), "minimises no hinge"),
+        ("second_loss",): (flags.num_directions > 0, "is given estimates of one loss, by --num_directions"),
+        ("kappa",): ("hinge" not in (flags.loss, flags.support_loss, flags.second_loss), "minimises no hinge"),
         ("epsilon",): (flags.penalty is not None, "is given a penalty instead of a ball"),
     }
     for names, (applies, reason) in useless.items():
@@ -315,11 +324,13 @@ def _absent():
     """What a flag meant before there was one, for runs that were made then."""
     fields = dataclasses.fields(Config)
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING and f.name not in WHERE}
-    return {**defaults, "augment": False}
+    return {**defaults, "augment": False, "second_loss": "none"}
 
 
 def flags_of(stored: Mapping[str, Any], workdir: str = "") -> Config:
     """The flags that a run's configuration or a rule's card holds."""
+    if "second_loss" not in stored and not stored.get("features") and stored.get("rule") == "spatial_lstm":
+        stored = {**stored, "features": ONE_LOSS}  # that rule's default before there was a second loss
     stored = {**_absent(), **stored}
     lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
     return Config(**{**stored, **lists, "workdir": workdir})

@@ -12,7 +12,7 @@ import optax
 from lft_jax import base, oracles
 from lft_jax.data import check_images_labels, unit_range
 from lft_jax.fine_tune import fine_tune_step
-from lft_jax.pretrained import load_fine_tuner
+from lft_jax.pretrained import load_fine_tuner, pretrained_card
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.uap import attack_metrics, constrained_oracle
@@ -48,6 +48,7 @@ def universal_perturbation(
     optimizer: str | optax.GradientTransformation = "uap-linf",
     oracle: str = "gradient",
     loss: str | AttackLoss = "cross_entropy",
+    second_loss: str | AttackLoss | None = "stored",
     augmentation: Augmentation | None = AUGMENTATION,
     num_directions: int = 10,
     smoothing: float = 1e-2,
@@ -76,6 +77,9 @@ def universal_perturbation(
       oracle: "gradient", or "query": `logits_fn` is only called, never differentiated.
       loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
         "uap-l1" was meta-trained to minimise `AttackLoss("hinge", kappa=5.0)`, all other shipped rules the default.
+      second_loss: added to it where gradients are exact, a kind of `AttackLoss` or one of those, whose gradient a rule
+        may also see alone, for a second backward pass; None for none. "stored": what a pretrained rule was
+        meta-trained with, and nothing for any other optimizer.
       augmentation: how the images are changed anew in each step, at no queries, or None. Meant for few images, which
         are overfitted without; what it does to hundreds was not measured.
       num_directions: random (Rademacher) directions that a zeroth-order estimate (`oracle="query"`) tries both ways,
@@ -110,14 +114,17 @@ def universal_perturbation(
     if resolution is not None and oracle == "gradient":
         raise ValueError(f"resolution: exact gradients have no directions, got {resolution} without oracle='query'.")
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
+    second_loss = _second_loss(second_loss, optimizer, oracle, loss.target)
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
     logits_fn = _as_partial(logits_fn) if oracle == "gradient" else _on_numpy(logits_fn)
     clean = _check_logits(logits_fn(batch.images), batch.labels)
     check_images_labels(images, labels, clean.shape[-1])
-    loss.check(clean.shape[-1])
+    for used in (loss, second_loss):
+        if used is not None:
+            used.check(clean.shape[-1])
     num_images = len(batch.labels)
     if oracle == "gradient":
-        step, cost = functools.partial(_gradient_step, logits_fn, tx, augmentation), 2 * num_images
+        step, cost = functools.partial(_gradient_step, logits_fn, tx, augmentation, second_loss), 2 * num_images
     else:
         estimate = functools.partial(
             oracles.per_example_zeroth_order,
@@ -205,6 +212,18 @@ def _stored(name):
         raise ValueError(f"optimizer: {error}") from error
 
 
+def _second_loss(given, optimizer, oracle, target):
+    if given == "stored":
+        card = pretrained_card(optimizer) if isinstance(optimizer, str) and oracle == "gradient" else {}
+        kind = card.get("meta_training", {}).get("second_loss", "none")
+        return None if kind == "none" else AttackLoss(kind, target=target)
+    if given is None:
+        return None
+    if oracle != "gradient":
+        raise ValueError(f"second_loss: a zeroth-order estimate is of one loss, got {given!r} with oracle={oracle!r}.")
+    return (given if isinstance(given, AttackLoss) else AttackLoss(given, target=target)).check()
+
+
 #: Wrapped once each, so that the programs compiled for an optimizer are found again.
 _extra_args = functools.lru_cache(maxsize=16)(optax.with_extra_args_support)
 
@@ -225,12 +244,15 @@ def _check_logits(logits, labels):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _gradient_step(logits_fn, tx, augmentation, loss, constraint, batch, clean, theta, state, key, progress):
+def _gradient_step(
+    logits_fn, tx, augmentation, second_loss, loss, constraint, batch, clean, theta, state, key, progress
+):
     def attack(images):
-        def image_losses(thetas):
-            return loss(logits_fn(perturb(images, thetas)), batch.labels)
+        def losses_of(loss):
+            return lambda thetas: loss(logits_fn(perturb(images, thetas)), batch.labels)
 
-        return oracles.per_example_gradient(image_losses, num_examples=len(batch.labels))
+        second = None if second_loss is None else losses_of(second_loss)
+        return oracles.per_example_gradient(losses_of(loss), num_examples=len(batch.labels), second_losses=second)
 
     return _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress)
 

@@ -43,7 +43,8 @@ class Estimate(NamedTuple):
       queries: `[]` int32, how many example evaluations of the model the answer cost.
       extras: what else the oracle knows, passed on to the optimizer as optax extra arguments. Names in use:
         `spread` (like `theta`, standard deviation of the per-example gradients), `scale` (`[]`, the size of a
-        coordinate that the feasible set suggests), `context` (like `theta` with one more, leading axis `[2]`: mean
+        coordinate that the feasible set suggests), `second` (like `theta`, the gradient of one of two losses that
+        `grads` is of the sum of), `context` (like `theta` with one more, leading axis `[2]`: mean
         and standard deviation of the support examples at each coordinate).
     """
 

@@ -2,7 +2,7 @@
 
 A feature set maps one leaf's `Signal` to features `[size, *leaf.shape]` and keeps a state of its own (moments, say).
 All of them are safe at zero gradients: finite, with finite derivatives. An extra argument that the caller did not
-give reads as zero.
+give reads as zero, but for `second`, which then is the gradient itself.
 """
 
 import math
@@ -33,6 +33,7 @@ class Signal(NamedTuple):
       context: `[2, *grad.shape]` mean and standard deviation of the support examples, or None.
       scale: `[]` the size of a coordinate that the feasible set suggests.
       progress: `[]` the fraction of the fine-tuning steps that are done, in [0, 1).
+      second: like `grad`, the gradient of one of the losses that `grad` is of the sum of, or None.
       update: like `grad`, the update that followed it, which only a sampler sees (`lft_jax.sampling`), or None.
     """
 
@@ -42,6 +43,7 @@ class Signal(NamedTuple):
     context: jax.Array | None
     scale: jax.Array
     progress: jax.Array
+    second: jax.Array | None = None
     update: jax.Array | None = None
 
 
@@ -96,8 +98,20 @@ def _adam(signal, state):
 
 
 def _momentum(signal, state):
-    state = tuple(decay * m + signal.grad for decay, m in zip(MOMENTUM_DECAYS, state, strict=True))
+    return _momenta(signal.grad, state)
+
+
+def _second(signal, state):
+    return _momenta(signal.grad if signal.second is None else signal.second, state)
+
+
+def _momenta(grad, state):
+    state = tuple(decay * m + grad for decay, m in zip(MOMENTUM_DECAYS, state, strict=True))
     return jnp.stack([jnp.tanh(unit_rms(m)) for m in state]), state
+
+
+def _no_momenta(leaf):
+    return tuple(jnp.zeros_like(leaf) for _ in MOMENTUM_DECAYS)
 
 
 def _spread(signal):
@@ -150,9 +164,8 @@ FEATURES: dict[str, FeatureSet] = {
     "raw": _stateless(1, _raw),
     "log_sign": _stateless(2, _log_sign),
     "adam": FeatureSet(2, _adam_init, _adam),
-    "momentum": FeatureSet(
-        len(MOMENTUM_DECAYS), lambda leaf: tuple(jnp.zeros_like(leaf) for _ in MOMENTUM_DECAYS), _momentum
-    ),
+    "momentum": FeatureSet(len(MOMENTUM_DECAYS), _no_momenta, _momentum),
+    "second": FeatureSet(len(MOMENTUM_DECAYS), _no_momenta, _second),
     "spread": _stateless(1, _spread),
     "constraint": _stateless(1, _constraint),
     "progress": _stateless(1, _progress),

@@ -55,7 +55,12 @@ def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) ->
     return oracle
 
 
-def per_example_gradient(example_losses: Callable[[PyTree], jax.Array], *, num_examples: int) -> Oracle:
+def per_example_gradient(
+    example_losses: Callable[[PyTree], jax.Array],
+    *,
+    num_examples: int,
+    second_losses: Callable[[PyTree], jax.Array] | None = None,
+) -> Oracle:
     """The gradient of a mean over examples, and how much the examples disagree on it.
 
     Every example gets its own copy of `theta`, as a universal perturbation does anyway when it is added to a batch
@@ -65,6 +70,9 @@ def per_example_gradient(example_losses: Callable[[PyTree], jax.Array], *, num_e
       example_losses: `thetas -> [S]`, where `thetas` is like `theta` with a leading axis `[S]`. Loss s may depend on
         copy s only (so no batch statistics inside).
       num_examples: `S`, at least 1.
+      second_losses: like `example_losses`, another loss of the same examples, or None. The two are added up, and the
+        mean gradient of this one is also an extra of its own, `second`: for a second backward pass a fine-tuner can
+        tell the two apart.
 
     Returns:
       An oracle whose value and grads are means over `S`, with the extra `spread` (like `theta`, not negative): the
@@ -80,14 +88,22 @@ def per_example_gradient(example_losses: Callable[[PyTree], jax.Array], *, num_e
         del key
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_examples, *x.shape)), floats(theta))
 
+        def seconds(thetas):
+            return _check_losses("second_losses", second_losses(thetas), num_examples)
+
         def summed(thetas):
             losses = _check_losses("example_losses", example_losses(thetas), num_examples)
+            if second_losses is not None:
+                losses = losses + seconds(thetas)
             return jnp.sum(losses), losses
 
         grads, losses = jax.grad(summed, has_aux=True)(copies)
         mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
-        spread = jax.tree.map(lambda g: safe_sqrt(jnp.var(g, axis=0)), grads)
-        return Estimate(jnp.mean(losses), mean, jnp.asarray(num_examples, jnp.int32), {"spread": spread})
+        extras = {"spread": jax.tree.map(lambda g: safe_sqrt(jnp.var(g, axis=0)), grads)}
+        if second_losses is not None:
+            grads = jax.grad(lambda thetas: jnp.sum(seconds(thetas)))(copies)
+            extras["second"] = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
+        return Estimate(jnp.mean(losses), mean, jnp.asarray(num_examples, jnp.int32), extras)
 
     return oracle
 

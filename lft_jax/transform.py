@@ -36,7 +36,8 @@ def learned_fine_tuner(params: PyTree, rule: Rule, *, scale: float = 1.0) -> opt
     Works on any pytree of floating-point arrays of any shapes; updates have the gradients' dtypes (the network runs
     in float32 for half precision) and optax's sign: `optax.apply_updates` adds them. Differentiable with respect to
     `params`. Extra arguments of `update` that are used, all optional (`lft_jax.base.Estimate`): `scale`,
-    `progress`, `spread` and `context`; features of an absent one read as zero, all others are ignored.
+    `progress`, `spread`, `second` and `context`; features of an absent one read as zero (those of `second` as the
+    gradient), all others are ignored.
 
     Args:
       params: the rule's weights, from `rule.init(key)`, meta-training or `load_pretrained`.
@@ -48,8 +49,8 @@ def learned_fine_tuner(params: PyTree, rule: Rule, *, scale: float = 1.0) -> opt
       The transformation. Its state keeps structure, shapes and dtypes from one update to the next.
 
     Raises:
-      ValueError: if `scale` is not above 0; in `init`, if a leaf is not floating-point; in `update`, if `spread` or
-        `context` does not have the structure of the gradients.
+      ValueError: if `scale` is not above 0; in `init`, if a leaf is not floating-point; in `update`, if `spread`,
+        `second` or `context` does not have the structure of the gradients.
 
     References:
       PAPER.md "The method"; Andrychowicz et al. 2016, arXiv 1606.04474.
@@ -91,13 +92,14 @@ def leaf_signals(
     scale: float | jax.Array = 1.0,
     spread: PyTree = None,
     context: PyTree = None,
+    second: PyTree = None,
     progress: float | jax.Array = 0.0,
     update: PyTree = None,
     **ignored: Any,
 ) -> list[Signal]:
     """What a rule sees of each leaf, from the arguments of an optax update; `update` as of `Signal`."""
     leaves, structure = jax.tree.flatten(grads)
-    trees = {"params": params, "spread": spread, "context": context, "update": update}
+    trees = {"params": params, "spread": spread, "context": context, "second": second, "update": update}
     columns = {name: _like(name, tree, structure) for name, tree in trees.items()}
     signals = []
     for number, grad in enumerate(leaves):
@@ -114,6 +116,7 @@ def leaf_signals(
                 context=cast(columns["context"][number]),
                 scale=cast(scale),
                 progress=cast(progress),
+                second=cast(columns["second"][number]),
                 update=cast(columns["update"][number]),
             )
         )

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from lft_jax import base
 from lft_jax.base import safe_sqrt
 
-LOSSES = ("hinge", "cross_entropy")
+LOSSES = ("hinge", "cross_entropy", "dominant")
 NORMS = ("linf", "l2", "l1")
+_REACH = 20.0  # nats: how far from the dominant label an image may be to have a say
 
 
 class Batch(NamedTuple):
@@ -40,12 +41,17 @@ def margins(logits: jax.Array, labels: jax.Array) -> jax.Array:
 class AttackLoss:
     """What an attacker minimises for each image (PAPER "The application").
 
+    Most images that a universal perturbation fools are taken for one class, its dominant label (Moosavi-Dezfooli et al.
+    2017, Universal adversarial perturbations). "dominant" pulls the images there from the first step on, to the class
+    that they all are nearest to: few images agree better on where to go than on what to leave.
+
     Its fields are leaves of a pytree (the kind as its place in `LOSSES`), so that programs are not compiled anew for
     another loss, only for targeted and untargeted ones.
 
     Attributes:
       kind: "hinge", the C&W hinge `max(margin, -kappa)`; or "cross_entropy", untargeted `-min(CE(label), beta)` (the
-        clamp of UAP-SGD, Shafahi et al. 2020: images fooled beyond doubt stop counting), targeted `CE(target)`.
+        clamp of UAP-SGD, Shafahi et al. 2020: images fooled beyond doubt stop counting), targeted `CE(target)`;
+        or "dominant", `min(CE(t), 20)`, `t` the class where its mean over the images given is lowest (ours).
       kappa: margin, in logits, by which an image should be fooled; at least 0 (hinge only).
       beta: bound on an image's cross-entropy, in nats; above 0 (cross-entropy only).
       target: the class that images should be taken for, or None: any wrong class.
@@ -78,11 +84,16 @@ class AttackLoss:
         goal = labels if self.target is None else jnp.full_like(labels, self.target)
         sign = 1 if self.target is None else -1
         hinge = jnp.maximum(sign * margins(logits, goal), -jnp.asarray(self.kappa, logits.dtype))
-        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), goal[:, None], axis=-1)[:, 0]
+        log_probabilities = jax.nn.log_softmax(logits)
+        entropy = -jnp.take_along_axis(log_probabilities, goal[:, None], axis=-1)[:, 0]
+        distances = jnp.minimum(-log_probabilities, jnp.asarray(_REACH, logits.dtype))
+        nearest = jnp.argmin(jnp.mean(distances, 0)) if self.target is None else self.target
+        pull = jnp.take(distances, nearest, axis=1)
         if self.target is None:
             entropy = -jnp.minimum(entropy, jnp.asarray(self.beta, logits.dtype))
         (kind, *_), _ = self.tree_flatten()
-        return jnp.where(kind == LOSSES.index("hinge"), hinge, entropy)
+        losses = (hinge, entropy, pull)  # in the order of LOSSES
+        return jnp.select([kind == number for number in range(len(LOSSES))], losses)
 
     def success(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         """`[N]` bool, whether the attack has its will."""

@@ -33,6 +33,7 @@ class UapFamily(TaskFamily):
       logits_fn: `images -> logits`, the victim.
       attack_loss: the objective, what the outer loss and the metrics are made of.
       support_loss: what is minimised on the support images.
+      second_loss: added to it for exact gradients, whose gradient is then also the extra `second`; or None.
       constraint: the ball or the penalty.
       ways: classes of a task.
       shots: support images a class.
@@ -55,6 +56,7 @@ class UapFamily(TaskFamily):
     ways: int = dataclasses.field(metadata=_STATIC)
     shots: int = dataclasses.field(metadata=_STATIC)
     queries: int = dataclasses.field(metadata=_STATIC)
+    second_loss: AttackLoss | None = None
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
     waves: WaveSearch | None = dataclasses.field(default=None, metadata=_STATIC)
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
@@ -94,12 +96,16 @@ class UapFamily(TaskFamily):
         """The gradient of the support loss, with the extras that a rule for perturbations can use."""
 
         def attack(images):
-            def image_losses(theta):
-                return self.support_loss(self.logits_fn(perturb(images, theta)), support.labels)
+            def losses_of(loss):
+                return lambda theta: loss(self.logits_fn(perturb(images, theta)), support.labels)
 
-            if self.estimator is None:
-                return oracles.per_example_gradient(image_losses, num_examples=len(support.labels))
-            return self.estimator(image_losses, num_examples=len(support.labels))
+            num_examples = len(support.labels)
+            if self.estimator is not None:
+                return self.estimator(losses_of(self.support_loss), num_examples=num_examples)
+            second = None if self.second_loss is None else losses_of(self.second_loss)
+            return oracles.per_example_gradient(
+                losses_of(self.support_loss), num_examples=num_examples, second_losses=second
+            )
 
         return constrained_oracle(attack, self.constraint, support.images, self.augmentation)
 
@@ -195,6 +201,7 @@ def uap_family(
     penalty: float | None = None,
     loss: str | AttackLoss = "hinge",
     support_loss: str | AttackLoss | None = None,
+    second_loss: str | AttackLoss | None = None,
     start: str = "zeros",
     waves: WaveSearch | None = None,
     estimator: Callable[..., Oracle] | None = None,
@@ -215,6 +222,8 @@ def uap_family(
       penalty: weight of the norm in the loss.
       loss: the objective, a kind of `AttackLoss` or one of those.
       support_loss: what is minimised on the support images; the objective if None.
+      second_loss: what is added to it for exact gradients, and whose gradient a rule also sees alone (the feature
+        "second"); or None. A zeroth-order estimate is of the support loss.
       start: "zeros" or "random".
       waves: a search on the support images for a better start, or None.
       estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`.
@@ -233,13 +242,15 @@ def uap_family(
             checked.check()
     attack_loss = _attack_loss(loss)
     support_loss = attack_loss if support_loss is None else _attack_loss(support_loss)
+    second_loss = None if second_loss is None else _attack_loss(second_loss)
     if not isinstance(victim_logits_fn, jax.tree_util.Partial):
         victim_logits_fn = jax.tree_util.Partial(victim_logits_fn)
     check_images_labels(images, labels)
     num_classes = jax.eval_shape(lambda x: victim_logits_fn(unit_range(x)), images[:1]).shape[-1]
     check_images_labels(images, labels, num_classes)
-    for used in (attack_loss, support_loss):
-        used.check(num_classes)
+    for used in (attack_loss, support_loss, second_loss):
+        if used is not None:
+            used.check(num_classes)
     images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
     table, counts = _drawn_classes(labels, attack_loss.target, shots + queries)
     if np.sum(counts > 0) < ways:
@@ -254,6 +265,7 @@ def uap_family(
         ways,
         shots,
         queries,
+        second_loss,
         start,
         waves,
         estimator,

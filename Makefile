@@ -6,8 +6,9 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 # Results that are there, in the order of docs/results.md.
-HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json cifar10.json digits.json)))
-ALL = $(subst $(space),$(comma),$(wildcard $(addprefix results/,hard/mnist.json hard/cifar10.json hard/digits.json \
+HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json mnist_vgg.json cifar10.json \
+	cifar10_vgg.json digits.json)))
+ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/, \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
 	l2/results.json breadth.json ablation_hard.json ablation_query.json theory_gap.json sine.json zo_l2l.json \
 	classification.json)))
@@ -37,9 +38,11 @@ victims: $(INSTALLED)
 	$(RUN) -m experiments.victims
 
 results: victims
-	$(RUN) -m experiments.study --study=hard --attacked=mnist --output=results/hard/mnist.json
+	$(RUN) -m experiments.study --study=hard --attacked=mnist_small_cnn_1000 --output=results/hard/mnist.json
+	$(RUN) -m experiments.study --study=hard --attacked=mnist_vgg_1001 --output=results/hard/mnist_vgg.json
+	$(RUN) -m experiments.study --study=hard --attacked=cifar10_small_cnn_1000 --output=results/hard/cifar10.json
+	$(RUN) -m experiments.study --study=hard --attacked=cifar10_vgg_1001 --output=results/hard/cifar10_vgg.json
 	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json
-	$(RUN) -m experiments.study --study=hard --attacked=cifar10 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.study --study=paper
 	$(RUN) -m experiments.study --study=query --attacked=mnist --output=results/query/mnist.json
 	$(RUN) -m experiments.study --study=query --attacked=cifar10 --output=results/query/cifar10.json

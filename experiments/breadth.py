@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import common, config, victims
 from lft_jax import baselines, evaluation, learners, tasks
+from lft_jax.attack import stored_second_loss
 from lft_jax.data import load_source, unit_range
 from lft_jax.pretrained import load_pretrained
 from lft_jax.tasks.augmentation import Augmentation
@@ -88,9 +89,10 @@ class Config:
 def measure(flags: Config) -> None:
     """Runs every case and writes the results file after each."""
     params, rule = load_pretrained(flags.optimizer)
+    second = stored_second_loss(flags.optimizer)
     origin, rows = common.provenance([0]), []
     for case in CASES:
-        rows.append(_row(case, learners.lft(rule), params, flags))
+        rows.append(_row(case, learners.lft(rule), params, second, flags))
         asr = ", ".join(f"{name} {100 * found['asr']:.1f}" for name, found in rows[-1]["methods"].items())
         print(f"{case}: {asr}", flush=True)
         settings = {k: v for k, v in dataclasses.asdict(flags).items() if k != "data_dir"}
@@ -98,7 +100,7 @@ def measure(flags: Config) -> None:
     print(f"wrote {flags.output}")
 
 
-def _row(case, learner, params, flags):
+def _row(case, learner, params, second_loss, flags):
     path = victims.paths(case.source, "unseen", flags.victims)[case.unseen]
     validation, test = (make_family(case, path, split, flags.data_dir) for split in ("validation", "test"))
     key_test, key_validation = jax.random.split(jax.random.key(0))
@@ -116,14 +118,15 @@ def _row(case, learner, params, flags):
         options = {"num_steps": case.num_steps, "at": (case.num_steps,)}
         return np.asarray(evaluation.evaluate(learner, params, family, keys, **options)["asr"][:, -1], np.float64)
 
+    given = dataclasses.replace(test, second_loss=second_loss)
     start = {"step": 0.8, "decay": 0.5, "final": 1.0}
     asr = {
         "pgd (untuned)": success(
             pgd.learner, pgd.default.params, evaluation.minimising(plain, pgd.default.support_loss)
         ),
         "pgd": success(pgd.learner, tuned.params, evaluation.minimising(plain, tuned.support_loss)),
-        "the rule's start, augmented": success(pgd.learner, start, test),
-        flags.optimizer: success(learner, params, test),
+        "the rule's start, augmented": success(pgd.learner, start, given),
+        flags.optimizer: success(learner, params, given),
     }
     methods = {
         name: {

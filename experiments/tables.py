@@ -149,11 +149,15 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     gradients = f"zeroth-order gradients of {directions} directions a step" if directions else "exact gradients"
     if tasks.get("waves"):
         gradients += f" from a start that {tasks['waves']} evaluations searched plane waves for"
+    second = tasks.get("second_loss", "none")
+    two = second != "none" and not directions
     about = (
         f"Attack success rate on unseen images after K fine-tuning steps with {gradients} on {tasks['shots']} support "
         f"image(s) of each of {tasks['ways']} classes, within {bound}; mean ± 95% interval over "
         f"{protocol['num_tasks']} tasks (of several seeds: the mean, and the range of their ASR at the last K). "
-        f"Meta-trained: {_meta_trained(results['meta_training'])}. Baselines are tuned over grids of 24 to 48 "
+        f"Meta-trained: {_meta_trained(results['meta_training'])}"
+        + (f"; on support images they follow {tasks['support_loss']} and {second} together" if two else "")
+        + ". Baselines are tuned over grids of 24 to 48 "
         "settings (step, momentum, schedule, loss) on validation tasks of the same victim"
         + (
             ", and make as many queries in all, from zero or the transfer start, with directions that all images share"
@@ -166,6 +170,7 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         + (
             ', "augmented" that from the best of these and of two that augment too'
             + (", and search and ask as the learned methods do" if directions else "")
+            + (", with the second loss or without" if two else "")
             + ": what was best on the validation tasks without and the transfer start fine-tuned by it, tuned again"
             if _augmented(rows)
             else ""

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import common, config, figures
 from lft_jax import learners, pretrained, theory
+from lft_jax.attack import stored_second_loss
 from lft_jax.victims import load_victim
 
 QUANTITIES = ("gaps", "norms", "support_variance", "query_variance")
@@ -39,6 +40,7 @@ def measure(flags: Config) -> dict:
     """Runs the measurement and writes its files; returns the results."""
     victim = load_victim(flags.victim)
     trained, rule = pretrained.load_pretrained(flags.rule)
+    second_loss = stored_second_loss(flags.rule)
     learner = learners.lft(rule)
     weights = {"untrained": rule.init(jax.random.key(flags.seed)), "meta-trained": trained}
     keys = jax.random.split(jax.random.key(flags.seed), flags.num_tasks)
@@ -49,6 +51,7 @@ def measure(flags: Config) -> dict:
     for shots in flags.shots:
         tasks = common.TaskConfig(ways=flags.ways, shots=shots, queries=shots, augment=False)
         family = common.make_family(victim, "train", tasks, flags.data_dir)
+        family = dataclasses.replace(family, second_loss=second_loss)
         for name, params in weights.items():
             found = theory.meta_gradient_gap(learner, params, family, keys, num_steps=flags.num_steps, batch_size=5)
             found = jax.tree.map(np.asarray, found)

@@ -14,7 +14,7 @@ from lft_jax.data import check_images_labels, unit_range
 from lft_jax.fine_tune import fine_tune_step
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
 from lft_jax.tasks.augmentation import Augmentation
-from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
+from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.uap import attack_metrics, constrained_oracle
 from lft_jax.tasks.waves import WaveSearch
 
@@ -212,16 +212,22 @@ def _stored(name):
         raise ValueError(f"optimizer: {error}") from error
 
 
+def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | None:
+    """The second loss that a stored rule was meta-trained with, or None; raises a ValueError if there is no card."""
+    kind = pretrained_card(name).get("meta_training", {}).get("second_loss", "none")
+    return None if kind == "none" else AttackLoss(kind, target=target)
+
+
 def _second_loss(given, optimizer, oracle, target):
     if given == "stored":
-        card = pretrained_card(optimizer) if isinstance(optimizer, str) and oracle == "gradient" else {}
-        kind = card.get("meta_training", {}).get("second_loss", "none")
-        return None if kind == "none" else AttackLoss(kind, target=target)
+        return stored_second_loss(optimizer, target) if isinstance(optimizer, str) and oracle == "gradient" else None
     if given is None:
         return None
     if oracle != "gradient":
         raise ValueError(f"second_loss: a zeroth-order estimate is of one loss, got {given!r} with oracle={oracle!r}.")
-    return (given if isinstance(given, AttackLoss) else AttackLoss(given, target=target)).check()
+    if isinstance(given, AttackLoss):
+        return given.check()
+    return AttackLoss(base.check_name("second_loss", given, LOSSES), target=target)
 
 
 #: Wrapped once each, so that the programs compiled for an optimizer are found again.

@@ -18,6 +18,7 @@ from lft_jax import (
 )
 from lft_jax.pretrained import save_rule
 from lft_jax.rules import MomentumStart, coordinate_lstm
+from lft_jax.tasks.perturbation import perturb
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(16, 3)).astype(np.float32)
@@ -230,6 +231,33 @@ def test_stored_rules_are_found_by_path(tmp_path):
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
 
 
+def test_two_losses_are_followed_together():
+    """One step along the gradient of their sum, by hand; a rule that was meta-trained with both is given both."""
+    options = {"steps": 1, "augmentation": None, "epsilon": 10.0}
+    loss, second = AttackLoss("cross_entropy"), AttackLoss("dominant")
+
+    def total(theta):
+        logits = linear(perturb(jnp.asarray(IMAGES), theta))
+        return jnp.mean(loss(logits, jnp.asarray(LABELS)) + second(logits, jnp.asarray(LABELS)))
+
+    found = run(optimizer=optax.sgd(0.1), second_loss="dominant", **options)
+    np.testing.assert_allclose(found.perturbation, -0.1 * jax.grad(total)(jnp.zeros((4, 4, 1))), rtol=1e-4, atol=1e-7)
+    alone = run(optimizer=optax.sgd(0.1), **options)
+    assert not np.allclose(alone.perturbation, found.perturbation, atol=1e-5)
+
+
+def test_a_stored_rule_is_given_the_losses_that_it_was_meta_trained_with(tmp_path):
+    rule = coordinate_lstm(3, 1, features=("momentum", "second"), start=MomentumStart(0.3))
+    params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
+    save_rule(path, params, rule, {"meta_training": {"second_loss": "dominant"}})
+    found, one = run(optimizer=path), run(optimizer=path, second_loss=None)
+    expected = run(optimizer=learned_fine_tuner(params, rule), second_loss=AttackLoss("dominant"))
+    np.testing.assert_array_equal(found.perturbation, expected.perturbation)
+    assert not np.array_equal(found.perturbation, one.perturbation)
+    queried = run(optimizer=path, oracle="query", steps=1, num_directions=2)
+    assert np.any(queried.perturbation)
+
+
 def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
     traces = []
 
@@ -265,6 +293,9 @@ def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
         ({"norm": "l1"}, "norm: there is no 'l1' ball"),
         ({"oracle": "querry"}, "oracle: unknown name 'querry'. Did you mean 'query'"),
         ({"loss": "crossentropy"}, "loss: unknown name 'crossentropy'. Did you mean 'cross_entropy'"),
+        ({"second_loss": "dominent"}, "second_loss: unknown name 'dominent'. Did you mean 'dominant'"),
+        ({"second_loss": AttackLoss("dominant", target=3)}, "target: 3 is not one of the victim's 3 classes"),
+        ({"second_loss": "dominant", "oracle": "query"}, "second_loss: a zeroth-order estimate is of one loss"),
         ({"loss": AttackLoss(target=3)}, "target: 3 is not one of the victim's 3 classes"),
         ({"optimizer": "uap-linff"}, "optimizer: name: unknown name 'uap-linff'"),
         ({"optimizer": "absent.safetensors"}, "optimizer: name: the card absent.json"),

@@ -23,6 +23,7 @@ PROTOCOL = Protocol(
 )
 OPTIONS = {"num_steps": 2, "at": (2,), "batch_size": 2}
 RULE = coordinate_lstm(2, 1, features=("momentum", "spread"), start=MomentumStart(0.3))
+LOSS, SETTING = AttackLoss("cross_entropy"), {"step": 0.3, "decay": 0.5, "final": 1.0}
 SEEDS = [RULE.init(jax.random.key(seed)) for seed in (0, 1)]
 
 
@@ -87,6 +88,33 @@ def test_every_method_has_a_row(compared):
         assert len(row["asr"]) == len(row["asr_interval"]) == 1
         assert len(row["task_asr"]) == 4
         np.testing.assert_allclose(row["asr"][-1], np.mean(row["task_asr"]), atol=1e-4)
+
+
+def test_what_is_tuned_with_the_learned_methods_losses_may_leave_out_the_second(monkeypatch):
+    """The row is the better one on validation tasks, with or without, run by hand; the plain ones are without."""
+    table = {"pgd": make_baselines("linf")["pgd"]._replace(grid=(Setting(SETTING, LOSS),))}
+    monkeypatch.setattr(comparison.baselines, "make_baselines", lambda norm: table)
+    both = {
+        name: dataclasses.replace(getattr(TARGET, name), second_loss=AttackLoss("dominant"))
+        for name in ("train", "validation", "test")
+    }
+    rows, _ = compare(TARGET._replace(**both), {}, dataclasses.replace(PROTOCOL, methods=("pgd",)))
+    rows = {row["method"]: row for row in rows}
+
+    def asr(family, keys, second, augmentation):
+        family = dataclasses.replace(family, second_loss=second, support_loss=LOSS, augmentation=augmentation)
+        return np.asarray(evaluation.evaluate(table["pgd"].learner, SETTING, family, keys, **OPTIONS)["asr"])[:, -1]
+
+    test, validation = keys()
+    augmentation, given = TARGET.test.augmentation, (AttackLoss("dominant"), None)
+    scores = [asr(TARGET.validation, validation, second, augmentation).mean() for second in given]
+    chosen = given[int(np.argmax(scores))]
+    row = rows["pgd, augmented"]
+    np.testing.assert_allclose(row["task_asr"], asr(TARGET.test, test, chosen, augmentation), atol=1e-4)
+    assert row["settings_tried"] == 2
+    assert row["setting"].get("second_loss") == (chosen and "dominant")
+    np.testing.assert_allclose(rows["pgd"]["task_asr"], asr(TARGET.test, test, None, None), atol=1e-4)
+    assert "second_loss" not in rows["pgd"]["setting"]
 
 
 def test_rows_survive_json(compared):

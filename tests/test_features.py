@@ -139,6 +139,13 @@ def test_position_says_nothing_along_an_axis_of_one(shape):
     np.testing.assert_array_equal(apply("position", jnp.ones(shape)), np.zeros((2 * POSITION_HARMONICS, *shape)))
 
 
+@given(hnp.arrays(np.float32, (3, 6), elements=st.floats(-100, 100, width=32)))
+def test_a_second_loss_is_seen_as_the_first_is(grads):
+    np.testing.assert_array_equal(history("second", grads), history("momentum", grads))  # where there is one
+    other = apply("second", jnp.ones(6), second=jnp.asarray(grads[0]))
+    np.testing.assert_array_equal(other, apply("momentum", jnp.asarray(grads[0])))
+
+
 # ---- Shapes, dtypes and finiteness ----
 
 

@@ -11,7 +11,7 @@ from lft_jax import base, oracles
 from lft_jax.base import Episode, Estimate, Oracle, TaskFamily
 from lft_jax.data import check_images_labels, class_table, draw_rows, unit_range
 from lft_jax.tasks.augmentation import Augmentation
-from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, margins, norm, perturb
+from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Batch, Constraint, margins, norm, perturb
 from lft_jax.tasks.waves import WaveSearch
 
 STARTS = ("zeros", "random")
@@ -241,8 +241,9 @@ def uap_family(
         if checked is not None:
             checked.check()
     attack_loss = _attack_loss(loss)
-    support_loss = attack_loss if support_loss is None else _attack_loss(support_loss)
-    second_loss = None if second_loss is None else _attack_loss(second_loss)
+    support_loss = attack_loss if support_loss is None else _attack_loss(support_loss, "support_loss")
+    if second_loss is not None:
+        second_loss = _attack_loss(second_loss, "second_loss")
     if not isinstance(victim_logits_fn, jax.tree_util.Partial):
         victim_logits_fn = jax.tree_util.Partial(victim_logits_fn)
     check_images_labels(images, labels)
@@ -273,8 +274,8 @@ def uap_family(
     )
 
 
-def _attack_loss(loss):
-    return (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
+def _attack_loss(loss, argument="loss"):
+    return (loss if isinstance(loss, AttackLoss) else AttackLoss(base.check_name(argument, loss, LOSSES))).check()
 
 
 def _drawn_classes(labels, target, needed):

@@ -66,6 +66,10 @@ def test_unknown_names_are_refused(changes, message):
         ({"features": ("raw", "update")}, "features: update is what a sampler sees"),
         ({"per_example": True}, "per_example: lft is given exact gradients, without --num_directions"),
         ({"basis": "dct", "num_directions": 3}, "basis: lft has no subspace of directions, without --resolution"),
+        (
+            {"second_loss": "hinge", "num_directions": 3},
+            "second_loss: lft is given estimates of one loss, by --num_directions",
+        ),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"es_window": 5}, "es_window: lft has no windows, without --meta_gradient=pes"),
         ({"meta_gradient": "pes"}, "es_window: pes needs one that divides num_steps = 20, got None"),
@@ -140,6 +144,16 @@ def test_flags_describe_teachers():
         )
         np.testing.assert_array_equal(update, other)
         assert np.any(update)
+
+
+def test_a_run_from_before_there_was_a_second_loss_saw_one():
+    stored = {"victims": ["a"], "rule": "spatial_lstm", "features": []}
+    old, new = meta_train.flags_of(stored), meta_train.flags_of({**stored, "second_loss": "dominant"})
+    assert (old.second_loss, old.features) == ("none", meta_train.ONE_LOSS)
+    assert (new.second_loss, new.features) == ("dominant", ())
+    assert "second" in meta_train.rule_of(new).features
+    assert "second" not in meta_train.rule_of(old).features
+    assert meta_train.flags_of({**stored, "rule": "coordinate_lstm"}).features == ()
 
 
 def test_what_a_run_lacks_is_the_default_of_its_day():

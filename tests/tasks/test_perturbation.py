@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lft_jax.tasks.perturbation import AttackLoss, Constraint, margins, norm, perturb
+from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Constraint, margins, norm, perturb
 
 LOGITS = np.random.default_rng(0).normal(scale=3, size=(7, 4)).astype(np.float32)
 LOGITS[0] = [30, -1, 0, 2]  # fooled beyond doubt: a cross-entropy far above beta, for another label than 0
@@ -71,7 +71,7 @@ def test_images_fooled_beyond_doubt_have_no_gradient():
     assert np.all(np.any(grads[1:], axis=1))
 
 
-@pytest.mark.parametrize("kind", ["hinge", "cross_entropy"])
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("target", [None, 1])
 def test_gradients_are_finite_at_extreme_logits(kind, target):
     logits = jnp.asarray([[3e4, -3e4, 0.0], [0.0, 0.0, 0.0]])
@@ -107,6 +107,28 @@ def test_bad_losses_are_refused(loss, message):
 def test_good_losses_are_their_own_check():
     loss = AttackLoss("cross_entropy", target=3)
     assert loss.check(num_classes=4) is loss
+
+
+@given(
+    hnp.arrays(np.float32, (3, 4), elements=st.floats(-30, 30, width=32)),
+    hnp.arrays(np.int32, 3, elements=st.integers(0, 3)),
+    st.none() | st.integers(0, 3),
+)
+def test_the_dominant_label_is_the_nearest_of_all(logits, labels, target):
+    logits = logits.astype(np.float64)
+    distances = [[min(math.log(sum(math.exp(z - row[t]) for z in row)), 20.0) for t in range(4)] for row in logits]
+    means = [sum(row[t] for row in distances) / 3 for t in range(4)]
+    found = AttackLoss("dominant", target=target)(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+    nearest = [t for t in range(4) if means[t] < min(means) + 1e-4] if target is None else [target]
+    assert any(np.allclose(found, [row[t] for row in distances], rtol=1e-4, atol=1e-4) for t in nearest)
+
+
+def test_images_out_of_reach_do_not_pull():
+    logits = jnp.asarray([[0.0, 5.0, 1.0], [0.0, 4.0, 2.0], [40.0, 0.0, 10.0]])
+    loss, labels = AttackLoss("dominant"), jnp.asarray([0, 0, 0])
+    grads = jax.grad(lambda z: jnp.sum(loss(z, labels)))(logits)
+    np.testing.assert_allclose(grads[:2], jax.nn.softmax(logits[:2]) - jnp.asarray([[0, 1, 0]]), rtol=1e-4)
+    assert not np.any(grads[2])
 
 
 # ---- The perturbed image ----

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lft_jax import oracles
-from lft_jax.tasks.perturbation import AttackLoss, Constraint
+from lft_jax.tasks.perturbation import AttackLoss, Constraint, perturb
 from lft_jax.tasks.uap import attack_metrics, uap_family
 
 CLASSES, SIZES = 3, (9, 7, 8)
@@ -156,6 +156,22 @@ def test_the_oracle_knows_mean_and_spread_of_the_image_gradients(support, option
     np.testing.assert_allclose(estimate.extras["context"], [images.mean(0), images.std(0)], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(estimate.extras["scale"], 0.2 if family.constraint.norm == "linf" else 0.1)
     assert estimate.queries == 6
+
+
+def test_two_losses_are_followed_and_the_second_told_apart(support):
+    first, second = AttackLoss("cross_entropy"), AttackLoss("dominant")
+    family = build(support_loss=first, second_loss="dominant")
+
+    def mean(theta, loss):
+        return jnp.mean(loss(family.logits_fn(perturb(support.images, theta)), support.labels))
+
+    estimate = jax.jit(family.oracle(support))(THETA, KEYS[0])
+    np.testing.assert_allclose(estimate.value, mean(THETA, first) + mean(THETA, second), rtol=1e-5)
+    alone = jax.grad(mean)(THETA, second)
+    np.testing.assert_allclose(estimate.extras["second"], alone, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(estimate.grads, jax.grad(mean)(THETA, first) + alone, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="second_loss: unknown name 'dominent'"):
+        build(second_loss="dominent")
 
 
 @pytest.mark.parametrize("penalty", [None, 5.0])

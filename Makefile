@@ -7,10 +7,11 @@ empty :=
 space := $(empty) $(empty)
 # Results that are there, in the order of docs/results.md.
 HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json mnist_vgg.json cifar10.json \
-	cifar10_vgg.json digits.json)))
-ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/, \
+	digits.json)))
+ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,two_losses/mnist.json \
+	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
-	l2/results.json breadth.json ablation_hard.json ablation_query.json theory_gap.json sine.json zo_l2l.json \
+	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_query.json theory_gap.json sine.json zo_l2l.json \
 	classification.json)))
 PYTEST_FLAGS ?=
 
@@ -40,16 +41,19 @@ victims: $(INSTALLED)
 results: victims
 	$(RUN) -m experiments.study --study=hard --attacked=mnist_small_cnn_1000 --output=results/hard/mnist.json
 	$(RUN) -m experiments.study --study=hard --attacked=mnist_vgg_1001 --output=results/hard/mnist_vgg.json
-	$(RUN) -m experiments.study --study=hard --attacked=cifar10_small_cnn_1000 --output=results/hard/cifar10.json
-	$(RUN) -m experiments.study --study=hard --attacked=cifar10_vgg_1001 --output=results/hard/cifar10_vgg.json
+	$(RUN) -m experiments.study --study=hard --attacked=cifar10 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json
+	$(RUN) -m experiments.study --study=two_losses --attacked=mnist --output=results/two_losses/mnist.json
+	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10 --output=results/two_losses/cifar10.json
+	$(RUN) -m experiments.study --study=two_losses --attacked=digits --output=results/two_losses/digits.json
 	$(RUN) -m experiments.study --study=paper
 	$(RUN) -m experiments.study --study=query --attacked=mnist --output=results/query/mnist.json
 	$(RUN) -m experiments.study --study=query --attacked=cifar10 --output=results/query/cifar10.json
 	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
-	$(RUN) -m experiments.ablation
-	$(RUN) -m experiments.ablation --study=query
+	$(RUN) -m experiments.ablation --seeds=1
+	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' --output=results/ablation_seeds.json
+	$(RUN) -m experiments.ablation --study=query --seeds=1
 	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine

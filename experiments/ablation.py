@@ -21,7 +21,7 @@ from lft_jax import evaluation, tasks
 from lft_jax.base import check_at_least, check_name
 from lft_jax.victims import load_victim
 
-_SEEN = ("momentum", "second", "spread", "constraint", "progress", "context")
+_SEEN = ("momentum", "spread", "constraint", "progress", "context")
 
 # Without a start its settings have no use: they go back to the defaults, or the run is refused.
 _PAPERS_RULE = {"rule": "coordinate_lstm", "layers": 2, "start": "none", "start_step": 0.8, "start_decay": 0.5}
@@ -46,8 +46,8 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "hard": {
         "base": Variant(),
         "positions": Variant({"features": (*_SEEN, "position")}),
-        "one loss": Variant({"second_loss": "none", "features": meta_train.ONE_LOSS}),
-        "two losses seen as one": Variant({"features": meta_train.ONE_LOSS}),
+        "two losses": Variant({"second_loss": "dominant", "features": (*_SEEN, "second")}),
+        "two losses seen as one": Variant({"second_loss": "dominant"}),
         "no spread": Variant({"features": tuple(f for f in _SEEN if f != "spread")}),
         "no context": Variant({"features": tuple(f for f in _SEEN if f != "context")}),
         "no progress": Variant({"features": tuple(f for f in _SEEN if f != "progress")}),
@@ -56,12 +56,12 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "coordinatewise": Variant({"rule": "coordinate_lstm", "features": _SEEN, "output_scale": 1.0}),
         "no start": Variant({"start": "none"}),
         "later steps count more": Variant({"weights": "linear"}),
-        "no features but momenta": Variant({"features": ("momentum", "second")}),
+        "no features but momenta": Variant({"features": ("momentum",)}),
         "momenta alone": Variant(
-            {"rule": "coordinate_lstm", "features": ("momentum", "second"), "output_scale": 1.0, "start": "none"}
+            {"rule": "coordinate_lstm", "features": ("momentum",), "output_scale": 1.0, "start": "none"}
         ),
         "the paper's rule": Variant(
-            {**_PAPERS_RULE, "augment": False, "loss": "hinge", "support_loss": "hinge", "second_loss": "none"},
+            {**_PAPERS_RULE, "augment": False, "loss": "hinge", "support_loss": "hinge"},
         ),
         "learned on support images": Variant({"learner": "l2o"}),
     },

@@ -32,8 +32,6 @@ LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_
 CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an update rule.
 RULE_LEARNERS = ("lft", "l2o", "adaptive_lft", "joint")
-#: What a rule sees that is given one loss.
-ONE_LOSS = ("momentum", "spread", "constraint", "progress", "context")
 META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
 REMAT = {"auto": None, "always": True, "never": False}
 
@@ -94,9 +92,9 @@ class Config:
     )
     support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
     second_loss: str = config.option(
-        "dominant",
-        "Loss that is added to it where gradients are exact, and whose gradient a rule also sees alone (its feature "
-        "`second`): what pulls all images to the class that they are nearest to (dominant), or another one, or none.",
+        "none",
+        "Loss that is added to it, and whose gradient a rule also sees alone (its feature `second`): what pulls all "
+        "images to the class that they are nearest to (dominant), or another one, or none.",
         ("dominant", "hinge", "cross_entropy", "none"),
     )
     kappa: float = config.option(0.0, "How far the hinge wants the margin beyond 0, in logits (C&W's confidence).")
@@ -237,6 +235,8 @@ def check(flags: Config) -> None:
                 raise ValueError(f"{name}: {flags.learner} {reason}; leave it out.")
     if "update" in flags.features:
         raise ValueError("features: update is what a sampler sees (--sampler); a rule makes it.")
+    if "second" in flags.features and flags.second_loss == "none":
+        raise ValueError("features: second is the gradient of a second loss, and there is none; see --second_loss.")
     if flags.learner == "adaptive_lft" and (es or flags.num_directions):
         name = "meta_gradient" if es else "num_directions"
         raise ValueError(f"{name}: adaptive_lft differentiates the loss of the support images; leave it out.")
@@ -324,13 +324,11 @@ def _absent():
     """What a flag meant before there was one, for runs that were made then."""
     fields = dataclasses.fields(Config)
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING and f.name not in WHERE}
-    return {**defaults, "augment": False, "second_loss": "none"}
+    return {**defaults, "augment": False}
 
 
 def flags_of(stored: Mapping[str, Any], workdir: str = "") -> Config:
     """The flags that a run's configuration or a rule's card holds."""
-    if "second_loss" not in stored and not stored.get("features") and stored.get("rule") == "spatial_lstm":
-        stored = {**stored, "features": ONE_LOSS}  # that rule's default before there was a second loss
     stored = {**_absent(), **stored}
     lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
     return Config(**{**stored, **lists, "workdir": workdir})

@@ -38,14 +38,16 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
     """What each part of the fine-tuner is worth."""
     del figures
     flags, rows = results["flags"], results["rows"]
-    base = rows[0]["variant"]
+    base, seeds = rows[0]["variant"], flags.get("seeds", 1)  # there was one before there was a flag
     lines = [
         f"## What the parts are worth: {flags['study']}",
         "",
         f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims, after "
-        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on small CNNs, mean over "
-        f"{flags['seeds']} meta-training seeds. In brackets, paired with `{base}`, the difference after the last step, "
-        f"its 95% interval over the tasks{', and that of each seed' if flags['seeds'] > 1 else ''}. What the variants "
+        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on small CNNs, "
+        + (f"mean over {seeds} meta-training seeds" if seeds > 1 else "one seed")
+        + f". In brackets, paired with `{base}`, the difference after the last step and its 95% interval over the tasks"
+        + (", and that of each seed" if seeds > 1 else "")
+        + ". What the variants "
         f"are stands in `experiments/ablation.py`. {origin(results, path)}",
         "",
     ]
@@ -66,7 +68,7 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
 
 def _difference(row):
     mean, width = (100 * x for x in row["difference"])
-    seeds = [f"{100 * x:+.1f}" for x in row["seed_differences"]]
+    seeds = [f"{100 * x:+.1f}" for x in row.get("seed_differences", [])]
     return f"{mean:+.1f} ± {width:.1f}" + (f": {', '.join(seeds)}" if len(seeds) > 1 else "")
 
 

@@ -173,7 +173,7 @@ def spatial_lstm(
     layers: int = 1,
     *,
     maps: tuple[int, ...] = (16, 16),
-    features: str | tuple[str, ...] = ("momentum", "second", "spread", "constraint", "progress", "context"),
+    features: str | tuple[str, ...] = ("momentum", "spread", "constraint", "progress", "context"),
     output_scale: float = 1.0,
     start: MomentumStart | None = MomentumStart(),
 ) -> Rule:

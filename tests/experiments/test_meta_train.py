@@ -70,6 +70,7 @@ def test_unknown_names_are_refused(changes, message):
             {"second_loss": "hinge", "num_directions": 3},
             "second_loss: lft is given estimates of one loss, by --num_directions",
         ),
+        ({"features": ("momentum", "second")}, "features: second is the gradient of a second loss, and there is none"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"es_window": 5}, "es_window: lft has no windows, without --meta_gradient=pes"),
         ({"meta_gradient": "pes"}, "es_window: pes needs one that divides num_steps = 20, got None"),
@@ -106,6 +107,7 @@ def test_flags_without_a_use_are_refused(changes, message):
         {"meta_gradient": "es", "es_pairs": 3},
         {"meta_gradient": "pes", "es_window": 5, "imitation_steps": 5, "start": "none"},
         {"curriculum": (5, 10, 20), "imitation_steps": 5, "imitation_step": 0.2},
+        {"second_loss": "dominant", "features": ("momentum", "second")},
     ],
 )
 def test_flags_of_use_are_not(changes):
@@ -144,16 +146,6 @@ def test_flags_describe_teachers():
         )
         np.testing.assert_array_equal(update, other)
         assert np.any(update)
-
-
-def test_a_run_from_before_there_was_a_second_loss_saw_one():
-    stored = {"victims": ["a"], "rule": "spatial_lstm", "features": []}
-    old, new = meta_train.flags_of(stored), meta_train.flags_of({**stored, "second_loss": "dominant"})
-    assert (old.second_loss, old.features) == ("none", meta_train.ONE_LOSS)
-    assert (new.second_loss, new.features) == ("dominant", ())
-    assert "second" in meta_train.rule_of(new).features
-    assert "second" not in meta_train.rule_of(old).features
-    assert meta_train.flags_of({**stored, "rule": "coordinate_lstm"}).features == ()
 
 
 def test_what_a_run_lacks_is_the_default_of_its_day():

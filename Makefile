@@ -40,11 +40,17 @@ victims: $(INSTALLED)
 
 results: victims
 	$(RUN) -m experiments.study --study=hard --attacked=mnist_small_cnn_1000 --output=results/hard/mnist.json
-	$(RUN) -m experiments.study --study=hard --attacked=mnist_vgg_1001 --output=results/hard/mnist_vgg.json
+	$(RUN) -m experiments.evaluate --learned=uap-linf --victims=victims/mnist_vgg_1001 --epsilon=mnist=0.2 \
+		--output=results/hard/mnist_vgg.json --at=1,2,3,4,5,6,8,10,12,15,20 --num_validation=10 --oracle_steps=200 \
+		--oracle_targeted
 	$(RUN) -m experiments.study --study=hard --attacked=cifar10 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json
-	$(RUN) -m experiments.study --study=two_losses --attacked=mnist --output=results/two_losses/mnist.json
-	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10 --output=results/two_losses/cifar10.json
+	$(RUN) -m experiments.study --study=two_losses --attacked=mnist_small_cnn_1000 \
+		--output=results/two_losses/mnist.json
+	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10_small_cnn_1000 \
+		--output=results/two_losses/cifar10.json
+	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10_vgg_1001 \
+		--output=results/two_losses/cifar10_vgg.json
 	$(RUN) -m experiments.study --study=two_losses --attacked=digits --output=results/two_losses/digits.json
 	$(RUN) -m experiments.study --study=paper
 	$(RUN) -m experiments.study --study=query --attacked=mnist --output=results/query/mnist.json
@@ -53,7 +59,7 @@ results: victims
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.ablation --seeds=1
 	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' --output=results/ablation_seeds.json
-	$(RUN) -m experiments.ablation --study=query --seeds=1
+	$(RUN) -m experiments.ablation --study=query --seeds=1 --meta_steps=40 --num_tasks=40
 	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine

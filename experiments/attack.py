@@ -36,6 +36,11 @@ class Config:
     epsilon: float | None = config.option(None, "Radius of the ball, in units of the image range; has defaults.")
     penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
     loss: str = config.option("cross_entropy", "Loss that is minimised.", LOSSES)
+    second_loss: str = config.option(
+        "stored",
+        "Loss that is added to it (exact gradients only), none, or what the rule was meta-trained with (stored).",
+        ("stored", "none", *LOSSES),
+    )
     target: int | None = config.option(None, "Class that images should be taken for; any wrong one if not given.")
     steps: int = config.option(20, "Fine-tuning steps.")
     oracle: str = config.option("gradient", "Exact gradients, or queries only.", ORACLES)
@@ -67,6 +72,7 @@ def attack(flags: Config) -> dict:
         optimizer=_optimizer(flags),
         oracle=flags.oracle,
         loss=lft_jax.AttackLoss(flags.loss, target=flags.target),
+        second_loss=None if flags.second_loss == "none" else flags.second_loss,
         waves=lft_jax.WaveSearch.within(flags.waves) if flags.waves else None,
         max_queries=flags.max_queries,
         key=jax.random.key(flags.seed),

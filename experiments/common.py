@@ -99,7 +99,7 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     names = ("num_directions", "resolution", "basis", "smoothing", "per_example")
     estimator = oracles.ZerothOrder(**{name: options.pop(name) for name in names})
     if estimator.num_directions:
-        options |= {"estimator": estimator, "second_loss": None}
+        options["estimator"] = estimator
     if config.penalty is None:
         options["epsilon"] = config.epsilon[name] if name in config.epsilon else default_epsilon(config.norm, name)
     elif config.epsilon:

@@ -235,6 +235,8 @@ def check(flags: Config) -> None:
                 raise ValueError(f"{name}: {flags.learner} {reason}; leave it out.")
     if "update" in flags.features:
         raise ValueError("features: update is what a sampler sees (--sampler); a rule makes it.")
+    if flags.second_loss == flags.support_loss:
+        raise ValueError(f"second_loss: {flags.second_loss} is the support loss already; choose another, or none.")
     if "second" in flags.features and flags.second_loss == "none":
         raise ValueError("features: second is the gradient of a second loss, and there is none; see --second_loss.")
     if flags.learner == "adaptive_lft" and (es or flags.num_directions):

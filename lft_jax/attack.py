@@ -79,7 +79,7 @@ def universal_perturbation(
         "uap-l1" was meta-trained to minimise `AttackLoss("hinge", kappa=5.0)`, all other shipped rules the default.
       second_loss: added to it where gradients are exact, a kind of `AttackLoss` or one of those, whose gradient a rule
         may also see alone, for a second backward pass; None for none. "stored": what a pretrained rule was
-        meta-trained with, and nothing for any other optimizer.
+        meta-trained with, and nothing for any other optimizer. The search of waves and the history are of `loss` alone.
       augmentation: how the images are changed anew in each step, at no queries, or None. Meant for few images, which
         are overfitted without; what it does to hundreds was not measured.
       num_directions: random (Rademacher) directions that a zeroth-order estimate (`oracle="query"`) tries both ways,
@@ -97,8 +97,8 @@ def universal_perturbation(
 
     Raises:
       ValueError: for images outside [0, 1] or NaN, no images, labels out of range, an epsilon or penalty that is not
-        above 0, both of them or neither, steps < 1, unknown names, logits of the wrong shape, or `max_queries` too
-        small for one step.
+        above 0, both of them or neither, steps < 1, unknown names, losses that do not go together or with the oracle,
+        logits of the wrong shape, or `max_queries` too small for one step.
 
     References:
       PAPER "The application".
@@ -115,6 +115,8 @@ def universal_perturbation(
         raise ValueError(f"resolution: exact gradients have no directions, got {resolution} without oracle='query'.")
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     second_loss = _second_loss(second_loss, optimizer, oracle, loss.target)
+    if loss.kind == "dominant" and oracle != "gradient":
+        raise ValueError(f"loss: 'dominant' is for exact gradients, got it with oracle={oracle!r}.")
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
     logits_fn = _as_partial(logits_fn) if oracle == "gradient" else _on_numpy(logits_fn)
     clean = _check_logits(logits_fn(batch.images), batch.labels)
@@ -214,8 +216,9 @@ def _stored(name):
 
 def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | None:
     """The second loss that a stored rule was meta-trained with, or None; raises a ValueError if there is no card."""
-    kind = pretrained_card(name).get("meta_training", {}).get("second_loss", "none")
-    return None if kind == "none" else AttackLoss(kind, target=target)
+    flags = pretrained_card(name).get("meta_training") or {}
+    kind = flags.get("second_loss", "none")
+    return None if kind == "none" else AttackLoss(kind, flags.get("kappa", 0.0), target=target)
 
 
 def _second_loss(given, optimizer, oracle, target):
@@ -225,9 +228,11 @@ def _second_loss(given, optimizer, oracle, target):
         return None
     if oracle != "gradient":
         raise ValueError(f"second_loss: a zeroth-order estimate is of one loss, got {given!r} with oracle={oracle!r}.")
-    if isinstance(given, AttackLoss):
-        return given.check()
-    return AttackLoss(base.check_name("second_loss", given, LOSSES), target=target)
+    if not isinstance(given, AttackLoss):
+        return AttackLoss(base.check_name("second_loss", given, LOSSES), target=target)
+    if given.target != target:
+        raise ValueError(f"second_loss: its target {given.target} is not that of the loss, {target}.")
+    return given.check()
 
 
 #: Wrapped once each, so that the programs compiled for an optimizer are found again.

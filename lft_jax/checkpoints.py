@@ -68,13 +68,18 @@ def load_tree(path: str | os.PathLike, like: PyTree) -> PyTree:
 
 
 def replace_directory(new: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Moves the directory `new` to `path`; one that is there is deleted last, so that a crash loses neither."""
+    """Moves the directory `new` to `path`; one that is there is deleted last, and stays if the move fails."""
     path = Path(path)
     aside = path.with_name(path.name + ".replaced")
     shutil.rmtree(aside, ignore_errors=True)
     if path.is_dir():
         os.replace(path, aside)
-    os.replace(new, path)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if aside.is_dir():
+            os.replace(aside, path)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ from lft_jax import (
     learned_fine_tuner,
     universal_perturbation,
 )
+from lft_jax.attack import stored_second_loss
 from lft_jax.pretrained import save_rule
 from lft_jax.rules import MomentumStart, coordinate_lstm
 from lft_jax.tasks.perturbation import perturb
@@ -232,7 +233,7 @@ def test_stored_rules_are_found_by_path(tmp_path):
 
 
 def test_two_losses_are_followed_together():
-    """One step along the gradient of their sum, by hand; a rule that was meta-trained with both is given both."""
+    """One step along the gradient of their sum, by hand."""
     options = {"steps": 1, "augmentation": None, "epsilon": 10.0}
     loss, second = AttackLoss("cross_entropy"), AttackLoss("dominant")
 
@@ -254,8 +255,14 @@ def test_a_stored_rule_is_given_the_losses_that_it_was_meta_trained_with(tmp_pat
     expected = run(optimizer=learned_fine_tuner(params, rule), second_loss=AttackLoss("dominant"))
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
     assert not np.array_equal(found.perturbation, one.perturbation)
-    queried = run(optimizer=path, oracle="query", steps=1, num_directions=2)
-    assert np.any(queried.perturbation)
+    for flags in ({"second_loss": "none"}, None):
+        save_rule(path, params, rule, {"meta_training": flags})
+        np.testing.assert_array_equal(run(optimizer=path).perturbation, one.perturbation)
+    options = {"oracle": "query", "steps": 1, "num_directions": 2}
+    without = run(optimizer=path, **options).perturbation
+    save_rule(path, params, rule, {"meta_training": {"second_loss": "hinge", "kappa": 5.0}})
+    np.testing.assert_array_equal(run(optimizer=path, **options).perturbation, without)  # by queries there is one
+    assert stored_second_loss(path, 1) == AttackLoss("hinge", 5.0, target=1)
 
 
 def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
@@ -294,7 +301,8 @@ def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
         ({"oracle": "querry"}, "oracle: unknown name 'querry'. Did you mean 'query'"),
         ({"loss": "crossentropy"}, "loss: unknown name 'crossentropy'. Did you mean 'cross_entropy'"),
         ({"second_loss": "dominent"}, "second_loss: unknown name 'dominent'. Did you mean 'dominant'"),
-        ({"second_loss": AttackLoss("dominant", target=3)}, "target: 3 is not one of the victim's 3 classes"),
+        ({"second_loss": AttackLoss("dominant", target=1)}, "second_loss: its target 1 is not that of the loss, None"),
+        ({"loss": "dominant", "oracle": "query"}, "loss: 'dominant' is for exact gradients"),
         ({"second_loss": "dominant", "oracle": "query"}, "second_loss: a zeroth-order estimate is of one loss"),
         ({"loss": AttackLoss(target=3)}, "target: 3 is not one of the victim's 3 classes"),
         ({"optimizer": "uap-linff"}, "optimizer: name: unknown name 'uap-linff'"),

@@ -51,7 +51,8 @@ class AttackLoss:
     Attributes:
       kind: "hinge", the C&W hinge `max(margin, -kappa)`; or "cross_entropy", untargeted `-min(CE(label), beta)` (the
         clamp of UAP-SGD, Shafahi et al. 2020: images fooled beyond doubt stop counting), targeted `CE(target)`;
-        or "dominant", `min(CE(t), 20)`, `t` the class where its mean over the images given is lowest (ours).
+        or "dominant", `min(CE(t), 20)`, `t` the class where its mean over the images given is lowest, if not all of
+        them are of it (ours): a loss of a batch, which exact gradients are for.
       kappa: margin, in logits, by which an image should be fooled; at least 0 (hinge only).
       beta: bound on an image's cross-entropy, in nats; above 0 (cross-entropy only).
       target: the class that images should be taken for, or None: any wrong class.
@@ -87,7 +88,9 @@ class AttackLoss:
         log_probabilities = jax.nn.log_softmax(logits)
         entropy = -jnp.take_along_axis(log_probabilities, goal[:, None], axis=-1)[:, 0]
         distances = jnp.minimum(-log_probabilities, jnp.asarray(_REACH, logits.dtype))
-        nearest = jnp.argmin(jnp.mean(distances, 0)) if self.target is None else self.target
+        shared = jnp.all(labels[:, None] == jnp.arange(logits.shape[-1])[None], axis=0)  # where all are already
+        means = jnp.where(shared, jnp.inf, jnp.mean(distances, 0))
+        nearest = jnp.argmin(means) if self.target is None else self.target
         pull = jnp.take(distances, nearest, axis=1)
         if self.target is None:
             entropy = -jnp.minimum(entropy, jnp.asarray(self.beta, logits.dtype))

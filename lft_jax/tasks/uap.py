@@ -33,7 +33,7 @@ class UapFamily(TaskFamily):
       logits_fn: `images -> logits`, the victim.
       attack_loss: the objective, what the outer loss and the metrics are made of.
       support_loss: what is minimised on the support images.
-      second_loss: added to it for exact gradients, whose gradient is then also the extra `second`; or None.
+      second_loss: added to it, its gradient also the extra `second`; or None, as it is with an estimator.
       constraint: the ball or the penalty.
       ways: classes of a task.
       shots: support images a class.
@@ -222,8 +222,8 @@ def uap_family(
       penalty: weight of the norm in the loss.
       loss: the objective, a kind of `AttackLoss` or one of those.
       support_loss: what is minimised on the support images; the objective if None.
-      second_loss: what is added to it for exact gradients, and whose gradient a rule also sees alone (the feature
-        "second"); or None. A zeroth-order estimate is of the support loss.
+      second_loss: what is added to it, and whose gradient a rule also sees alone (the feature "second"); or None. For
+        exact gradients; a search for a start is by the support loss.
       start: "zeros" or "random".
       waves: a search on the support images for a better start, or None.
       estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`.
@@ -231,7 +231,8 @@ def uap_family(
 
     Raises:
       ValueError: for images outside [0, 1], labels out of range, a class with fewer than shots + queries images,
-        fewer than `ways` classes, and names or numbers out of range.
+        fewer than `ways` classes, names or numbers out of range, and a second loss with another target than the
+        objective's, or with an estimator.
     """
     for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
         base.check_at_least(name, value, 1)
@@ -243,7 +244,9 @@ def uap_family(
     attack_loss = _attack_loss(loss)
     support_loss = attack_loss if support_loss is None else _attack_loss(support_loss, "support_loss")
     if second_loss is not None:
-        second_loss = _attack_loss(second_loss, "second_loss")
+        second_loss = _second_loss(second_loss, attack_loss.target)
+        if estimator is not None:
+            raise ValueError("second_loss: a zeroth-order estimate is of one loss; leave it or the estimator out.")
     if not isinstance(victim_logits_fn, jax.tree_util.Partial):
         victim_logits_fn = jax.tree_util.Partial(victim_logits_fn)
     check_images_labels(images, labels)
@@ -272,6 +275,15 @@ def uap_family(
         estimator,
         augmentation,
     )
+
+
+def _second_loss(loss, target):
+    """A loss that has the objective's target, or is named and given it."""
+    if not isinstance(loss, AttackLoss):
+        return AttackLoss(base.check_name("second_loss", loss, LOSSES), target=target)
+    if loss.target != target:
+        raise ValueError(f"second_loss: its target {loss.target} is not that of the objective, {target}.")
+    return loss.check()
 
 
 def _attack_loss(loss, argument="loss"):

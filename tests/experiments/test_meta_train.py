@@ -71,6 +71,7 @@ def test_unknown_names_are_refused(changes, message):
             "second_loss: lft is given estimates of one loss, by --num_directions",
         ),
         ({"features": ("momentum", "second")}, "features: second is the gradient of a second loss, and there is none"),
+        ({"second_loss": "cross_entropy"}, "second_loss: cross_entropy is the support loss already"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"es_window": 5}, "es_window: lft has no windows, without --meta_gradient=pes"),
         ({"meta_gradient": "pes"}, "es_window: pes needs one that divides num_steps = 20, got None"),

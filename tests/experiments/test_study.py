@@ -24,6 +24,14 @@ TINY = {
 }
 
 
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_run_of_a_study_makes_sense(name):
+    chosen = study.STUDIES[name]
+    for run in chosen.runs:
+        rule = chosen.rule if run.learner in meta_train.RULE_LEARNERS else {}
+        meta_train.check(meta_train.Config(("victim",), "runs", run.learner, **chosen.meta, **rule))
+
+
 @pytest.mark.parametrize("source", ["mnist", "cifar10"])
 def test_ten_victims_a_source_some_of_them_strangers(source):
     recipes = victims.RECIPES[source]

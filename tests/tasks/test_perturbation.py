@@ -119,8 +119,15 @@ def test_the_dominant_label_is_the_nearest_of_all(logits, labels, target):
     distances = [[min(math.log(sum(math.exp(z - row[t]) for z in row)), 20.0) for t in range(4)] for row in logits]
     means = [sum(row[t] for row in distances) / 3 for t in range(4)]
     found = AttackLoss("dominant", target=target)(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+    means = [math.inf if set(labels) == {t} else means[t] for t in range(4)]
     nearest = [t for t in range(4) if means[t] < min(means) + 1e-4] if target is None else [target]
     assert any(np.allclose(found, [row[t] for row in distances], rtol=1e-4, atol=1e-4) for t in nearest)
+
+
+def test_images_of_one_class_are_not_pulled_back_to_it():
+    logits = jnp.asarray([[5.0, 1.0, 0.0], [4.0, 2.0, 0.0]])
+    loss = AttackLoss("dominant")(logits, jnp.asarray([0, 0]))
+    np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[:, 1], rtol=1e-6)
 
 
 def test_images_out_of_reach_do_not_pull():

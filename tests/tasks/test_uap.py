@@ -172,6 +172,11 @@ def test_two_losses_are_followed_and_the_second_told_apart(support):
     np.testing.assert_allclose(estimate.grads, jax.grad(mean)(THETA, first) + alone, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="second_loss: unknown name 'dominent'"):
         build(second_loss="dominent")
+    with pytest.raises(ValueError, match="second_loss: its target None is not that of the objective, 2"):
+        build(loss=AttackLoss("hinge", target=2), second_loss=AttackLoss("dominant"))
+    with pytest.raises(ValueError, match="second_loss: a zeroth-order estimate is of one loss"):
+        build(second_loss="dominant", estimator=oracles.ZerothOrder(2))
+    assert build(loss=AttackLoss("hinge", target=2), second_loss="dominant").second_loss.target == 2
 
 
 @pytest.mark.parametrize("penalty", [None, 5.0])

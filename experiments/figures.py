@@ -48,9 +48,10 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     targets = list(dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows))
     columns = min(3, len(targets))
     lines = -(-len(targets) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False, layout="constrained"
-    )
+    labels = min(5, 1 + 2 * columns)  # abreast, in the legend below
+    legend = 0.22 * -(-len({row["method"] for row in rows}) // labels)
+    size = (max(7.4, 4.2 * columns), 3 * lines + legend)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(targets) :]:
         axis.axis("off")
     for axis, (source, victim, seen) in zip(axes.flat, targets, strict=False):
@@ -83,7 +84,7 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=min(5, 2 * columns, len(handles)),
+        ncols=min(labels, len(handles)),
         frameon=False,
         fontsize=9,
     )

@@ -180,6 +180,7 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     unseen = [row for row in rows if not row["seen_victim"]]
     seen = [row for row in rows if row["seen_victim"]]
     setting = f"{tasks['ways']} classes, {tasks['shots']} image{'s' if tasks['shots'] > 1 else ''} of each, {gradients}"
+    setting += " of two losses" if two else ""
     title = f"## Attacks on {' and '.join(dict.fromkeys(row['source'] for row in rows))}: {setting}"
     parts = [title, "", about, "", comparison_table(unseen, penalised)]
     if seen:

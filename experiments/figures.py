@@ -48,7 +48,7 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     targets = list(dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows))
     columns = min(3, len(targets))
     lines = -(-len(targets) // columns)
-    labels = min(5, 1 + 2 * columns)  # abreast, in the legend below
+    labels = 2 + columns  # abreast, in the legend below
     legend = 0.22 * -(-len({row["method"] for row in rows}) // labels)
     size = (max(7.4, 4.2 * columns), 3 * lines + legend)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")

@@ -11,8 +11,8 @@ HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json
 ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,two_losses/mnist.json \
 	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
-	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_query.json theory_gap.json sine.json zo_l2l.json \
-	classification.json)))
+	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_query.json theory_gap.json sine.json \
+	zo_l2l.json classification.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -58,7 +58,8 @@ results: victims
 	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.ablation --seeds=1
-	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' --output=results/ablation_seeds.json
+	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' \
+		--output=results/ablation_seeds.json
 	$(RUN) -m experiments.ablation --study=query --seeds=1 --meta_steps=40 --num_tasks=40
 	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20

@@ -14,8 +14,8 @@ from lft_jax.data import check_images_labels, unit_range
 from lft_jax.fine_tune import fine_tune_step
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
 from lft_jax.tasks.augmentation import Augmentation
-from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Batch, Constraint, perturb
-from lft_jax.tasks.uap import attack_metrics, constrained_oracle
+from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
+from lft_jax.tasks.uap import attack_metrics, checked_second_loss, constrained_oracle, exact_attack
 from lft_jax.tasks.waves import WaveSearch
 
 ORACLES = ("gradient", "query")
@@ -228,11 +228,7 @@ def _second_loss(given, optimizer, oracle, target):
         return None
     if oracle != "gradient":
         raise ValueError(f"second_loss: a zeroth-order estimate is of one loss, got {given!r} with oracle={oracle!r}.")
-    if not isinstance(given, AttackLoss):
-        return AttackLoss(base.check_name("second_loss", given, LOSSES), target=target)
-    if given.target != target:
-        raise ValueError(f"second_loss: its target {given.target} is not that of the loss, {target}.")
-    return given.check()
+    return checked_second_loss(given, target)
 
 
 #: Wrapped once each, so that the programs compiled for an optimizer are found again.
@@ -259,11 +255,7 @@ def _gradient_step(
     logits_fn, tx, augmentation, second_loss, loss, constraint, batch, clean, theta, state, key, progress
 ):
     def attack(images):
-        def losses_of(loss):
-            return lambda thetas: loss(logits_fn(perturb(images, thetas)), batch.labels)
-
-        second = None if second_loss is None else losses_of(second_loss)
-        return oracles.per_example_gradient(losses_of(loss), num_examples=len(batch.labels), second_losses=second)
+        return exact_attack(logits_fn, Batch(images, batch.labels), loss, second_loss)
 
     return _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress)
 

@@ -11,14 +11,13 @@
 Finite differences are taken of a *batched* loss `thetas [n, ...] -> [n]`. Directions are drawn, tried and summed up
 in chunks; all that differs between a JAX loss and an opaque one is who loops over the chunks, `lax.scan` or Python::
 
-    seeds [n] --_probe--> directions, points --batched loss--> losses --_accumulate--> weighted sum of directions
+    seeds [n] --probe--> directions, points --batched loss--> losses --accumulate--> weighted sum of directions
 
 Letters in shape comments: `q` directions, `n` of them in one chunk, `S` examples, `d` coordinates of `theta`, all its
 leaves together.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lft_jax import covariance, memory
+from lft_jax import covariance, memory, probing
 from lft_jax import directions as drawing
 from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
-from lft_jax.directions import BASES, DRAW, UNIT_LENGTH, Subspace, flatten, floats
+from lft_jax.directions import BASES, DRAW, Subspace, flatten, floats
 
 
 def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) -> Oracle:
@@ -185,7 +184,9 @@ def zeroth_order(
         _check_count("chunk_size", chunk_size)
     if memory_mib is not None:
         check_positive("memory_mib", memory_mib)
-    batched_loss, scan = (_on_numpy(loss_fn), _eager_scan) if opaque else (jax.vmap(loss_fn), jax.lax.scan)
+    batched_loss, scan = (
+        (probing.on_numpy(loss_fn), probing.eager_scan) if opaque else (jax.vmap(loss_fn), jax.lax.scan)
+    )
     queries = (2 * num_directions if antithetic else num_directions + 1) * evaluations
 
     def losses_at(points):
@@ -204,17 +205,19 @@ def zeroth_order(
             chunk = memory.fitting(num_directions, (1 + points) * flat.nbytes + points * work, memory_mib)
 
         def step(total, seeds):
-            us, points = _probe(flat, seeds, smoothing, root, subspace, directions=directions, antithetic=antithetic)
+            us, points = probing.probe(
+                flat, seeds, smoothing, root, subspace, directions=directions, antithetic=antithetic
+            )
             values = losses_at(unflatten(points))
             if antithetic:
                 plus, minus = values[: len(seeds)], values[len(seeds) :]
                 slopes, values = (plus - minus) / 2, (plus + minus) / 2
             else:
                 slopes = values - base
-            return _accumulate(total, us, slopes, smoothing), values
+            return probing.accumulate(total, us, slopes, smoothing), values
 
-        total, values = _in_chunks(scan, step, jnp.zeros_like(flat), seeds, chunk)
-        total = subspace.project(total * _factor(directions, subspace, num_directions))
+        total, values = probing.in_chunks(scan, step, jnp.zeros_like(flat), seeds, chunk)
+        total = subspace.project(total * probing.factor(directions, subspace, num_directions))
         grads = jax.tree.map(lambda g: g[0], unflatten(covariance.spread(total[None], root)))
         value = jnp.mean(values) if antithetic else jnp.asarray(base[0])
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
@@ -257,7 +260,9 @@ def per_example_zeroth_order(
     """
     _check_directions(num_directions, smoothing, directions, resolution, basis)
     _check_count("num_examples", num_examples)
-    batched_loss, scan = (_on_numpy(example_losses), _eager_scan) if opaque else (example_losses, jax.lax.scan)
+    batched_loss, scan = (
+        (probing.on_numpy(example_losses), probing.eager_scan) if opaque else (example_losses, jax.lax.scan)
+    )
     queries = (2 * num_directions if antithetic else num_directions + 1) * num_examples
 
     def oracle(theta, key, **sampling):
@@ -273,14 +278,16 @@ def per_example_zeroth_order(
         base = None if antithetic else losses_at(jnp.broadcast_to(flat, (num_examples, flat.size)))
 
         def step(total, seeds):
-            us, points = _probe(flat, seeds, smoothing, root, subspace, directions=directions, antithetic=antithetic)
+            us, points = probing.probe(
+                flat, seeds, smoothing, root, subspace, directions=directions, antithetic=antithetic
+            )
             plus = losses_at(points[:num_examples])
             minus = losses_at(points[num_examples:]) if antithetic else base
             slopes, values = ((plus - minus) / 2, (plus + minus) / 2) if antithetic else (plus - minus, minus)
             return total + slopes.astype(total.dtype)[:, None] / smoothing * us, values
 
         total, values = scan(step, jnp.zeros((num_examples, flat.size), flat.dtype), jnp.stack(seeds, axis=1))
-        total = jax.vmap(subspace.project)(total * _factor(directions, subspace, num_directions))
+        total = jax.vmap(subspace.project)(total * probing.factor(directions, subspace, num_directions))
         total = covariance.spread(total, root)
         moments = jnp.stack([jnp.mean(total, axis=0), safe_sqrt(jnp.var(total, axis=0))])
         grads, spread = (jax.tree.map(lambda x, row=row: x[row], unflatten(moments)) for row in (0, 1))
@@ -344,62 +351,6 @@ def zeroth_order_value_and_grad(
         memory_mib=memory_mib,
     )
     return lambda theta, key: oracle(theta, key)[:2]
-
-
-@functools.partial(jax.jit, static_argnames=("subspace", "directions", "antithetic"))
-def _probe(flat, seeds, smoothing, root, subspace, *, directions, antithetic):
-    """Isotropic directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
-    us = subspace.expand(jax.vmap(lambda seed: DRAW[directions](seed, subspace.size, flat.dtype))(seeds))
-    steps = smoothing * covariance.spread(us, jax.lax.stop_gradient(root))
-    plus, minus = flat[None] + steps, flat[None] - steps
-    return us, jnp.concatenate([plus, minus]) if antithetic else plus
-
-
-@jax.jit
-def _accumulate(total, us, slopes, smoothing):
-    """`total + sum_i slopes_i / smoothing * u_i`, `[d]`."""
-    weights = slopes.astype(total.dtype) / smoothing
-    # Not a matrix product, which accelerators may round to fewer bits.
-    return total + jnp.sum(weights[:, None] * us, axis=0)
-
-
-def _factor(directions, subspace, num_directions):
-    """c / q of the estimate: see `zeroth_order`."""
-    return (subspace.size if directions in UNIT_LENGTH else 1) / num_directions
-
-
-def _in_chunks(scan, step, total, seeds, chunk):
-    """Scans `step` over seeds `[q]`, `chunk` at a time, the last time what is left; outputs are joined to `[q]`."""
-    outputs = []
-    if len(seeds) > chunk:
-        whole = len(seeds) // chunk * chunk
-        total, output = scan(step, total, seeds[:whole].reshape(-1, chunk, *seeds.shape[1:]))
-        outputs.append(output.reshape(-1))
-        seeds = seeds[whole:]
-    if len(seeds):
-        total, output = step(total, seeds)
-        outputs.append(output)
-    return total, jnp.concatenate(outputs)
-
-
-def _eager_scan(step, total, chunks):
-    """`lax.scan` as a Python loop, for steps that cannot be traced."""
-    outputs = []
-    for chunk in chunks:
-        total, output = step(total, chunk)
-        outputs.append(output)
-    return total, np.stack(outputs)
-
-
-def _on_numpy(batched_loss):
-    """Calls an opaque loss with copies that it may write to. Its dtype is kept, float64 included."""
-
-    def on_numpy(points):
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(points)):
-            raise ValueError("loss_fn is opaque: its oracle must be called eagerly, got a theta or key under tracing.")
-        return np.asarray(batched_loss(jax.tree.map(np.array, points)))
-
-    return on_numpy
 
 
 def _check_directions(num_directions, smoothing, directions, resolution, basis):

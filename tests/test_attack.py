@@ -301,7 +301,10 @@ def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
         ({"oracle": "querry"}, "oracle: unknown name 'querry'. Did you mean 'query'"),
         ({"loss": "crossentropy"}, "loss: unknown name 'crossentropy'. Did you mean 'cross_entropy'"),
         ({"second_loss": "dominent"}, "second_loss: unknown name 'dominent'. Did you mean 'dominant'"),
-        ({"second_loss": AttackLoss("dominant", target=1)}, "second_loss: its target 1 is not that of the loss, None"),
+        (
+            {"second_loss": AttackLoss("dominant", target=1)},
+            "second_loss: its target 1 is not that of the objective, None",
+        ),
         ({"loss": "dominant", "oracle": "query"}, "loss: 'dominant' is for exact gradients"),
         ({"second_loss": "dominant", "oracle": "query"}, "second_loss: a zeroth-order estimate is of one loss"),
         ({"loss": AttackLoss(target=3)}, "target: 3 is not one of the victim's 3 classes"),

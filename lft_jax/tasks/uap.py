@@ -96,16 +96,11 @@ class UapFamily(TaskFamily):
         """The gradient of the support loss, with the extras that a rule for perturbations can use."""
 
         def attack(images):
-            def losses_of(loss):
-                return lambda theta: loss(self.logits_fn(perturb(images, theta)), support.labels)
-
-            num_examples = len(support.labels)
-            if self.estimator is not None:
-                return self.estimator(losses_of(self.support_loss), num_examples=num_examples)
-            second = None if self.second_loss is None else losses_of(self.second_loss)
-            return oracles.per_example_gradient(
-                losses_of(self.support_loss), num_examples=num_examples, second_losses=second
-            )
+            data = Batch(images, support.labels)
+            if self.estimator is None:
+                return exact_attack(self.logits_fn, data, self.support_loss, self.second_loss)
+            losses = image_losses(self.logits_fn, data, self.support_loss)
+            return self.estimator(losses, num_examples=len(support.labels))
 
         return constrained_oracle(attack, self.constraint, support.images, self.augmentation)
 
@@ -122,6 +117,31 @@ class UapFamily(TaskFamily):
         """See `attack_metrics`."""
         clean, attacked = self.logits_fn(data.images), self.logits_fn(perturb(data.images, theta))
         return attack_metrics(clean, attacked, data.labels, theta, self.attack_loss, self.constraint)
+
+
+def image_losses(
+    logits_fn: Callable[[jax.Array], jax.Array], data: Batch, loss: AttackLoss
+) -> Callable[[jax.Array], jax.Array]:
+    """`theta -> [N]`, the attack loss of each image, for one perturbation or a copy for each image."""
+    return lambda theta: loss(logits_fn(perturb(data.images, theta)), data.labels)
+
+
+def exact_attack(
+    logits_fn: Callable[[jax.Array], jax.Array], data: Batch, loss: AttackLoss, second_loss: AttackLoss | None
+) -> Oracle:
+    """The gradient of the attack losses, and that of the second one alone too, if there is one."""
+    second = None if second_loss is None else image_losses(logits_fn, data, second_loss)
+    losses = image_losses(logits_fn, data, loss)
+    return oracles.per_example_gradient(losses, num_examples=len(data.labels), second_losses=second)
+
+
+def checked_second_loss(loss: str | AttackLoss, target: int | None) -> AttackLoss:
+    """A second loss that has the objective's target, or is named and given it; a ValueError says what it lacks."""
+    if not isinstance(loss, AttackLoss):
+        return AttackLoss(base.check_name("second_loss", loss, LOSSES), target=target)
+    if loss.target != target:
+        raise ValueError(f"second_loss: its target {loss.target} is not that of the objective, {target}.")
+    return loss.check()
 
 
 def constrained_oracle(
@@ -244,7 +264,7 @@ def uap_family(
     attack_loss = _attack_loss(loss)
     support_loss = attack_loss if support_loss is None else _attack_loss(support_loss, "support_loss")
     if second_loss is not None:
-        second_loss = _second_loss(second_loss, attack_loss.target)
+        second_loss = checked_second_loss(second_loss, attack_loss.target)
         if estimator is not None:
             raise ValueError("second_loss: a zeroth-order estimate is of one loss; leave it or the estimator out.")
     if not isinstance(victim_logits_fn, jax.tree_util.Partial):
@@ -275,15 +295,6 @@ def uap_family(
         estimator,
         augmentation,
     )
-
-
-def _second_loss(loss, target):
-    """A loss that has the objective's target, or is named and given it."""
-    if not isinstance(loss, AttackLoss):
-        return AttackLoss(base.check_name("second_loss", loss, LOSSES), target=target)
-    if loss.target != target:
-        raise ValueError(f"second_loss: its target {loss.target} is not that of the objective, {target}.")
-    return loss.check()
 
 
 def _attack_loss(loss, argument="loss"):

@@ -11,7 +11,8 @@ HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json
 ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,two_losses/mnist.json \
 	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
-	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_query.json theory_gap.json sine.json \
+	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_query.json \
+	directions.json theory_gap.json sine.json \
 	zo_l2l.json classification.json)))
 PYTEST_FLAGS ?=
 
@@ -61,6 +62,7 @@ results: victims
 	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' \
 		--output=results/ablation_seeds.json
 	$(RUN) -m experiments.ablation --study=query --seeds=1 --meta_steps=40 --num_tasks=40
+	$(RUN) -m experiments.directions
 	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
 	$(RUN) -m experiments.sine

@@ -28,6 +28,7 @@ KINDS = {
     "experiments.theory_gap": (sections.theory_section, figures.theory_gap),
     "experiments.breadth": (sections.breadth_section, lambda results, path: None),
     "experiments.ablation": (sections.ablation_section, lambda results, path: None),
+    "experiments.directions": (sections.directions_section, lambda results, path: None),
 }
 COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"

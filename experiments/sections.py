@@ -66,6 +66,29 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
     return "\n".join([*lines, "", ""])
 
 
+def directions_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """How many directions a step are best for each method."""
+    del figures
+    flags, rows = results["flags"], results["rows"]
+    lines = [
+        "## Directions a step",
+        "",
+        f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks, after "
+        f"{flags['evaluations']} evaluations of every support image in all, by the number of zeroth-order directions a "
+        "step and, in brackets, the steps that leaves. Baselines (sgd is ZO-SGD, pgd ZO-signSGD, adam ZO-Adam, adamm "
+        "ZO-AdaMM) are tuned for each number on validation tasks of the victim; the LFT is "
+        f"`{flags['learned']}`, part of whose evaluations search for a start. {origin(results, path)}",
+        "",
+        "| victim | method | " + " | ".join(f"{count} directions" for count in flags["directions"]) + " |",
+        "|---" * (2 + len(flags["directions"])) + "|",
+    ]
+    for victim, method in dict.fromkeys((row["victim"], row["method"]) for row in rows):
+        found = [row for row in rows if (row["victim"], row["method"]) == (victim, method)]
+        cells = [f"{100 * row['asr']:.1f} ± {100 * row['interval']:.1f} ({row['steps']})" for row in found]
+        lines.append(f"| `{victim}` | {method} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", ""])
+
+
 def _difference(row):
     mean, width = (100 * x for x in row["difference"])
     seeds = [f"{100 * x:+.1f}" for x in row.get("seed_differences", [])]

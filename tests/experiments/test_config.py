@@ -12,6 +12,7 @@ from experiments import (
     breadth,
     classification,
     config,
+    directions,
     evaluate,
     meta_train,
     quickstart,
@@ -26,7 +27,7 @@ from experiments import (
 )
 
 BINARIES = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
-BINARIES += (classification, train_victim, victims, zo_l2l)
+BINARIES += (classification, directions, train_victim, victims, zo_l2l)
 
 
 @dataclasses.dataclass(frozen=True)

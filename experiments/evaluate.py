@@ -32,6 +32,7 @@ class Config:
     transfer: bool = config.option(True, "Also the transfer start: a UAP of the meta-training victims of that source.")
     oracle_steps: int = config.option(300, "Steps of each full-data run.")
     oracle_targeted: bool = config.option(False, "Seek the full-data UAP for each target class too.")
+    shots: int | None = config.option(None, "Support images a class of the tasks; as in meta-training if not given.")
     queries: int = config.option(5, "Query images a class of the tasks that are judged.")
     epsilon: tuple[str, ...] = config.option(
         (), "Radii that differ from those of meta-training, as source=radius,...; not under a penalty."
@@ -59,7 +60,8 @@ def evaluate(flags: Config) -> dict:
         radii = {s: radii[s] if s in radii else common.default_epsilon(tasks_config.norm, s) for s in sources} | radii
     elif radii:
         raise ValueError(f"epsilon: the runs were meta-trained with a penalty, not in a ball; leave out {radii}.")
-    tasks_config = dataclasses.replace(tasks_config, queries=flags.queries, epsilon=radii)
+    shots = tasks_config.shots if flags.shots is None else flags.shots
+    tasks_config = dataclasses.replace(tasks_config, shots=shots, queries=flags.queries, epsilon=radii)
     protocol = comparison.Protocol(
         num_steps=flags.at[-1],
         at=flags.at,

@@ -91,6 +91,7 @@ def test_evaluate_writes_results_table_and_figures(study):
         num_validation=2,
         methods=("pgd",),
         oracle_steps=3,
+        shots=2,
     )
     results = evaluate.evaluate(flags)
     assert json.loads((study / "results.json").read_text()) == json.loads(json.dumps(results))
@@ -98,6 +99,8 @@ def test_evaluate_writes_results_table_and_figures(study):
     augmented = ["pgd, augmented", "transfer, fine-tuned, augmented"]
     assert methods == ["pgd", "pgd (untuned)", "transfer", "transfer, fine-tuned", *augmented, "lft", "oracle"]
     assert results["tasks"]["epsilon"] == {"digits": 0.25}
+    assert (results["tasks"]["shots"], results["meta_training"][0]["shots"]) == (2, 1)
+    assert results["rows"][-2]["queries"] == [20, 40]  # two images of each of ten classes a step
     row = results["rows"][-2]
     assert row["seen_victim"] and row["linf"] <= 0.25 + 1e-6 and len(row["task_asr"]) == 3
     assert np.isclose(row["asr"][-1], np.mean(row["task_asr"]), atol=1e-4)

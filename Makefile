@@ -10,10 +10,14 @@ HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json
 	digits.json)))
 ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,two_losses/mnist.json \
 	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
+	five_images/mnist.json five_images/cifar10.json five_images/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
 	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_query.json \
 	directions.json theory_gap.json sine.json \
 	zo_l2l.json classification.json)))
+# Five images a class instead of one, by the shipped rule.
+FIVE_IMAGES = --learned=uap-linf --shots=5 --epsilon=mnist=0.2 --at=1,2,3,4,5,6,8,10,12,15,20 --num_tasks=50 \
+	--num_validation=5 --oracle_steps=200 --oracle_targeted
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -53,6 +57,12 @@ results: victims
 	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10_vgg_1001 \
 		--output=results/two_losses/cifar10_vgg.json
 	$(RUN) -m experiments.study --study=two_losses --attacked=digits --output=results/two_losses/digits.json
+	$(RUN) -m experiments.evaluate $(FIVE_IMAGES) --victims=victims/mnist_small_cnn_1000 \
+		--output=results/five_images/mnist.json
+	$(RUN) -m experiments.evaluate $(FIVE_IMAGES) --victims=victims/cifar10_small_cnn_1000 \
+		--output=results/five_images/cifar10.json
+	$(RUN) -m experiments.evaluate $(FIVE_IMAGES) --victims=victims/digits_small_cnn_1000,victims/digits_lenet_1001 \
+		--output=results/five_images/digits.json
 	$(RUN) -m experiments.study --study=paper
 	$(RUN) -m experiments.study --study=query --attacked=mnist --output=results/query/mnist.json
 	$(RUN) -m experiments.study --study=query --attacked=cifar10 --output=results/query/cifar10.json

@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no augmentation": Variant({"augment": False}),
         "coordinatewise": Variant({"rule": "coordinate_lstm", "features": _SEEN, "output_scale": 1.0}),
         "no start": Variant({"start": "none"}),
+        "steps along the gradient": Variant({"start": "gradient", "start_step": 1.0, "start_decay": 0.9}),
         "later steps count more": Variant({"weights": "linear"}),
         "no features but momenta": Variant({"features": ("momentum",)}),
         "momenta alone": Variant(

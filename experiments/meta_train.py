@@ -57,7 +57,10 @@ class Config:
     hidden: int = config.option(20, "Units of each LSTM layer.")
     layers: int = config.option(1, "LSTM layers.")
     start: str = config.option(
-        "momentum", "Hand-made update that the rule's output is added to, or none.", ("momentum", "none")
+        "momentum",
+        "Hand-made update that the rule's output is added to: along the sign of the gradient's momentum, along the "
+        "momentum itself (in units of the first gradient's size), or none.",
+        ("momentum", "gradient", "none"),
     )
     start_step: float = config.option(0.8, "Step of that update, in units of epsilon.")
     start_decay: float = config.option(0.5, "Momentum of that update.")
@@ -188,7 +191,11 @@ def rule_of(flags: Config) -> rules.Rule:
     options: dict[str, Any] = {"features": flags.features} if flags.features else {}
     if flags.output_scale is not None:
         options["output_scale"] = flags.output_scale
-    options["start"] = rules.MomentumStart(flags.start_step, flags.start_decay) if flags.start == "momentum" else None
+    if flags.start == "none":
+        options["start"] = None
+    else:
+        direction = "gradient" if flags.start == "gradient" else "sign"
+        options["start"] = rules.MomentumStart(flags.start_step, flags.start_decay, direction)
     return rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
 
 

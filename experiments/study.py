@@ -94,6 +94,13 @@ STUDIES = {
         _BALL,
         {"features": ("momentum", "second", "spread", "constraint", "progress", "context")},
     ),
+    # The same as "hard" from steps along the gradient instead of its sign, meta-trained at that radius.
+    "gradient_start": Study(
+        _RULES,
+        {**_META, "epsilon": ("mnist=0.2",)},
+        _BALL,
+        {"start": "gradient", "start_step": 1.0, "start_decay": 0.9},
+    ),
     # The same without gradients: 400 evaluations of the support images, 160 of them for a start.
     # The LFT on CIFAR-10 alone is for attacks on mnist_5k, whose images are MNIST's.
     "query": Study(

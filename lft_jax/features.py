@@ -55,14 +55,24 @@ class FeatureSet(NamedTuple):
     apply: Callable[[Signal, PyTree], tuple[jax.Array, PyTree]]
 
 
+def root_mean_square(x: jax.Array) -> jax.Array:
+    """`[]`, of all entries of `x`; 0 where it has none."""
+    x, largest = _of_largest(x)
+    return largest * safe_sqrt(jnp.sum(x * x) / max(x.size, 1))
+
+
 def unit_rms(x: jax.Array) -> jax.Array:
     """`x` divided by the root mean square of all its entries; 0 where `x` is all zeros."""
-    # Divided by its largest entry first, so that squaring neither under- nor overflows. The result does not depend on
-    # that divisor, so it may be a constant: its own derivative is infinite at tiny entries.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
-    x = x / jnp.where(largest > 0, largest, 1)
+    x, _ = _of_largest(x)
     rms = safe_sqrt(jnp.sum(x * x) / max(x.size, 1))
     return x / jnp.where(rms > 0, rms, 1)
+
+
+def _of_largest(x):
+    # Divided by its largest entry, so that squaring neither under- nor overflows. What is made of it does not depend on
+    # that divisor, so it may be a constant: its own derivative is infinite at tiny entries.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+    return x / jnp.where(largest > 0, largest, 1), largest
 
 
 def _stateless(size, features):

@@ -13,33 +13,63 @@ import jax
 import jax.numpy as jnp
 
 from lft_jax import base
-from lft_jax.features import FEATURES, Signal
+from lft_jax.features import FEATURES, Signal, root_mean_square
 
 PyTree = Any
+
+#: What a hand-made update may go along.
+DIRECTIONS = ("sign", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
 class MomentumStart:
     """A strong hand-made update for the network to start from.
 
-    With it, the rule's update is `scale * (sigmoid(a + logit(step)) * sign(m) + b)`, where `a` and `b` are the
-    network's outputs (near 0 before meta-training) and `m` is the gradient's momentum: at first, momentum PGD. A sign
-    and not a soft one, since coordinates whose gradient is small on the support images still matter on others. A
-    sigmoid, so that no first step reaches the border of an linf ball, where meta-gradients end.
+    The rule's update is `scale * (size * direction + b)`, where `size` is `step` and `b` is 0 before meta-training, up
+    to a network's output near 0. With a direction of
+
+    - "sign", the sign of the gradient's momentum `m`, `size = sigmoid(a + logit(step))`: at first, momentum PGD.
+      Coordinates whose gradient is small on the support images still matter on others. The sigmoid keeps the first
+      step from the border of an linf ball, where meta-gradients end.
+    - "gradient", `m` in units of the root mean square of the first gradient that is not 0, `size = step * exp(a)`: at
+      first, gradient descent with momentum at a learning rate that suits every victim, however large its gradients
+      are. Steps shrink with the gradient, that is as the support images are fooled.
 
     Attributes:
-      step: size of the step, as a fraction of the feasible set's scale, in (0, 1).
+      step: as a fraction of the feasible set's scale; in (0, 1) along a sign, else above 0.
       decay: of the momentum, in [0, 1).
+      direction: "sign" or "gradient".
     """
 
     step: float = 0.8
     decay: float = 0.5
+    direction: str = "sign"
 
     def __post_init__(self):
-        if not 0 < self.step < 1:
+        base.check_name("MomentumStart.direction", self.direction, DIRECTIONS)
+        if self.direction == "gradient":
+            base.check_positive("MomentumStart.step", self.step)
+        elif not 0 < self.step < 1:
             raise ValueError(f"MomentumStart.step must be in (0, 1), got {self.step!r}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"MomentumStart.decay must be in [0, 1), got {self.decay!r}.")
+
+    def init(self, leaf: jax.Array) -> PyTree:
+        """The state for one leaf: the momentum, and the unit of the steps where there is one."""
+        unit = {"unit": jnp.zeros((), leaf.dtype)} if self.direction == "gradient" else {}
+        return {"momentum": jnp.zeros_like(leaf), **unit}
+
+    def apply(self, change: jax.Array, grad: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
+        """`(step, state)`: `size * direction` for a network's output `a`, here `change`."""
+        momentum = self.decay * state["momentum"] + grad
+        if self.direction == "sign":
+            size = jax.nn.sigmoid(change + math.log(self.step / (1 - self.step)))
+            return size * jnp.sign(momentum), {"momentum": momentum}
+        unit = jnp.where(state["unit"] > 0, state["unit"], root_mean_square(grad))
+        divisor = jnp.where(unit > 0, unit, 1)
+        near = jax.lax.stop_gradient(divisor)  # it cancels; a tiny unit's square, in the derivative, would be 0
+        direction = (momentum / near) / (divisor / near)
+        return self.step * jnp.exp(change) * direction, {"momentum": momentum, "unit": unit}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +141,7 @@ class Rule:
         return {
             "features": tuple(FEATURES[name].init(leaf) for name in self.features),
             "cells": tuple((hidden(), hidden()) for _ in range(self.layers)),
-            "momentum": jnp.zeros_like(leaf) if self.start else (),
+            "start": self.start.init(leaf) if self.start else (),
         }
 
     def apply(self, params: PyTree, signal: Signal, state: PyTree) -> tuple[jax.Array, PyTree]:
@@ -134,13 +164,11 @@ class Rule:
             cells.append(carry)
         output = self.output_scale * _affine(params["head"], inputs)
         output = output.reshape(output.shape[0], *signal.grad.shape)
-        state = {"features": tuple(feature_states), "cells": tuple(cells), "momentum": state["momentum"]}
+        state = {"features": tuple(feature_states), "cells": tuple(cells), "start": state["start"]}
         if self.start is None:
             return output[0], state
-        momentum = self.start.decay * state["momentum"] + signal.grad
-        size = jax.nn.sigmoid(output[0] + math.log(self.start.step / (1 - self.start.step)))
-        step = signal.scale * (size * jnp.sign(momentum) + output[1])
-        return step, {**state, "momentum": momentum}
+        step, start = self.start.apply(output[0], signal.grad, state["start"])
+        return signal.scale * (step + output[1]), {**state, "start": start}
 
 
 def coordinate_lstm(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from lft_jax.rules import MomentumStart, coordinate_lstm, spatial_lstm
 KEY = jax.random.key(5)
 EVERYTHING = tuple(FEATURES)
 START = MomentumStart(step=0.4, decay=0.7)
+DESCENT = MomentumStart(step=1.5, decay=0.9, direction="gradient")
+BOTH_STARTS = pytest.mark.parametrize("start", [START, DESCENT], ids=["sign", "gradient"])
 BOTH_KINDS = pytest.mark.parametrize("build", [coordinate_lstm, functools.partial(spatial_lstm, maps=(3,))])
 
 
@@ -141,12 +144,42 @@ def test_a_network_stretches_and_shifts_its_start():
     np.testing.assert_allclose(history(rule, params, grads.astype(np.float32), scale=0.2), expected, rtol=1e-4)
 
 
+@BOTH_KINDS
+def test_along_the_gradient_a_silent_network_is_sgd_whose_rate_the_first_gradient_sets(build):
+    rule = build(4, 1, features="raw", start=DESCENT)
+    params = weights(rule)
+    params["head"] = jax.tree.map(np.zeros_like, params["head"])
+    grads = random(0, 5, 3, 2).astype(np.float32)
+    grads[0] = 0  # has no size that could be a unit: the next one sets it
+    sgd = optax.sgd(0.2 * 1.5 / np.sqrt(np.mean(grads[1] ** 2)), momentum=0.9)
+    state = sgd.init(grads[0])
+    for grad, step in zip(grads, history(rule, params, grads, scale=0.2), strict=True):
+        update, state = sgd.update(grad, state)
+        np.testing.assert_allclose(step, -update, rtol=1e-5)
+    # A victim whose gradients are a thousand times as large is attacked by the same steps.
+    np.testing.assert_allclose(
+        history(rule, params, 1000 * grads, scale=0.2), history(rule, params, grads, scale=0.2), rtol=1e-5
+    )
+
+
+def test_a_network_stretches_and_shifts_steps_along_the_gradient():
+    rule = coordinate_lstm(4, 1, features="raw", start=DESCENT, output_scale=0.1)
+    params, grads = weights(rule), random(0, 2, 3)
+    a, b = np.moveaxis(
+        [0.1 * textbook_lstm(jax.tree.map(np.float64, params), grads[:, i, None]) for i in range(3)], (0, 2), (2, 0)
+    )
+    momentum = np.stack([grads[0], 0.9 * grads[0] + grads[1]]) / np.sqrt(np.mean(grads[0] ** 2))
+    expected = 0.2 * (1.5 * np.exp(a) * momentum + b)
+    np.testing.assert_allclose(history(rule, params, grads.astype(np.float32), scale=0.2), expected, rtol=1e-4)
+
+
 # ---- Symmetries ----
 
 
-@given(st.permutations(range(6)))
-def test_coordinatewise_rules_commute_with_permutations(order):
-    rule = coordinate_lstm(4, 1, features=sorted({*EVERYTHING} - {"position"}), start=START)
+@BOTH_STARTS
+@given(order=st.permutations(range(6)))
+def test_coordinatewise_rules_commute_with_permutations(start, order):
+    rule = coordinate_lstm(4, 1, features=sorted({*EVERYTHING} - {"position"}), start=start)
     params, grads = weights(rule, 0.3), random(0, 2, 6).astype(np.float32)
     permuted = history(rule, params, grads[:, order])
     np.testing.assert_allclose(permuted, history(rule, params, grads)[:, order], rtol=1e-4, atol=1e-6)
@@ -179,9 +212,10 @@ def test_spatial_rules_see_a_neighbourhood_and_commute_with_translations():
 
 
 @BOTH_KINDS
+@BOTH_STARTS
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (4, 3), (4, 3, 2), (2, 0, 3), (2, 3, 1, 2)], ids=str)
-def test_any_shape_will_do(build, shape):
-    rule = build(4, 1, features=EVERYTHING, start=START)
+def test_any_shape_will_do(build, start, shape):
+    rule = build(4, 1, features=EVERYTHING, start=start)
     steps = jax.eval_shape(
         functools.partial(history, rule), weights(rule), jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     )
@@ -189,8 +223,9 @@ def test_any_shape_will_do(build, shape):
 
 
 @BOTH_KINDS
-def test_derivatives_are_finite_even_at_zero_gradients(build):
-    rule = build(4, 1, features=("log_sign", "adam", "momentum", "spread"), start=START)
+@BOTH_STARTS
+def test_derivatives_are_finite_even_at_zero_gradients(build, start):
+    rule = build(4, 1, features=("log_sign", "adam", "momentum", "spread"), start=start)
     params, grads = weights(rule, 0.1), random(0, 2, 3, 2).astype(np.float32)
 
     def objective(params, grads):
@@ -234,6 +269,8 @@ def test_initial_weights():
         (lambda: coordinate_lstm(output_scale=float("inf")), "output_scale must be"),
         (lambda: MomentumStart(step=0), r"MomentumStart.step must be in \(0, 1\), got 0"),
         (lambda: MomentumStart(step=1.0), r"MomentumStart.step must be in \(0, 1\), got 1.0"),
+        (lambda: MomentumStart(step=0, direction="gradient"), r"MomentumStart.step must be a finite number above 0"),
+        (lambda: MomentumStart(direction="descent"), "MomentumStart.direction"),
         (lambda: MomentumStart(decay=1.0), r"MomentumStart.decay must be in \[0, 1\), got 1.0"),
         (lambda: MomentumStart(decay=-0.1), "MomentumStart.decay"),
         (lambda: MomentumStart(decay=float("nan")), "MomentumStart.decay"),
@@ -245,7 +282,9 @@ def test_bad_arguments_are_refused(build, message):
         build()
 
 
-@pytest.mark.parametrize("rule", [coordinate_lstm(4), spatial_lstm(4, maps=(3,)), spatial_lstm(start=START)])
+@pytest.mark.parametrize(
+    "rule", [coordinate_lstm(4), spatial_lstm(4, maps=(3,)), spatial_lstm(start=START), spatial_lstm(start=DESCENT)]
+)
 def test_descriptions_survive_json(rule):
     again = rules.rule_from_dict(json.loads(json.dumps(rules.rule_to_dict(rule))))
     assert again == rule

@@ -8,7 +8,8 @@ space := $(empty) $(empty)
 # Results that are there, in the order of docs/results.md.
 HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json mnist_vgg.json cifar10.json \
 	digits.json)))
-ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,two_losses/mnist.json \
+ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,gradient_start/mnist.json \
+	gradient_start/cifar10.json gradient_start/digits.json two_losses/mnist.json \
 	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
 	five_images/mnist.json five_images/cifar10.json five_images/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
@@ -50,6 +51,11 @@ results: victims
 		--oracle_targeted
 	$(RUN) -m experiments.study --study=hard --attacked=cifar10 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json
+	$(RUN) -m experiments.study --study=gradient_start --attacked=mnist_small_cnn_1000 \
+		--output=results/gradient_start/mnist.json
+	$(RUN) -m experiments.study --study=gradient_start --attacked=digits --output=results/gradient_start/digits.json
+	$(RUN) -m experiments.study --study=gradient_start --attacked=cifar10_small_cnn_1000 \
+		--output=results/gradient_start/cifar10.json
 	$(RUN) -m experiments.study --study=two_losses --attacked=mnist_small_cnn_1000 \
 		--output=results/two_losses/mnist.json
 	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10_small_cnn_1000 \

@@ -119,13 +119,13 @@ def _row(case, learner, params, second_loss, flags):
         return np.asarray(evaluation.evaluate(learner, params, family, keys, **options)["asr"][:, -1], np.float64)
 
     given = dataclasses.replace(test, second_loss=second_loss)
-    start = {"step": 0.8, "decay": 0.5, "final": 1.0}
+    silent = {**params, "head": jax.tree.map(np.zeros_like, params["head"])}
     asr = {
         "pgd (untuned)": success(
             pgd.learner, pgd.default.params, evaluation.minimising(plain, pgd.default.support_loss)
         ),
         "pgd": success(pgd.learner, tuned.params, evaluation.minimising(plain, tuned.support_loss)),
-        "the rule's start, augmented": success(pgd.learner, start, given),
+        "the rule's start, augmented": success(learner, silent, given),
         flags.optimizer: success(learner, params, given),
     }
     methods = {

@@ -4,8 +4,10 @@ r"""How many zeroth-order directions a step are best, for each method, at equal 
 
 More directions make a better estimate of each gradient and leave fewer steps. Every method is given as many
 evaluations of the support images in all, so its number of steps follows from its directions; the hand-designed ones
-are tuned anew for each number, on validation tasks of the victim. They run as published; the learned rule searches
-plane waves for a start first, and then asks as it was meta-trained to, which leaves it fewer steps.
+are tuned anew for each number, on validation tasks of the victim. They run as published, and once more
+(", augmented") as the learned rule does: on augmented images, from a start that a search of plane waves spent part of
+the evaluations on, along directions of each image's own on tiles. All estimates have the smoothing that was chosen for
+the learned rule.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import numpy as np
 
 from experiments import common, config, meta_train
 from lft_jax import baselines, comparison, evaluation
-from lft_jax.base import check_name
+from lft_jax.base import check_at_least, check_name
 from lft_jax.tasks import UapFamily
 
 
@@ -46,36 +48,34 @@ def measure(flags: Config) -> None:
     table = baselines.make_baselines("linf")
     for name in flags.methods:
         check_name("methods", name, table)
+    for name, least in {"num_tasks": 2, "num_validation": 1, "evaluations": 1}.items():
+        check_at_least(name, getattr(flags, name), least)
+    for count in flags.directions:
+        check_at_least("directions", count, 1)
     of, learned = meta_train.load_learned(flags.learned)
     if not of.num_directions:
         raise ValueError(f"learned: {flags.learned} was meta-trained on exact gradients, not on estimates.")
-    tasks_config = dataclasses.replace(
-        meta_train.tasks_of(of), queries=5, epsilon=config.pairs("epsilon", flags.epsilon)
-    )
+    tasks_config = meta_train.tasks_of(of)
+    radii = {**tasks_config.epsilon, **config.pairs("epsilon", flags.epsilon)}
+    tasks_config = dataclasses.replace(tasks_config, queries=5, epsilon=radii)
+    seen = {Path(path).resolve() for path in of.victims}
     described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("output", "data_dir")}
+    described |= {"meta_trained_at": of.num_directions, "smoothing": of.smoothing}
     results = {"provenance": common.provenance([of.seed]), "flags": described, "rows": []}
     for path in flags.victims:
-        target = common.make_target(path, path in of.victims, tasks_config, flags.data_dir)
-        for name, count, asr, notes in _attacks(target, learned, table, flags):
-            mean, width = evaluation.mean_interval(asr)
-            row = {"victim": Path(path).name, "method": name, "directions": count, "asr": mean, "interval": width}
-            results["rows"].append({**row, **notes})
-            print(f"{row['victim']}: {name}, {count} directions: {100 * mean:.1f} ± {100 * width:.1f}", flush=True)
+        target = common.make_target(path, Path(path).resolve() in seen, tasks_config, flags.data_dir)
+        victim = {"victim": target.victim, "seen_victim": target.seen, "epsilon": float(target.test.constraint.epsilon)}
+        rows = [{**victim, **row} for row in _rows(target, learned, table, flags)]
+        if len(made := {row["queries"] for row in rows}) > 1:
+            raise ValueError(f"evaluations: the methods made {sorted(made)} queries, not as many.")
+        results["rows"] += rows
         common.write_json(flags.output, results)
     print(f"wrote {flags.output}")
 
 
-def as_published(family: UapFamily, count: int) -> UapFamily:
-    """The tasks as zeroth-order baselines have them: as they are, along so many directions that all images share."""
-    options = {"num_directions": count, "resolution": None, "basis": "tiles", "per_example": False}
-    estimator = dataclasses.replace(family.estimator, **options)
-    return dataclasses.replace(family, estimator=estimator, augmentation=None, waves=None)
-
-
 def num_steps(family: UapFamily, evaluations: int) -> int:
     """The steps that so many evaluations are enough for; raises a ValueError if some would be left over."""
-    spared = family.waves.evaluations if family.waves else 0
-    each = family.estimator.num_directions * (1 + family.estimator.antithetic)
+    spared, each = family.waves.evaluations if family.waves else 0, family.estimator.evaluations
     steps, left = divmod(evaluations - spared, each)
     if steps < 1 or left:
         raise ValueError(
@@ -84,34 +84,48 @@ def num_steps(family: UapFamily, evaluations: int) -> int:
     return steps
 
 
-def _attacks(
+def _rows(
     target: comparison.Target, learned: comparison.Learned, table: dict[str, baselines.Baseline], flags: Config
-) -> Iterator[tuple[str, int, np.ndarray, dict[str, Any]]]:
-    """The final success on each task, by method and number of directions."""
+) -> Iterator[dict[str, Any]]:
+    """A row for each method and number of directions; refuses numbers that do not go into the evaluations first."""
     keys, keys_validation = (
         jax.random.split(key, count)
         for key, count in zip(jax.random.split(jax.random.key(0)), (flags.num_tasks, flags.num_validation), strict=True)
     )
+    views = [(count, view) for count in flags.directions for view in _views(target, count)]
+    steps_of = {(count, name): num_steps(test, flags.evaluations) for count, (name, _, test) in views}
 
-    def success(learner, params, family):
-        steps = num_steps(family, flags.evaluations)
+    def row(method, count, steps, learner, params, family, **notes):
         found = evaluation.evaluate(learner, params, family, keys, num_steps=steps, at=(steps,))
-        notes = {"steps": steps, "queries": float(np.mean(found["queries"][:, -1]))}
-        return np.asarray(found["asr"][:, -1], np.float64), notes
+        asr = np.asarray(found["asr"][:, -1], np.float64)
+        mean, width = evaluation.mean_interval(asr)
+        print(f"{target.victim}: {method}, {count} directions: {100 * mean:.1f} ± {100 * width:.1f}", flush=True)
+        counted = {name: float(np.mean(found[name][:, -1])) for name in ("queries", "clean_accuracy")}
+        measured = {"asr": mean, "interval": width, "task_asr": np.round(asr, 4).tolist()}
+        return {"method": method, "directions": count, "steps": steps, **measured, **counted, **notes}
 
-    for count in flags.directions:
-        validation, test = (as_published(family, count) for family in (target.validation, target.test))
+    for count, (suffix, validation, test) in views:
+        steps = steps_of[count, suffix]
         for name in flags.methods:
-            steps = num_steps(test, flags.evaluations)
-            setting = evaluation.tune(table[name], validation, keys_validation, num_steps=steps).setting
+            baseline = table[name]
+            setting = evaluation.tune(baseline, validation, keys_validation, num_steps=steps).setting
             family = evaluation.minimising(test, setting.support_loss)
-            asr, notes = success(table[name].learner, setting.params, family)
             chosen = {**setting.params, **dataclasses.asdict(setting.support_loss)}
-            yield name, count, asr, {**notes, "setting": chosen, "settings_tried": len(table[name].grid)}
-    for count in flags.directions:
-        estimator = dataclasses.replace(target.test.estimator, num_directions=count)
-        asr, notes = success(learned.learner, learned.params[0], dataclasses.replace(target.test, estimator=estimator))
-        yield "lft", count, asr, notes
+            notes = {"setting": chosen, "settings_tried": len(baseline.grid)}
+            yield row(name + suffix, count, steps, baseline.learner, setting.params, family, **notes)
+        if suffix:
+            yield row("lft", count, steps, learned.learner, learned.params[0], test)
+
+
+def _views(target, count):
+    """The validation and test tasks as baselines are published, and as the learned rule has them; with a suffix."""
+
+    def ours(family):
+        return dataclasses.replace(family, estimator=dataclasses.replace(family.estimator, num_directions=count))
+
+    families = target.validation, target.test
+    yield "", *(comparison.as_published(family, count) for family in families)
+    yield comparison.AUGMENTED, *(ours(family) for family in families)
 
 
 if __name__ == "__main__":

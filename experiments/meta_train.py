@@ -58,11 +58,11 @@ class Config:
     layers: int = config.option(1, "LSTM layers.")
     start: str = config.option(
         "momentum",
-        "Hand-made update that the rule's output is added to: along the sign of the gradient's momentum, along the "
-        "momentum itself (in units of the first gradient's size), or none.",
+        "Hand-made update that the rule's output is added to. momentum: along the sign of the gradient's momentum; "
+        "gradient: along the momentum itself, in units of the first gradient's root mean square; none.",
         ("momentum", "gradient", "none"),
     )
-    start_step: float = config.option(0.8, "Step of that update, in units of epsilon.")
+    start_step: float = config.option(0.8, "Step of that update, in units of epsilon: below 1 along the sign.")
     start_decay: float = config.option(0.5, "Momentum of that update.")
     output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
     inner_step: float = config.option(
@@ -194,8 +194,8 @@ def rule_of(flags: Config) -> rules.Rule:
     if flags.start == "none":
         options["start"] = None
     else:
-        direction = "gradient" if flags.start == "gradient" else "sign"
-        options["start"] = rules.MomentumStart(flags.start_step, flags.start_decay, direction)
+        along = "gradient" if flags.start == "gradient" else "sign"
+        options["start"] = rules.MomentumStart(flags.start_step, flags.start_decay, along)
     return rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
 
 

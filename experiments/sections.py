@@ -16,8 +16,8 @@ def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "",
         f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks against victims that "
         "meta-training did not see. PGD is tuned for each line on validation tasks; the start is what the rule's "
-        "output is added to: sign steps of 0.8 epsilon, momentum 0.5. Sizes that no victim has are those of stored "
-        "victims that see their images scaled down, fewer classes those whose other logits are left out. "
+        "output is added to, alone. Sizes that no victim has are those of stored victims that see their images scaled "
+        "down, fewer classes those whose other logits are left out. "
         f"{origin(results, path)}",
         "",
         "| victim | image | classes | images a class | epsilon | K | " + " | ".join(methods) + " | minus tuned PGD |",
@@ -76,10 +76,12 @@ def directions_section(results: Mapping[str, Any], path: str, figures: str) -> s
         f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks, after "
         f"{flags['evaluations']} evaluations of every support image in all, by the number of zeroth-order directions a "
         "step and, in brackets, the steps that leaves. Baselines (sgd is ZO-SGD, pgd ZO-signSGD, adam ZO-Adam, adamm "
-        "ZO-AdaMM) are tuned for each number on validation tasks of the victim; the LFT is "
-        f"`{flags['learned']}`, part of whose evaluations search for a start. {origin(results, path)}",
+        f"ZO-AdaMM) are tuned for each number on {flags['num_validation']} validation tasks of the victim. The LFT is "
+        f"`{flags['learned']}`, meta-trained at {flags['meta_trained_at']} directions. It, and what is augmented, "
+        "augment the support images, search plane waves for a start and try directions of each image's own on tiles; "
+        f"smoothing is {flags['smoothing']} for all. {origin(results, path)}",
         "",
-        "| victim | method | " + " | ".join(f"{count} directions" for count in flags["directions"]) + " |",
+        "| victim | method | " + " | ".join(f"q = {count}" for count in flags["directions"]) + " |",
         "|---" * (2 + len(flags["directions"])) + "|",
     ]
     for victim, method in dict.fromkeys((row["victim"], row["method"]) for row in rows):

@@ -94,7 +94,8 @@ STUDIES = {
         _BALL,
         {"features": ("momentum", "second", "spread", "constraint", "progress", "context")},
     ),
-    # The same as "hard" from steps along the gradient instead of its sign, meta-trained at that radius.
+    # The update rules of "hard", meta-trained at the radius that MNIST is attacked at, whose hand-made update is along
+    # the gradient instead of its sign. Its step and momentum were chosen on meta-validation victims.
     "gradient_start": Study(
         _RULES,
         {**_META, "epsilon": ("mnist=0.2",)},

@@ -155,10 +155,10 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         f"Attack success rate on unseen images after K fine-tuning steps with {gradients} on {tasks['shots']} support "
         f"image(s) of each of {tasks['ways']} classes, within {bound}; mean ± 95% interval over "
         f"{protocol['num_tasks']} tasks (of several seeds: the mean, and the range of their ASR at the last K). "
-        f"Meta-trained: {_meta_trained(results['meta_training'])}"
+        f"Meta-trained: {_meta_trained(results['meta_training'], tasks['shots'])}"
         + (f"; on support images they follow {tasks['support_loss']} and {second} together" if two else "")
         + ". Baselines are tuned over grids of 24 to 48 "
-        "settings (step, momentum, schedule, loss) on validation tasks of the same victim"
+        f"settings (step, momentum, schedule, loss) on {protocol['num_validation']} validation tasks of the same victim"
         + (
             ", and make as many queries in all, from zero or the transfer start, with directions that all images share"
             if directions
@@ -196,8 +196,8 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join(parts)
 
 
-def _meta_trained(runs):
-    """Learners, with how many seeds and victims of which sources."""
+def _meta_trained(runs, shots):
+    """Learners, with how many seeds and victims of which sources, and images a class where they had others."""
     seeds = {}
     for run in runs:
         seeds.setdefault((run["learner"], tuple(run["victims"])), []).append(run["seed"])
@@ -207,7 +207,8 @@ def _meta_trained(runs):
         sources = dict.fromkeys(re.sub("_(small_cnn|lenet|vgg)_.*", "", name) for name in names)
         plural = "seed" if len(of_run) == 1 else "seeds"
         parts.append(f"{learner} ({len(of_run)} {plural}) on {len(victims)} victims of {' and '.join(sources)}")
-    return "; ".join(parts)
+    other = dict.fromkeys(str(run["shots"]) for run in runs if run.get("shots", shots) != shots)
+    return "; ".join(parts) + (f", with {' or '.join(other)} image(s) of each class" if other else "")
 
 
 def _augmented(rows):

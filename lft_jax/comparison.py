@@ -188,16 +188,28 @@ def _ours(family):
     return family.augmentation, family.estimator, family.waves, family.second_loss
 
 
+def as_published(family: UapFamily, num_directions: int) -> UapFamily:
+    """The tasks as hand-designed attacks are published: from the family's own start, on the support images as they are.
+
+    Args:
+      family: the tasks.
+      num_directions: of its zeroth-order estimates, which then are along directions in all dimensions that all images
+        share; exact gradients stay exact.
+    """
+    estimator = family.estimator
+    if isinstance(estimator, ZerothOrder):
+        options = {"resolution": None, "basis": "tiles", "per_example": False}
+        estimator = dataclasses.replace(estimator, num_directions=num_directions, **options)
+    return dataclasses.replace(family, augmentation=None, estimator=estimator, waves=None, second_loss=None)
+
+
 def _as_published(target, num_steps):
     def plain(family):
-        estimator = family.estimator
-        if isinstance(estimator, ZerothOrder):
-            spared = family.waves.evaluations if family.waves else 0
-            each = 2 if estimator.antithetic else 1  # evaluations that a direction takes
-            count = estimator.num_directions + math.ceil(spared / (num_steps * each))
-            options = {"resolution": None, "basis": "tiles", "per_example": False}
-            estimator = dataclasses.replace(estimator, num_directions=count, **options)
-        return dataclasses.replace(family, augmentation=None, estimator=estimator, waves=None, second_loss=None)
+        if not isinstance(family.estimator, ZerothOrder):
+            return as_published(family, 0)
+        spared = family.waves.evaluations if family.waves else 0
+        each = 2 if family.estimator.antithetic else 1  # evaluations that one more direction takes
+        return as_published(family, family.estimator.num_directions + math.ceil(spared / (num_steps * each)))
 
     return _changed(target, plain)
 

@@ -315,6 +315,11 @@ class ZerothOrder:
     basis: str = "tiles"
     per_example: bool = False
 
+    @property
+    def evaluations(self) -> int:
+        """Of each example's loss, for one answer."""
+        return 2 * self.num_directions if self.antithetic else self.num_directions + 1
+
     def __call__(self, example_losses: Callable[[PyTree], jax.Array], *, num_examples: int) -> Oracle:
         """The oracle of the mean of `example_losses`, `theta -> [S]` of one for all examples or of a copy for each."""
         options = dataclasses.asdict(self)

@@ -18,36 +18,39 @@ from lft_jax.features import FEATURES, Signal, root_mean_square
 PyTree = Any
 
 #: What a hand-made update may go along.
-DIRECTIONS = ("sign", "gradient")
+STARTS = ("sign", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
 class MomentumStart:
     """A strong hand-made update for the network to start from.
 
-    The rule's update is `scale * (size * direction + b)`, where `size` is `step` and `b` is 0 before meta-training, up
-    to a network's output near 0. With a direction of
+    The rule's update of a leaf is `scale * (size * direction + b)`, where `size` is `step` and `b` is 0 before
+    meta-training, up to a network's outputs `a` and `b` near 0. The direction is, along
 
-    - "sign", the sign of the gradient's momentum `m`, `size = sigmoid(a + logit(step))`: at first, momentum PGD.
+    - "sign": the sign of the gradient's momentum, with `size = sigmoid(a + logit(step))`: at first, momentum PGD.
       Coordinates whose gradient is small on the support images still matter on others. The sigmoid keeps the first
       step from the border of an linf ball, where meta-gradients end.
-    - "gradient", `m` in units of the root mean square of the first gradient that is not 0, `size = step * exp(a)`: at
-      first, gradient descent with momentum at a learning rate that suits every victim, however large its gradients
-      are. Steps shrink with the gradient, that is as the support images are fooled.
+    - "gradient": the momentum in units of the root mean square of the leaf's first gradient that is not 0, with
+      `size = step * exp(a)`, `a` clipped to -5 and 5: at first, gradient descent with momentum whose learning rate the
+      first gradient sets, so that a large model's steps are no larger than another's. They shrink with the gradient,
+      that is as the support images are fooled. If the first gradient is far smaller than later ones, it is the feasible
+      set alone that bounds the steps.
 
     Attributes:
-      step: as a fraction of the feasible set's scale; in (0, 1) along a sign, else above 0.
+      step: as a fraction of the feasible set's scale; in (0, 1) along the sign, else above 0, the root mean square of
+        the first step.
       decay: of the momentum, in [0, 1).
-      direction: "sign" or "gradient".
+      along: "sign" or "gradient".
     """
 
     step: float = 0.8
     decay: float = 0.5
-    direction: str = "sign"
+    along: str = "sign"
 
     def __post_init__(self):
-        base.check_name("MomentumStart.direction", self.direction, DIRECTIONS)
-        if self.direction == "gradient":
+        base.check_name("MomentumStart.along", self.along, STARTS)
+        if self.along == "gradient":
             base.check_positive("MomentumStart.step", self.step)
         elif not 0 < self.step < 1:
             raise ValueError(f"MomentumStart.step must be in (0, 1), got {self.step!r}.")
@@ -56,20 +59,20 @@ class MomentumStart:
 
     def init(self, leaf: jax.Array) -> PyTree:
         """The state for one leaf: the momentum, and the unit of the steps where there is one."""
-        unit = {"unit": jnp.zeros((), leaf.dtype)} if self.direction == "gradient" else {}
+        unit = {"unit": jnp.zeros((), leaf.dtype)} if self.along == "gradient" else {}
         return {"momentum": jnp.zeros_like(leaf), **unit}
 
     def apply(self, change: jax.Array, grad: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
-        """`(step, state)`: `size * direction` for a network's output `a`, here `change`."""
+        """`(size * direction, state)`, with `change` for `a`."""
         momentum = self.decay * state["momentum"] + grad
-        if self.direction == "sign":
+        if self.along == "sign":
             size = jax.nn.sigmoid(change + math.log(self.step / (1 - self.step)))
             return size * jnp.sign(momentum), {"momentum": momentum}
         unit = jnp.where(state["unit"] > 0, state["unit"], root_mean_square(grad))
         divisor = jnp.where(unit > 0, unit, 1)
         near = jax.lax.stop_gradient(divisor)  # it cancels; a tiny unit's square, in the derivative, would be 0
         direction = (momentum / near) / (divisor / near)
-        return self.step * jnp.exp(change) * direction, {"momentum": momentum, "unit": unit}
+        return self.step * jnp.exp(jnp.clip(change, -5, 5)) * direction, {"momentum": momentum, "unit": unit}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,11 +227,20 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
 
 
 def rule_from_dict(description: dict[str, Any]) -> Rule:
-    """The rule that `rule_to_dict` described; raises a ValueError for unknown or missing entries."""
+    """The rule that `rule_to_dict` described, a start along the sign if it does not say along what.
+
+    Raises:
+      ValueError: for unknown or missing entries.
+    """
     known = {field.name for field in dataclasses.fields(Rule)}
     if description.keys() != known:
         raise ValueError(f"a rule is described by {sorted(known)}, got {sorted(description)}.")
-    start = description["start"] and MomentumStart(**description["start"])
+    start = description["start"]
+    if start:
+        known = {field.name for field in dataclasses.fields(MomentumStart)}
+        if not start.keys() <= known:
+            raise ValueError(f"start: a start is described by {sorted(known)}, got {sorted(start)}.")
+        start = MomentumStart(**start)
     lists = {name: tuple(description[name]) for name in ("features", "maps")}
     return Rule(**{**description, **lists, "start": start})
 

@@ -43,7 +43,7 @@ def learned_fine_tuner(params: PyTree, rule: Rule, *, scale: float = 1.0) -> opt
       params: the rule's weights, from `rule.init(key)`, meta-training or `load_pretrained`.
       rule: the update rule.
       scale: the size of a coordinate's feasible range, when `update` is not told; a rule with a hand-made start
-        makes steps in its units.
+        makes steps in its units, of which one along the gradient has the first step's root mean square.
 
     Returns:
       The transformation. Its state keeps structure, shapes and dtypes from one update to the next.

@@ -17,7 +17,7 @@ from lft_jax.rules import MomentumStart, coordinate_lstm, spatial_lstm
 KEY = jax.random.key(5)
 EVERYTHING = tuple(FEATURES)
 START = MomentumStart(step=0.4, decay=0.7)
-DESCENT = MomentumStart(step=1.5, decay=0.9, direction="gradient")
+DESCENT = MomentumStart(step=1.5, decay=0.9, along="gradient")
 BOTH_STARTS = pytest.mark.parametrize("start", [START, DESCENT], ids=["sign", "gradient"])
 BOTH_KINDS = pytest.mark.parametrize("build", [coordinate_lstm, functools.partial(spatial_lstm, maps=(3,))])
 
@@ -233,10 +233,19 @@ def test_derivatives_are_finite_even_at_zero_gradients(build, start):
         return jnp.sum(steps), steps
 
     derivatives = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
-    for unit in (0, 1e-30, 1, 1e30):
+    after_zero = np.where(np.arange(2)[:, None, None] > 0, grads, 0)
+    for unit in (0, 1e-30, 1, 1e30, after_zero):
         slopes, steps = derivatives(params, grads * np.float32(unit))
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((slopes, steps))), unit
         assert all(np.any(x != 0) for x in jax.tree.leaves(slopes[0]["head"])), unit
+
+
+@BOTH_STARTS
+def test_no_output_of_the_network_makes_a_step_infinite(start):
+    rule = coordinate_lstm(4, 1, features="raw", start=start)
+    params = weights(rule, 1e6)
+    for grads in (np.zeros((2, 3), np.float32), random(0, 2, 3).astype(np.float32)):
+        assert np.all(np.isfinite(history(rule, params, grads)))
 
 
 def test_initial_weights():
@@ -269,8 +278,8 @@ def test_initial_weights():
         (lambda: coordinate_lstm(output_scale=float("inf")), "output_scale must be"),
         (lambda: MomentumStart(step=0), r"MomentumStart.step must be in \(0, 1\), got 0"),
         (lambda: MomentumStart(step=1.0), r"MomentumStart.step must be in \(0, 1\), got 1.0"),
-        (lambda: MomentumStart(step=0, direction="gradient"), r"MomentumStart.step must be a finite number above 0"),
-        (lambda: MomentumStart(direction="descent"), "MomentumStart.direction"),
+        (lambda: MomentumStart(step=0, along="gradient"), r"MomentumStart.step must be a finite number above 0"),
+        (lambda: MomentumStart(along="descent"), "MomentumStart.along"),
         (lambda: MomentumStart(decay=1.0), r"MomentumStart.decay must be in \[0, 1\), got 1.0"),
         (lambda: MomentumStart(decay=-0.1), "MomentumStart.decay"),
         (lambda: MomentumStart(decay=float("nan")), "MomentumStart.decay"),
@@ -289,3 +298,13 @@ def test_descriptions_survive_json(rule):
     again = rules.rule_from_dict(json.loads(json.dumps(rules.rule_to_dict(rule))))
     assert again == rule
     assert hash(again) == hash(rule)
+
+
+def test_a_start_that_does_not_say_along_what_is_along_the_sign():
+    rule = coordinate_lstm(4, start=START)
+    description = rules.rule_to_dict(rule)
+    assert rules.rule_from_dict({**description, "start": {"step": 0.4, "decay": 0.7}}) == coordinate_lstm(
+        4, start=START
+    )
+    with pytest.raises(ValueError, match=r"start: .* got \['stride'\]"):
+        rules.rule_from_dict({**description, "start": {"stride": 0.4}})

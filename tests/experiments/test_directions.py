@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import common, directions, render
-from lft_jax import baselines, evaluation
+from lft_jax import baselines, comparison, evaluation
+from lft_jax.data import load_source
 
 VICTIM = str(Path(directions.__file__).parents[1] / "victims" / "digits_small_cnn_1000")
 SEARCHING = common.TaskConfig(num_directions=6, per_example=True, resolution=4, waves=160)
@@ -14,7 +16,7 @@ SEARCHING = common.TaskConfig(num_directions=6, per_example=True, resolution=4, 
 
 def test_steps_follow_from_directions_and_nothing_is_left_over():
     family = common.make_target(VICTIM, False, SEARCHING).test
-    plain = {count: directions.as_published(family, count) for count in (1, 5, 20)}
+    plain = {count: comparison.as_published(family, count) for count in (1, 5, 20)}
     assert {count: directions.num_steps(of, 400) for count, of in plain.items()} == {1: 200, 5: 40, 20: 10}
     assert directions.num_steps(family, 400) == 20  # 160 for a start, then 12 a step
     with pytest.raises(ValueError, match="evaluations: 401"):
@@ -27,44 +29,68 @@ def test_steps_follow_from_directions_and_nothing_is_left_over():
 
 @pytest.mark.standard_promotion
 def test_every_method_makes_as_many_queries_with_every_number(tmp_path, monkeypatch):
+    tuned = []
+
     def first(baseline, family, keys, **options):
+        tuned.append((family, keys, options["num_steps"]))
         return evaluation.Tuned(baseline.grid[0], [])
 
     monkeypatch.setattr(directions.evaluation, "tune", first)
     output = tmp_path / "directions.json"
-    directions.measure(
-        directions.Config(
-            victims=(VICTIM,),
-            methods=("sgd",),
-            directions=(1, 2),
-            evaluations=164,
-            num_tasks=2,
-            num_validation=1,
-            output=str(output),
-        )
+    flags = directions.Config(
+        victims=(VICTIM,),
+        methods=("sgd",),
+        directions=(1, 2),
+        evaluations=164,
+        num_tasks=2,
+        num_validation=1,
+        output=str(output),
     )
+    directions.measure(flags)
     results = json.loads(output.read_text())
     rows = results["rows"]
     assert [(row["method"], row["directions"], row["steps"]) for row in rows] == [
         ("sgd", 1, 82),
-        ("sgd", 2, 41),
+        ("sgd, augmented", 1, 2),
         ("lft", 1, 2),
+        ("sgd", 2, 41),
+        ("sgd, augmented", 2, 1),
         ("lft", 2, 1),
     ]
     assert {row["queries"] for row in rows} == {1640.0}  # of ten support images
     assert rows[0]["settings_tried"] == len(baselines.make_baselines("linf")["sgd"].grid)
-    assert all(0 <= row["asr"] <= 1 for row in rows)
+    assert all(0 <= row["asr"] <= 1 and not row["seen_victim"] and row["epsilon"] == 0.25 for row in rows)
+    # Tuned on validation images, as published and then as the learned rule has its tasks, for the steps of the test.
+    validation = load_source("digits", "validation").images
+    assert [steps for _, _, steps in tuned] == [82, 2, 41, 1]
+    for number, (family, keys, _) in enumerate(tuned):
+        assert len(keys) == 1 and np.array_equal(family.images, validation)
+        assert (family.waves is None, family.augmentation is None) == (number % 2 == 0,) * 2
 
     document = tmp_path / "results.md"
     document.write_text("<!-- results -->\n<!-- end of results -->\n")
     results["provenance"]["command"] = "python -m experiments.directions"
     output.write_text(json.dumps(results))
     render.render(render.Config(results=(str(output),), document=str(document)))
-    assert "| `digits_small_cnn_1000` | lft |" in document.read_text()
+    cells = [
+        f"{100 * row['asr']:.1f} ± {100 * row['interval']:.1f} ({row['steps']})"
+        for row in rows
+        if row["method"] == "lft"
+    ]
+    assert f"| `digits_small_cnn_1000` | lft | {cells[0]} | {cells[1]} |\n" in document.read_text()
 
 
-def test_a_rule_for_exact_gradients_and_an_unknown_method_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="learned: uap-linf was meta-trained on exact gradients"):
-        directions.measure(directions.Config(learned="uap-linf", output=str(tmp_path / "x.json")))
-    with pytest.raises(ValueError, match="methods"):
-        directions.measure(directions.Config(methods=("newton",), output=str(tmp_path / "x.json")))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learned": "uap-linf"}, "learned: uap-linf was meta-trained on exact gradients"),
+        ({"methods": ("newton",)}, "methods"),
+        ({"directions": (5, 0)}, "directions must be"),
+        ({"num_tasks": 1}, "num_tasks must be"),
+        ({"directions": (5, 25)}, "evaluations: 400, 160 of them for a start"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(directions.evaluation, "tune", None)  # so nothing is tuned before
+    with pytest.raises(ValueError, match=message):
+        directions.measure(directions.Config(victims=(VICTIM,), output=str(tmp_path / "x.json"), **changes))

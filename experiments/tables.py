@@ -181,6 +181,8 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     seen = [row for row in rows if row["seen_victim"]]
     setting = f"{tasks['ways']} classes, {tasks['shots']} image{'s' if tasks['shots'] > 1 else ''} of each, {gradients}"
     setting += " of two losses" if two else ""
+    if any(run.get("start") == "gradient" for run in results["meta_training"]):
+        setting += ", rules that start along the gradient"
     title = f"## Attacks on {' and '.join(dict.fromkeys(row['source'] for row in rows))}: {setting}"
     parts = [title, "", about, "", comparison_table(unseen, penalised)]
     if seen:

@@ -45,7 +45,13 @@ COMPARISON = {
     "tasks": {"shots": 2, "ways": 3, "norm": "l1", "epsilon": {}, "penalty": 0.01, "num_directions": 10},
     "protocol": {"num_tasks": 7, "num_validation": 4, "methods": ["pgd", "adam"]},
     "meta_training": [
-        {"learner": "lft", "victims": ["v/toy_small_cnn_0", "v/big_toy_lenet_1"], "shots": 1, "seed": seed}
+        {
+            "learner": "lft",
+            "victims": ["v/toy_small_cnn_0", "v/big_toy_lenet_1"],
+            "shots": 1,
+            "start": "gradient",
+            "seed": seed,
+        }
         for seed in (0, 1)
     ],
     "provenance": {"command": "python -m experiments.study", "commit": "abc", "device": "1 x cpu"},
@@ -118,6 +124,7 @@ def test_what_is_around_the_marks_stays(rendered):
         "a penalty of 0.01 on the l1 norm",
         "lft (2 seeds) on 2 victims of toy and big_toy, with 1 image(s) of each class. Baselines",
         "on 4 validation tasks of the same victim",
+        ", zeroth-order gradients of 10 directions a step, rules that start along the gradient\n",
         "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| toy_lenet_1001 | 8x9x3 | 4 | 2 | x 0.5 | 6 | 30.0 ± 2.0 | 41.0 ± 3.0 | +11.0 ± 4.0 |",

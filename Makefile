@@ -19,6 +19,8 @@ ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,gradient
 # Five images a class instead of one, by the shipped rule.
 FIVE_IMAGES = --learned=uap-linf --shots=5 --epsilon=mnist=0.2 --at=1,2,3,4,5,6,8,10,12,15,20 --num_tasks=50 \
 	--num_validation=5 --oracle_steps=200 --oracle_targeted
+# Those that are attacked by queries alone on victims of all sources.
+QUERY = --study=query --only=lft/mnist+cifar10,l2o/mnist+cifar10
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -69,10 +71,16 @@ results: victims
 		--output=results/five_images/cifar10.json
 	$(RUN) -m experiments.evaluate $(FIVE_IMAGES) --victims=victims/digits_small_cnn_1000,victims/digits_lenet_1001 \
 		--output=results/five_images/digits.json
-	$(RUN) -m experiments.study --study=paper
-	$(RUN) -m experiments.study --study=query --attacked=mnist --output=results/query/mnist.json
-	$(RUN) -m experiments.study --study=query --attacked=cifar10 --output=results/query/cifar10.json
-	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
+	$(RUN) -m experiments.study --study=paper --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000
+	$(RUN) -m experiments.study $(QUERY) --attacked=digits --output=results/query/digits.json
+	$(RUN) -m experiments.study $(QUERY) --attacked=mnist_small_cnn_1000 --output=results/query/mnist.json
+	$(RUN) -m experiments.study $(QUERY) --attacked=cifar10_small_cnn_1000 --output=results/query/cifar10.json
+	$(RUN) -m experiments.study --study=query --only=lft/cifar10 --attacked=
+	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000
+	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000 --architecture=lenet
+	$(RUN) -m experiments.evaluate --learned=runs/studies/query/lft_cifar10_0 --output=results/query/mnist_5k.json \
+		--victims=runs/victims/mnist_5k_small_cnn_1000,runs/victims/mnist_5k_lenet_1000 --num_validation=5 \
+		--at=1,2,3,4,5,6,8,10,12,15,20 --methods=sgd,adam,adamm --oracle_steps=200 --oracle_targeted
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.ablation --seeds=1
 	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' \

@@ -1,4 +1,7 @@
-"""The benchmarks run, and what they compare computes the same; their timings are another matter (`make bench`)."""
+"""The benchmarks run, and what they compare computes the same; their timings are another matter (`make bench`).
+
+Two of them compile a dozen meta-steps, some in processes of their own, and are left to `make test-slow`.
+"""
 
 import json
 
@@ -11,6 +14,7 @@ from experiments import train_victim
 pytestmark = pytest.mark.standard_promotion
 
 
+@pytest.mark.slow
 def test_meta_step(tmp_path, capsys):
     with jax.numpy_rank_promotion("allow"):  # flax's own layers, in the plain version, need it
         meta_step.bench(meta_step.Config(output=str(tmp_path / "bench.json"), repeats=1, smoke=True))
@@ -50,6 +54,7 @@ def test_uap(tmp_path):
     assert "| UAP-SGD, 20 steps |" in render.uap_section(results, "bench.json")
 
 
+@pytest.mark.slow
 def test_growth(tmp_path):
     growth.bench(growth.Config(output=str(tmp_path / "bench.json"), repeats=1, smoke=True))
     results = json.loads((tmp_path / "bench.json").read_text())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,10 +20,19 @@ TINY = {
 META = {"rule": "coordinate_lstm", "hidden": 2, "meta_steps": 1, "validation_tasks": 0, "num_directions": 6}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of the tiny victims."""
+    folder = str(tmp_path_factory.mktemp("victims"))
+    with pytest.MonkeyPatch.context() as patched, jax.numpy_dtype_promotion("standard"):
+        patched.setattr(victims, "RECIPES", TINY)
+        victims.train_missing(victims.Config(sources=("digits",), folder=folder))
+    return folder
+
+
 @pytest.mark.standard_promotion
-def test_variants_are_paired_task_by_task_at_equal_queries(tmp_path, monkeypatch):
+def test_variants_are_paired_task_by_task_at_equal_queries(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
-    victims.train_missing(victims.Config(sources=("digits",), folder=str(tmp_path / "victims")))
     monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {})})
     variants = {
         "base": Variant(),
@@ -36,7 +46,7 @@ def test_variants_are_paired_task_by_task_at_equal_queries(tmp_path, monkeypatch
         seeds=2,
         num_tasks=4,
         at=(1, 2),
-        victims=str(tmp_path / "victims"),
+        victims=trained,
         workdir=str(tmp_path / "runs"),
         output=str(tmp_path / "ablation.json"),
     )
@@ -54,8 +64,8 @@ def test_variants_are_paired_task_by_task_at_equal_queries(tmp_path, monkeypatch
         np.testing.assert_allclose(rows[name]["difference"][0], np.mean(rows[name]["seed_differences"]))
         assert len(rows[name]["seed_differences"]) == 2
     assert rows["base"]["seed_differences"] == [0, 0]
-    trained = [path.name for path in (tmp_path / "runs" / "query").iterdir()]
-    assert sorted(trained) == ["base_0", "base_1", "raw_0", "raw_1"]
+    runs = [path.name for path in (tmp_path / "runs" / "query").iterdir()]
+    assert sorted(runs) == ["base_0", "base_1", "raw_0", "raw_1"]
 
 
 @pytest.mark.parametrize(
@@ -96,13 +106,12 @@ def test_all_variants_of_a_study_make_sense_at_as_many_queries(name):
 
 
 @pytest.mark.standard_promotion
-def test_variants_of_unequal_queries_are_refused(tmp_path, monkeypatch):
+def test_variants_of_unequal_queries_are_refused(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
-    victims.train_missing(victims.Config(sources=("digits",), folder=str(tmp_path / "victims")))
     monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {})})
     variants = {"base": Variant(), "fewer": Variant(judged={"num_directions": 3})}
     monkeypatch.setitem(ablation.VARIANTS, "query", variants)
-    flags = ablation.Config(study="query", sources=("digits",), num_tasks=2, at=(2,), victims=str(tmp_path / "victims"))
+    flags = ablation.Config(study="query", sources=("digits",), num_tasks=2, at=(2,), victims=trained)
     flags = dataclasses.replace(flags, seeds=1, workdir=str(tmp_path / "runs"), output=str(tmp_path / "ablation.json"))
     with pytest.raises(ValueError, match="at: after 2 steps 'fewer' has spent 120 queries, 'base' 240"):
         ablation.ablate(flags)

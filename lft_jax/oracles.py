@@ -187,7 +187,7 @@ def zeroth_order(
     batched_loss, scan = (
         (probing.on_numpy(loss_fn), probing.eager_scan) if opaque else (jax.vmap(loss_fn), jax.lax.scan)
     )
-    queries = (2 * num_directions if antithetic else num_directions + 1) * evaluations
+    queries = _evaluations(num_directions, antithetic) * evaluations
 
     def losses_at(points):
         return _check_losses("loss_fn", batched_loss(points), len(jax.tree.leaves(points)[0]))
@@ -263,7 +263,7 @@ def per_example_zeroth_order(
     batched_loss, scan = (
         (probing.on_numpy(example_losses), probing.eager_scan) if opaque else (example_losses, jax.lax.scan)
     )
-    queries = (2 * num_directions if antithetic else num_directions + 1) * num_examples
+    queries = _evaluations(num_directions, antithetic) * num_examples
 
     def oracle(theta, key, **sampling):
         flat, unflatten = flatten(theta)
@@ -318,7 +318,7 @@ class ZerothOrder:
     @property
     def evaluations(self) -> int:
         """Of each example's loss, for one answer."""
-        return 2 * self.num_directions if self.antithetic else self.num_directions + 1
+        return _evaluations(self.num_directions, self.antithetic)
 
     def __call__(self, example_losses: Callable[[PyTree], jax.Array], *, num_examples: int) -> Oracle:
         """The oracle of the mean of `example_losses`, `theta -> [S]` of one for all examples or of a copy for each."""
@@ -356,6 +356,11 @@ def zeroth_order_value_and_grad(
         memory_mib=memory_mib,
     )
     return lambda theta, key: oracle(theta, key)[:2]
+
+
+def _evaluations(num_directions, antithetic):
+    """Points that an estimate evaluates the loss at."""
+    return 2 * num_directions if antithetic else num_directions + 1
 
 
 def _check_directions(num_directions, smoothing, directions, resolution, basis):

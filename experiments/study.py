@@ -48,12 +48,14 @@ class Study:
       meta: settings of every run, of experiments.meta_train.
       protocol: settings of the comparison, of experiments.evaluate.
       rule: settings of the runs that learn an update rule.
+      of: the study whose runs these are, if it has none of its own.
     """
 
     runs: tuple[Run, ...]
     meta: dict[str, Any]
     protocol: dict[str, Any]
     rule: dict[str, Any] = dataclasses.field(default_factory=dict)
+    of: str | None = None
 
 
 _LFT, _L2O = Run("lft", _BOTH), Run("l2o", _BOTH)
@@ -90,9 +92,14 @@ _QUERY = {
     "start_decay": 0.9,
 }
 _ONE_L2O = dataclasses.replace(_L2O, seeds=1)
+_HARD = Study((_LFT, _L2O, *_alone("lft"), *_alone("maml"), *_alone("joint")), _META, _BALL)
 STUDIES = {
     # All ten classes, one image of each, exact gradients, linf ball.
-    "hard": Study((_LFT, _L2O, *_alone("lft"), *_alone("maml"), *_alone("joint")), _META, _BALL),
+    "hard": _HARD,
+    # The same fine-tuners on five images of each class, which they were not meta-trained on.
+    "five_images": dataclasses.replace(
+        _HARD, protocol={**_BALL, "shots": 5, "num_tasks": 50, "num_validation": 5}, of="hard"
+    ),
     # The same with a second loss, meta-trained at the radius that MNIST is attacked at.
     "two_losses": Study(
         (_LFT, _ONE_L2O, *_alone("lft", 1), *_alone("maml", 1)),
@@ -153,13 +160,14 @@ def study(flags: Config) -> None:
     """Makes the runs that are missing and compares them all."""
     check_at_least("seeds", flags.seeds, 1)
     chosen = STUDIES[flags.study]
+    folder = Path(flags.workdir, chosen.of or flags.study)
     known = {run.name: run for run in chosen.runs}
     if unknown := sorted(set(flags.only) - known.keys()):
         raise ValueError(f"only: {flags.study} has no run {', '.join(unknown)}, only {', '.join(known)}.")
     learned = []
     for seed in range(flags.seeds):  # every run once before any of them again
         for name in flags.only or known:
-            run, workdir = known[name], Path(flags.workdir, flags.study, f"{name.replace('/', '_')}_{seed}")
+            run, workdir = known[name], folder / f"{name.replace('/', '_')}_{seed}"
             if seed >= run.seeds:
                 continue
             print(f"meta-training {name}, seed {seed}")

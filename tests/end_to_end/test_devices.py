@@ -16,7 +16,7 @@ from experiments import meta_train, train_victim
 pytestmark = pytest.mark.standard_promotion
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 120, 4
+STEPS, EVERY = 120, 12
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}  # Adam makes of rounding in tiny gradients more than rounding
 TIMEOUT = 240
 

@@ -67,7 +67,7 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     tiny = study.Study(
         (study.Run("lft", ("digits",), seeds=2), study.Run("maml", ("digits",))), meta, protocol, {"start_step": 0.3}
     )
-    monkeypatch.setattr(study, "STUDIES", {"tiny": tiny})
+    monkeypatch.setattr(study, "STUDIES", {"tiny": tiny, "again": dataclasses.replace(tiny, of="tiny")})
     output = tmp_path / "results.json"
     given = study.Config(
         study="tiny",
@@ -91,6 +91,8 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
         study.study(dataclasses.replace(given, attacked=("digit",)))
     study.study(dataclasses.replace(given, attacked=(), output=str(tmp_path / "none.json")))
     assert not (tmp_path / "none.json").exists()
+    study.study(dataclasses.replace(given, study="again", attacked=()))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
     with pytest.raises(ValueError, match="only: tiny has no run lft/mnist, only lft/digits, maml/digits"):
         study.study(study.Config(study="tiny", only=("lft/mnist",)))
 

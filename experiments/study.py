@@ -48,6 +48,7 @@ class Study:
       meta: settings of every run, of experiments.meta_train.
       protocol: settings of the comparison, of experiments.evaluate.
       rule: settings of the runs that learn an update rule.
+      initialization: settings of the runs that learn an initialization alone.
       of: the study whose runs these are, if it has none of its own.
     """
 
@@ -55,6 +56,7 @@ class Study:
     meta: dict[str, Any]
     protocol: dict[str, Any]
     rule: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initialization: dict[str, Any] = dataclasses.field(default_factory=dict)
     of: str | None = None
 
 
@@ -92,7 +94,12 @@ _QUERY = {
     "start_decay": 0.9,
 }
 _ONE_L2O = dataclasses.replace(_L2O, seeds=1)
-_HARD = Study((_LFT, _L2O, *_alone("lft"), *_alone("maml"), *_alone("joint")), _META, _BALL)
+_HARD = Study(
+    (_LFT, _L2O, *_alone("lft"), *_alone("maml"), *_alone("joint")),
+    _META,
+    _BALL,
+    initialization={"inner_step": 0.5},  # of 0.2, 0.5 and 0.8, on meta-validation victims
+)
 STUDIES = {
     # All ten classes, one image of each, exact gradients, linf ball.
     "hard": _HARD,
@@ -179,7 +186,7 @@ def study(flags: Config) -> None:
                     seed=seed,
                     data_dir=flags.data_dir,
                     **chosen.meta,
-                    **(chosen.rule if run.learner in meta_train.RULE_LEARNERS else {}),
+                    **(chosen.rule if run.learner in meta_train.RULE_LEARNERS else chosen.initialization),
                 )
             )
             learned.append(str(workdir))

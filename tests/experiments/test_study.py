@@ -28,7 +28,7 @@ TINY = {
 def test_every_run_of_a_study_makes_sense(name):
     chosen = study.STUDIES[name]
     for run in chosen.runs:
-        rule = chosen.rule if run.learner in meta_train.RULE_LEARNERS else {}
+        rule = chosen.rule if run.learner in meta_train.RULE_LEARNERS else chosen.initialization
         meta_train.check(meta_train.Config(("victim",), "runs", run.learner, **chosen.meta, **rule))
 
 

@@ -28,8 +28,8 @@ TINY = {
 def test_every_run_of_a_study_makes_sense(name):
     chosen = study.STUDIES[name]
     for run in chosen.runs:
-        rule = chosen.rule if run.learner in meta_train.RULE_LEARNERS else chosen.initialization
-        meta_train.check(meta_train.Config(("victim",), "runs", run.learner, **chosen.meta, **rule))
+        rule = chosen.rule if run.learner in meta_train.RULE_LEARNERS else {}
+        meta_train.check(meta_train.Config(("victim",), "runs", run.learner, **chosen.meta, **run.settings, **rule))
 
 
 @pytest.mark.parametrize("source", ["mnist", "cifar10"])
@@ -56,7 +56,6 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
 
     meta = {
         "rule": "coordinate_lstm",
-        "hidden": 2,
         "num_steps": 2,
         "meta_steps": 1,
         "validation_tasks": 0,
@@ -64,9 +63,8 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
         "augment": False,
     }
     protocol = {"at": (1, 2), "num_tasks": 2, "num_validation": 2, "methods": ("sgd",), "oracle_steps": 2}
-    tiny = study.Study(
-        (study.Run("lft", ("digits",), seeds=2), study.Run("maml", ("digits",))), meta, protocol, {"start_step": 0.3}
-    )
+    learned = (study.Run("lft", ("digits",), 2, {"hidden": 2}), study.Run("maml", ("digits",)))
+    tiny = study.Study(learned, meta, protocol, {"start_step": 0.3})
     monkeypatch.setattr(study, "STUDIES", {"tiny": tiny, "again": dataclasses.replace(tiny, of="tiny")})
     output = tmp_path / "results.json"
     given = study.Config(
@@ -84,7 +82,8 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     # Three directions, each tried both ways, on ten support images.
     assert rows["lft"]["queries"] == rows["sgd"]["queries"] == [60, 120]
     assert "maml" not in rows
-    assert json.loads((tmp_path / "runs/tiny/lft_digits_0/config.json").read_text())["start_step"] == 0.3
+    made = json.loads((tmp_path / "runs/tiny/lft_digits_0/config.json").read_text())
+    assert (made["hidden"], made["start_step"]) == (2, 0.3)
     one = study._unseen("digits_small_cnn_1000", flags.folder)
     assert one == study._unseen("digits", flags.folder) == victims.paths("digits", "unseen", flags.folder)
     with pytest.raises(ValueError, match=r"attacked: unknown name 'digit'. Did you mean 'digits'"):

@@ -64,7 +64,7 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
         rows = [row for row in results["rows"] if not row["seen_victim"]]
         for victim in dict.fromkeys(row["victim"] for row in rows):
             of = {row["method"]: row for row in rows if row["victim"] == victim}
-            first = {learner: _of_learner(of, learner) for learner in ("lft", "l2o", "maml")}
+            first = {learner: _of_learner(of, learner) for learner in ("lft", "l2o", "maml", "joint")}
             hand_made, augmented = _best_rivals(of, results["protocol"])
             lft, goal = first["lft"], hand_made["asr"][-1]
             if lft is None:
@@ -73,7 +73,7 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
             untuned = of["pgd (untuned)"]["asr"][-1]
             reached = [row and evaluation.steps_to_reach(row["asr"], goal) for row in first.values()]
             cells = [
-                _kind_of_tasks(results["tasks"]),
+                _kind(results),
                 f"{lft['asr'][-1] / untuned:.1f}" if untuned else "",
                 *(_paired(lft, rival) if rival else "" for rival in rivals),
                 *(
@@ -87,17 +87,36 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
         return ""
     head = (
         "| victim | setting | times untuned PGD | minus tuned PGD | minus tuned Adam | minus best augmented | steps to "
-        "the best tuned baseline's final success: LFT | L2O | MAML | gap closed |"
+        "the best tuned baseline's final success: LFT | L2O | MAML | joint | gap closed |"
     )
     about = "The LFT's final success against that of others, in points, paired by task; what augments is tuned too."
     title = "## The LFT against each kind of rival"
-    return "\n".join([title, "", about, "", head, "|---" * 10 + "|", *lines, "", ""])
+    return "\n".join([title, "", about, "", head, "|---" * 11 + "|", *lines, "", ""])
 
 
-def _kind_of_tasks(tasks):
+def _kind(results):
+    """What tells this comparison from others of the same victim, in a few words."""
+    tasks = results["tasks"]
     if tasks.get("num_directions"):
         return "queries only"
-    return f"penalty, kappa {tasks.get('kappa', 0.0):g}" if tasks.get("penalty") else "ball"
+    if tasks.get("penalty"):
+        return f"penalty, kappa {tasks.get('kappa', 0.0):g}"
+    parts = [f"{tasks['norm']} ball"]
+    if tasks["shots"] > 1:
+        parts.append(f"{tasks['shots']} images")
+    if _two_losses(tasks):
+        parts.append("two losses")
+    if _along_the_gradient(results):
+        parts.append("along the gradient")
+    return ", ".join(parts)
+
+
+def _two_losses(tasks):
+    return tasks.get("second_loss", "none") != "none" and not tasks.get("num_directions")
+
+
+def _along_the_gradient(results):
+    return any(run.get("start") == "gradient" for run in results["meta_training"])
 
 
 def _reached(row, index, tasks):
@@ -149,14 +168,17 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     gradients = f"zeroth-order gradients of {directions} directions a step" if directions else "exact gradients"
     if tasks.get("waves"):
         gradients += f" from a start that {tasks['waves']} evaluations searched plane waves for"
-    second = tasks.get("second_loss", "none")
-    two = second != "none" and not directions
+    two = _two_losses(tasks)
     about = (
         f"Attack success rate on unseen images after K fine-tuning steps with {gradients} on {tasks['shots']} support "
         f"image(s) of each of {tasks['ways']} classes, within {bound}; mean ± 95% interval over "
         f"{protocol['num_tasks']} tasks (of several seeds: the mean, and the range of their ASR at the last K). "
         f"Meta-trained: {_meta_trained(results['meta_training'], tasks['shots'])}"
-        + (f"; on support images they follow {tasks['support_loss']} and {second} together" if two else "")
+        + (
+            f"; on support images they follow {tasks['support_loss']} and {tasks['second_loss']} together"
+            if two
+            else ""
+        )
         + ". Baselines are tuned over grids of 24 to 48 "
         f"settings (step, momentum, schedule, loss) on {protocol['num_validation']} validation tasks of the same victim"
         + (
@@ -181,7 +203,7 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     seen = [row for row in rows if row["seen_victim"]]
     setting = f"{tasks['ways']} classes, {tasks['shots']} image{'s' if tasks['shots'] > 1 else ''} of each, {gradients}"
     setting += " of two losses" if two else ""
-    if any(run.get("start") == "gradient" for run in results["meta_training"]):
+    if _along_the_gradient(results):
         setting += ", rules that start along the gradient"
     title = f"## Attacks on {' and '.join(dict.fromkeys(row['source'] for row in rows))}: {setting}"
     parts = [title, "", about, "", comparison_table(unseen, penalised)]

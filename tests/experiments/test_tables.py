@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import breadth, render
+from experiments import breadth, render, tables
 
 SEEDS = {"seeds": 1, "seed_asr": [0.5]}
 
@@ -108,6 +108,21 @@ def rendered(tmp_path):
     return document.read_text(), tmp_path
 
 
+@pytest.mark.parametrize(
+    ("tasks", "start", "kind"),
+    [
+        ({"shots": 1}, "momentum", "l2 ball"),
+        ({"shots": 5, "second_loss": "dominant"}, "gradient", "l2 ball, 5 images, two losses, along the gradient"),
+        ({"penalty": 0.01, "kappa": 5.0}, "gradient", "penalty, kappa 5"),
+        ({"num_directions": 3, "second_loss": "hinge"}, "momentum", "queries only"),
+    ],
+)
+def test_comparisons_of_one_victim_are_told_apart(tasks, start, kind):
+    changes = {"tasks": {"shots": 2, "norm": "l2", **tasks}, "meta_training": [{"start": start}]}
+    lines = tables.claims([{**COMPARISON, **changes}]).strip().splitlines()
+    assert lines[-1].startswith(f"| `toy_small_cnn_1000` | {kind} | 5.5 |")
+
+
 def test_what_is_around_the_marks_stays(rendered):
     text, _ = rendered
     assert text.startswith(f"Before.\n{render.BEGIN}\n## The LFT against each kind of rival")
@@ -120,7 +135,7 @@ def test_what_is_around_the_marks_stays(rendered):
     [
         "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step",
         # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
-        "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never | 75% |",
+        "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never |  | 75% |",
         "a penalty of 0.01 on the l1 norm",
         "lft (2 seeds) on 2 victims of toy and big_toy, with 1 image(s) of each class. Baselines",
         "on 4 validation tasks of the same victim",

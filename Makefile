@@ -13,7 +13,7 @@ ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,gradient
 	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
 	five_images/mnist.json five_images/cifar10.json five_images/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
-	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_query.json \
+	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_support.json ablation_query.json \
 	directions.json theory_gap.json sine.json \
 	zo_l2l.json classification.json)))
 # Those that are attacked by queries alone on victims of all sources.
@@ -82,6 +82,8 @@ results: victims
 	$(RUN) -m experiments.ablation --seeds=1
 	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' \
 		--output=results/ablation_seeds.json
+	$(RUN) -m experiments.ablation --variants='no augmentation,learned on support images without augmentation' \
+		--seeds=1 --output=results/ablation_support.json
 	$(RUN) -m experiments.ablation --study=query --seeds=1 --meta_steps=40 --num_tasks=40
 	$(RUN) -m experiments.directions
 	$(RUN) -m experiments.breadth

@@ -128,7 +128,7 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.text(steps or 0, height, f" {steps or 'never'}", va="center", fontsize=7)
         most = spent["pgd"][-1] if spent else rows[0]["at"][-1]
         unit = "image evaluations" if spent else "steps"
-        axis.set(title=victim, xlabel=f"{unit} to tuned PGD's last success", xlim=(0, 1.25 * most))
+        axis.set(title=victim, xlabel=f"{unit} to tuned PGD's final success", xlim=(0, 1.25 * most))
         axis.title.set_size(8)
         axis.xaxis.label.set_size(8)
     axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)

@@ -4,9 +4,9 @@ r"""What each part of the fine-tuner is worth: leaves it out or adds it, one at 
   python -m experiments.ablation --study=query
 
 Choices are made here, on victims and images of meta-validation, so that the studies' unseen victims decide nothing.
-Variants differ from a study's runs in what they say only; they are meta-trained on small CNNs. The first one given is
-what the others are compared with, task by task, at as many queries, by the mean over --seeds. Runs are kept in
---workdir: a variant is trained once.
+Variants differ from a study's runs in what they say only, and attack in its balls. The first one given is what the
+others are compared with, task by task, at as many queries, by the mean over --seeds. Runs are kept in --workdir: a
+variant is trained once.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from experiments import common, config, meta_train, study, victims
 from lft_jax import evaluation, tasks
 from lft_jax.base import check_at_least, check_name
-from lft_jax.victims import load_victim
+from lft_jax.victims import MODELS, load_victim
 
 _SEEN = ("momentum", "spread", "constraint", "progress", "context")
 
@@ -33,11 +33,13 @@ class Variant:
 
     Attributes:
       flags: of experiments.meta_train.
+      per_source: how many victims of each source it is meta-trained on, all of them if None.
       judged: those of its tasks and steps that differ only when it is judged, by the first variant's meta-parameters;
         there are no other flags then.
     """
 
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    per_source: int | None = None
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -52,7 +54,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no context": Variant({"features": tuple(f for f in _SEEN if f != "context")}),
         "no progress": Variant({"features": tuple(f for f in _SEEN if f != "progress")}),
         "no constraint": Variant({"features": tuple(f for f in _SEEN if f != "constraint")}),
+        "log_sign for momenta": Variant({"features": ("log_sign", *(f for f in _SEEN if f != "momentum"))}),
         "no augmentation": Variant({"augment": False}),
+        "one victim a source": Variant(per_source=1),
         "coordinatewise": Variant({"rule": "coordinate_lstm", "features": _SEEN, "output_scale": 1.0}),
         "no start": Variant({"start": "none"}),
         "steps along the gradient": Variant({"start": "gradient", "start_step": 1.0, "start_decay": 0.9}),
@@ -93,6 +97,7 @@ class Config:
     study: str = config.option("hard", "Which study they are variants of.", tuple(VARIANTS))
     variants: tuple[str, ...] = config.option((), "What to compare, the first with all others; all if empty.")
     sources: tuple[str, ...] = config.option(("mnist", "cifar10"), "Image sources.")
+    architectures: tuple[str, ...] = config.option((), "Of the victims to meta-train on; all if empty.")
     meta_steps: int | None = config.option(None, "Meta-steps of each variant; the study's if not given.")
     seeds: int = config.option(3, "Meta-training seeds of each variant, from 0.")
     num_tasks: int = config.option(50, "Validation tasks of each victim.")
@@ -109,6 +114,8 @@ def ablate(flags: Config) -> None:
     """Meta-trains the variants that are missing and compares them all."""
     known = VARIANTS[check_name("study", flags.study, VARIANTS)]
     check_at_least("seeds", flags.seeds, 1)
+    for architecture in flags.architectures:
+        check_name("architectures", architecture, MODELS)
     names = flags.variants or tuple(known)
     for name in names:
         check_name("variants", name, known)
@@ -140,18 +147,18 @@ def ablate(flags: Config) -> None:
                 )
             print(f"  {victim}: " + ", ".join(f"{mean:.3f}" for mean in rows[-1]["asr"]), flush=True)
         described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
-        described["meta_steps"] = settings.meta_steps
+        described |= {"meta_steps": settings.meta_steps, "epsilon": _epsilon(flags)}
         common.write_json(output, {"provenance": origin, "flags": described, "rows": rows})
     print(f"wrote {output}")
 
 
 def _settings(name: str, variant: Variant, seed: int, flags: Config) -> meta_train.Config:
-    trained = [p for s in flags.sources for p in victims.paths(s, "train", flags.victims) if "small_cnn" in p]
+    trained = [victims.paths(s, "train", flags.victims, flags.architectures) for s in flags.sources]
     changes = {"num_steps": flags.at[-1], **variant.flags}
     if flags.meta_steps is not None:
         changes["meta_steps"] = flags.meta_steps
     return meta_train.Config(
-        victims=tuple(trained),
+        victims=tuple(path for paths in trained for path in paths[: variant.per_source]),
         workdir=str(Path(flags.workdir, flags.study, f"{name.replace(' ', '_')}_{seed}".replace("'", ""))),
         seed=seed,
         data_dir=flags.data_dir,
@@ -161,9 +168,14 @@ def _settings(name: str, variant: Variant, seed: int, flags: Config) -> meta_tra
 
 def _families(settings: meta_train.Config, flags: Config) -> dict[str, tasks.UapFamily]:
     """The validation victims' tasks as a variant sees them."""
-    seen = dataclasses.replace(meta_train.tasks_of(settings), queries=5)
+    radii = config.pairs("epsilon", _epsilon(flags))
+    seen = dataclasses.replace(meta_train.tasks_of(settings), queries=5, epsilon=radii)
     paths = [path for s in flags.sources for path in victims.paths(s, "validation", flags.victims)]
     return {Path(p).name: common.make_family(load_victim(p), "validation", seen, flags.data_dir) for p in paths}
+
+
+def _epsilon(flags):
+    return study.STUDIES[flags.study].protocol.get("epsilon", ())
 
 
 def _row(name, victim, at, asr, reference):

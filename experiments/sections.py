@@ -38,17 +38,19 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
     """What each part of the fine-tuner is worth."""
     del figures
     flags, rows = results["flags"], results["rows"]
-    base, seeds = rows[0]["variant"], flags.get("seeds", 1)  # there was one before there was a flag
+    # Before there were flags for them there was one seed, and all was meta-trained on small CNNs.
+    base, seeds, trained = rows[0]["variant"], flags.get("seeds", 1), flags.get("architectures", ["small_cnn"])
     lines = [
         f"## What the parts are worth: {flags['study']}",
         "",
         f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims, after "
-        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on small CNNs, "
+        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on victims of "
+        + (f"the architecture {', '.join(trained)}, " if trained else "all the study's architectures, ")
         + (f"mean over {seeds} meta-training seeds" if seeds > 1 else "one seed")
         + f". In brackets, paired with `{base}`, the difference after the last step and its 95% interval over the tasks"
         + (", and that of each seed" if seeds > 1 else "")
-        + ". What the variants "
-        f"are stands in `experiments/ablation.py`. {origin(results, path)}",
+        + (f". Radii by default, but {', '.join(flags['epsilon'])}" if flags.get("epsilon") else "")
+        + f". What the variants are stands in `experiments/ablation.py`. {origin(results, path)}",
         "",
     ]
     victims = list(dict.fromkeys(row["victim"] for row in rows))

@@ -8,6 +8,7 @@ so a run that was stopped goes on.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import config, train_victim
@@ -73,9 +74,10 @@ class Config:
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
-def paths(source: str, role: str, folder: str = "victims") -> tuple[str, ...]:
-    """Where the victims of one source and role are stored."""
-    return tuple(_path(folder, source, recipe) for recipe in RECIPES[source] if recipe.role == role)
+def paths(source: str, role: str, folder: str = "victims", architectures: Sequence[str] = ()) -> tuple[str, ...]:
+    """Where the victims of one source and role are stored, of all architectures if none is named."""
+    recipes = [r for r in RECIPES[source] if r.role == role and (not architectures or r.architecture in architectures)]
+    return tuple(_path(folder, source, recipe) for recipe in recipes)
 
 
 def train_missing(flags: Config) -> None:

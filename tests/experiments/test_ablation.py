@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
 @pytest.mark.standard_promotion
 def test_variants_are_paired_task_by_task_at_equal_queries(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
-    monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {})})
+    monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {"epsilon": ("digits=0.1",)})})
     variants = {
         "base": Variant(),
         "raw": Variant({"features": ("raw",)}),
@@ -54,6 +54,7 @@ def test_variants_are_paired_task_by_task_at_equal_queries(trained, tmp_path, mo
     found = json.loads((tmp_path / "ablation.json").read_text())
     rows = {row["variant"]: row for row in found["rows"]}
     assert found["flags"]["meta_steps"] == 1
+    assert found["flags"]["epsilon"] == ["digits=0.1"]
     assert list(rows) == list(variants)
     assert {row["victim"] for row in rows.values()} == {"digits_small_cnn_100"}
     assert {row["queries"] for row in rows.values()} == {2 * 2 * 6 * 10}
@@ -80,6 +81,32 @@ def test_unknown_variants_are_refused(names, message):
         ablation.ablate(ablation.Config(variants=names))
 
 
+def test_unknown_architectures_are_refused():
+    with pytest.raises(ValueError, match="architectures: unknown name 'lenett'. Did you mean 'lenet'"):
+        ablation.ablate(ablation.Config(architectures=("lenett",)))
+
+
+def test_variants_say_how_many_victims_they_are_trained_on_and_the_flags_of_which_architectures():
+    def trained(variant, **flags):
+        return ablation._settings("variant", variant, 0, ablation.Config(**flags)).victims
+
+    assert len(trained(Variant())) == 12
+    assert trained(Variant(per_source=1)) == ("victims/mnist_small_cnn_0", "victims/cifar10_small_cnn_0")
+    lenets = ("victims/cifar10_lenet_4", "victims/cifar10_lenet_5")
+    assert trained(Variant(), sources=("cifar10",), architectures=("lenet",)) == lenets
+
+
+@pytest.mark.standard_promotion
+def test_variants_attack_in_the_balls_of_the_study(trained, monkeypatch):
+    monkeypatch.setattr(victims, "RECIPES", TINY)
+    monkeypatch.setattr(study, "STUDIES", {"hard": study.Study((), META, {"epsilon": ("digits=0.125",)})})
+    flags = ablation.Config(sources=("digits",), victims=trained)
+    settings = ablation._settings("base", Variant(), 0, flags)
+    assert not settings.epsilon
+    [family] = ablation._families(settings, flags).values()
+    assert family.constraint.epsilon == 0.125
+
+
 def test_what_is_only_judged_cannot_be_the_first():
     with pytest.raises(
         ValueError, match="variants: '1 direction at test time' is not meta-trained, so it cannot be the first"
@@ -98,7 +125,7 @@ def test_all_variants_of_a_study_make_sense_at_as_many_queries(name):
     for variant in ablation.VARIANTS[name].values():
         settings = ablation._settings("variant", variant, 0, flags)
         meta_train.check(settings)
-        assert not (variant.flags and variant.judged)
+        assert not (variant.judged and (variant.flags or variant.per_source))
         settings = dataclasses.replace(settings, **variant.judged)
         tried = 2 * settings.num_directions or 1  # by exact gradients a step evaluates the images once
         evaluations.add(settings.num_steps * tried + settings.waves)

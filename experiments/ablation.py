@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "steps along the gradient": Variant({"start": "gradient", "start_step": 1.0, "start_decay": 0.9}),
         "later steps count more": Variant({"weights": "linear"}),
         "no features but momenta": Variant({"features": ("momentum",)}),
+        "momenta and context": Variant({"features": ("momentum", "context")}),
         "momenta alone": Variant(
             {"rule": "coordinate_lstm", "features": ("momentum",), "output_scale": 1.0, "start": "none"}
         ),

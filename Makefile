@@ -13,7 +13,8 @@ ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,gradient
 	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
 	five_images/mnist.json five_images/cifar10.json five_images/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
-	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_support.json ablation_query.json \
+	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_parts.json \
+	ablation_paper.json ablation_support.json ablation_query.json \
 	directions.json theory_gap.json sine.json \
 	zo_l2l.json classification.json)))
 # Those that are attacked by queries alone on victims of all sources.
@@ -79,12 +80,16 @@ results: victims
 		--victims=runs/victims/mnist_5k_small_cnn_1000,runs/victims/mnist_5k_lenet_1000 --num_validation=5 \
 		--at=1,2,3,4,5,6,8,10,12,15,20 --methods=sgd,adam,adamm --oracle_steps=200 --oracle_targeted
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
-	$(RUN) -m experiments.ablation --seeds=1
-	$(RUN) -m experiments.ablation --variants='base,no features but momenta,momenta alone' \
+	$(RUN) -m experiments.ablation \
+		--variants='base,no features but momenta,no spread,no context,no progress,no constraint'
+	$(RUN) -m experiments.ablation --variants='base,momenta and context,no spread' --seeds=6 \
 		--output=results/ablation_seeds.json
+	$(RUN) -m experiments.ablation --output=results/ablation_parts.json --variants="base,coordinatewise,no start,\
+momenta alone,one victim a source,learned on support images,log_sign for momenta,no augmentation,positions"
+	$(RUN) -m experiments.ablation --variants="base,the paper's rule" --seeds=1 --output=results/ablation_paper.json
 	$(RUN) -m experiments.ablation --variants='no augmentation,learned on support images without augmentation' \
-		--seeds=1 --output=results/ablation_support.json
-	$(RUN) -m experiments.ablation --study=query --seeds=1 --meta_steps=40 --num_tasks=40
+		--seeds=1 --architectures=small_cnn --workdir=runs/ablation_small --output=results/ablation_support.json
+	$(RUN) -m experiments.ablation --study=query --seeds=1 --architectures=small_cnn --meta_steps=40 --num_tasks=40
 	$(RUN) -m experiments.directions
 	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20

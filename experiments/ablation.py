@@ -48,8 +48,6 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "hard": {
         "base": Variant(),
         "positions": Variant({"features": (*_SEEN, "position")}),
-        "two losses": Variant({"second_loss": "dominant", "features": (*_SEEN, "second")}),
-        "two losses seen as one": Variant({"second_loss": "dominant"}),
         "no spread": Variant({"features": tuple(f for f in _SEEN if f != "spread")}),
         "no context": Variant({"features": tuple(f for f in _SEEN if f != "context")}),
         "no progress": Variant({"features": tuple(f for f in _SEEN if f != "progress")}),
@@ -59,8 +57,6 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "one victim a source": Variant(per_source=1),
         "coordinatewise": Variant({"rule": "coordinate_lstm", "features": _SEEN, "output_scale": 1.0}),
         "no start": Variant({"start": "none"}),
-        "steps along the gradient": Variant({"start": "gradient", "start_step": 1.0, "start_decay": 0.9}),
-        "later steps count more": Variant({"weights": "linear"}),
         "no features but momenta": Variant({"features": ("momentum",)}),
         "momenta and context": Variant({"features": ("momentum", "context")}),
         "momenta alone": Variant(

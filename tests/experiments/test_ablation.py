@@ -82,7 +82,7 @@ def test_unknown_variants_are_refused(names, message):
 
 
 def test_unknown_architectures_are_refused():
-    with pytest.raises(ValueError, match="architectures: unknown name 'lenett'. Did you mean 'lenet'"):
+    with pytest.raises(ValueError, match=r"architectures: unknown name 'lenett'. Did you mean 'lenet'"):
         ablation.ablate(ablation.Config(architectures=("lenett",)))
 
 

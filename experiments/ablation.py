@@ -33,14 +33,14 @@ class Variant:
 
     Attributes:
       flags: of experiments.meta_train.
-      per_source: how many victims of each source it is meta-trained on, all of them if None.
       judged: those of its tasks and steps that differ only when it is judged, by the first variant's meta-parameters;
         there are no other flags then.
+      per_source: how many victims of each source it is meta-trained on, all of them if None.
     """
 
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
-    per_source: int | None = None
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)
+    per_source: int | None = None
 
 
 #: By study and name.

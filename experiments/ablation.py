@@ -19,7 +19,7 @@ import numpy as np
 from experiments import common, config, meta_train, study, victims
 from lft_jax import evaluation, tasks
 from lft_jax.base import check_at_least, check_name
-from lft_jax.victims import MODELS, load_victim
+from lft_jax.victims import load_victim
 
 _SEEN = ("momentum", "spread", "constraint", "progress", "context")
 
@@ -111,8 +111,9 @@ def ablate(flags: Config) -> None:
     """Meta-trains the variants that are missing and compares them all."""
     known = VARIANTS[check_name("study", flags.study, VARIANTS)]
     check_at_least("seeds", flags.seeds, 1)
+    trained = {recipe.architecture for s in flags.sources for recipe in victims.RECIPES[s] if recipe.role == "train"}
     for architecture in flags.architectures:
-        check_name("architectures", architecture, MODELS)
+        check_name("architectures", architecture, sorted(trained))
     names = flags.variants or tuple(known)
     for name in names:
         check_name("variants", name, known)

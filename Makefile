@@ -17,8 +17,6 @@ ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,gradient
 	ablation_paper.json ablation_support.json ablation_query.json \
 	directions.json theory_gap.json sine.json \
 	zo_l2l.json classification.json)))
-# Those that are attacked by queries alone on victims of all sources.
-QUERY = --study=query --only=lft/mnist+cifar10,l2o/mnist+cifar10
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -70,14 +68,14 @@ results: victims
 		--output=results/five_images/cifar10.json
 	$(RUN) -m experiments.study --study=five_images --attacked=digits --output=results/five_images/digits.json
 	$(RUN) -m experiments.study --study=paper --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000
-	$(RUN) -m experiments.study $(QUERY) --attacked=digits --output=results/query/digits.json
-	$(RUN) -m experiments.study $(QUERY) --attacked=mnist_small_cnn_1000 --output=results/query/mnist.json
-	$(RUN) -m experiments.study $(QUERY) --attacked=cifar10_small_cnn_1000 --output=results/query/cifar10.json
-	$(RUN) -m experiments.study --study=query --only=lft/cifar10 --attacked=
+	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
+	$(RUN) -m experiments.study --study=query --attacked=mnist_small_cnn_1000 --output=results/query/mnist.json
+	$(RUN) -m experiments.study --study=query --attacked=cifar10_small_cnn_1000 --output=results/query/cifar10.json
 	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000
 	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000 --architecture=lenet
-	$(RUN) -m experiments.evaluate --learned=runs/studies/query/lft_cifar10_0 --output=results/query/mnist_5k.json \
-		--victims=runs/victims/mnist_5k_small_cnn_1000,runs/victims/mnist_5k_lenet_1000 --num_validation=5 \
+	$(RUN) -m experiments.evaluate --output=results/query/mnist_5k.json --num_validation=5 \
+		--learned=$(subst $(space),$(comma),$(addprefix runs/studies/query/lft_cifar10_,0 1 2)) \
+		--victims=runs/victims/mnist_5k_small_cnn_1000,runs/victims/mnist_5k_lenet_1000 \
 		--at=1,2,3,4,5,6,8,10,12,15,20 --methods=sgd,adam,adamm --oracle_steps=200 --oracle_targeted
 	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.ablation \

@@ -30,6 +30,8 @@ DEFAULT_EPSILON = {
     "l2": {"digits": 1.8, "mnist_5k": 4.5, "mnist": 4.5, "cifar10": 2.0},
 }
 
+_DIRECTIONS = ("num_directions", "resolution", "basis", "smoothing", "per_example")
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
@@ -84,6 +86,15 @@ def default_epsilon(norm: str, source: str) -> float:
     return known[source]
 
 
+def asking(config: TaskConfig) -> dict[str, Any]:
+    """How tasks spend their queries, as fields of `lft_jax.tasks.UapFamily`."""
+    estimator = oracles.ZerothOrder(**{name: getattr(config, name) for name in _DIRECTIONS})
+    return {
+        "waves": tasks.WaveSearch.within(config.waves) if config.waves else None,
+        "estimator": estimator if estimator.num_directions else None,
+    }
+
+
 def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
     """The UAP tasks of a stored victim on one split of its source."""
     name = victim.card["source"]
@@ -94,12 +105,9 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
     for name_of_loss in ("loss", "support_loss", "second_loss"):
         kind = options[name_of_loss]
         options[name_of_loss] = None if kind == "none" else AttackLoss(kind, kappa=kappa)
-    waves = options.pop("waves")
-    options["waves"] = tasks.WaveSearch.within(waves) if waves else None
-    names = ("num_directions", "resolution", "basis", "smoothing", "per_example")
-    estimator = oracles.ZerothOrder(**{name: options.pop(name) for name in names})
-    if estimator.num_directions:
-        options["estimator"] = estimator
+    for asked in ("waves", *_DIRECTIONS):
+        del options[asked]
+    options |= asking(config)
     if config.penalty is None:
         options["epsilon"] = config.epsilon[name] if name in config.epsilon else default_epsilon(config.norm, name)
     elif config.epsilon:

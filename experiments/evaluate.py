@@ -8,6 +8,7 @@ only in --seed) become one row. Baselines are tuned on meta-validation tasks of 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from experiments import common, config, figures, meta_train, tables
@@ -50,7 +51,7 @@ def evaluate(flags: Config) -> dict:
     seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
     tasks_config = meta_train.tasks_of(runs[0][0])
     for of, _ in runs[1:]:
-        if meta_train.tasks_of(of) != tasks_config:
+        if _at_same_price(of, flags.at[-1]) != _at_same_price(runs[0][0], flags.at[-1]):
             raise ValueError(f"learned: {of.workdir} was meta-trained on other tasks than {runs[0][0].workdir}.")
     radii = config.pairs("epsilon", flags.epsilon)
     sources = dict.fromkeys(load_victim(path).card["source"] for path in flags.victims)
@@ -88,6 +89,13 @@ def evaluate(flags: Config) -> dict:
     return results
 
 
+def _at_same_price(run, steps):
+    """The tasks of a run, and how many evaluations they take, whether by a search for a start or by directions."""
+    tasks = meta_train.tasks_of(run)
+    spent = tasks.waves + 2 * steps * tasks.num_directions
+    return dataclasses.replace(tasks, waves=0, num_directions=min(tasks.num_directions, 1)), spent
+
+
 def _write(output, rows, tasks_config, protocol, runs, origin):
     results = {
         "tasks": dataclasses.asdict(tasks_config),
@@ -116,7 +124,9 @@ def _methods(runs, source):
         alone = len({of for other, of, _ in usable if other.learner == flags.learner}) == 1
         name = flags.learner if alone else f"{flags.learner} ({' + '.join(sources)})"
         settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("seed", *meta_train.WHERE)}
-        first, method = grouped.setdefault(name, (settings, comparison.Learned(learned.learner, [])))
+        asking = common.asking(meta_train.tasks_of(flags))
+        own = functools.partial(dataclasses.replace, **asking)
+        first, method = grouped.setdefault(name, (settings, comparison.Learned(learned.learner, [], own)))
         if different := [k for k in settings if settings[k] != first[k]]:
             raise ValueError(f"learned: runs of {name} may differ in their seed only, not in {', '.join(different)}.")
         method.params.extend(learned.params)

@@ -173,7 +173,7 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         f"Attack success rate on unseen images after K fine-tuning steps with {gradients} on {tasks['shots']} support "
         f"image(s) of each of {tasks['ways']} classes, within {bound}; mean ± 95% interval over "
         f"{protocol['num_tasks']} tasks (of several seeds: the mean, and the range of their ASR at the last K). "
-        f"Meta-trained: {_meta_trained(results['meta_training'], tasks['shots'])}"
+        f"Meta-trained: {_meta_trained(results['meta_training'], tasks)}"
         + (
             f"; on support images they follow {tasks['support_loss']} and {tasks['second_loss']} together"
             if two
@@ -220,19 +220,27 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join(parts)
 
 
-def _meta_trained(runs, shots):
-    """Learners, with how many seeds and victims of which sources, and images a class where they had others."""
-    seeds = {}
+def _meta_trained(runs, tasks):
+    """Learners, with how many seeds and victims of which sources, and where the tasks that they had differ."""
+    seeds, shots = {}, tasks["shots"]
     for run in runs:
         seeds.setdefault((run["learner"], tuple(run["victims"])), []).append(run["seed"])
     parts = []
     for (learner, victims), of_run in seeds.items():
         names = [Path(victim).name for victim in victims]
         sources = dict.fromkeys(re.sub("_(small_cnn|lenet|vgg)_.*", "", name) for name in names)
-        plural = "seed" if len(of_run) == 1 else "seeds"
-        parts.append(f"{learner} ({len(of_run)} {plural}) on {len(victims)} victims of {' and '.join(sources)}")
+        seeds_of, victims_of = (
+            f"{len(of)} {noun}{'' if len(of) == 1 else 's'}" for of, noun in ((of_run, "seed"), (victims, "victim"))
+        )
+        parts.append(f"{learner} ({seeds_of}) on {victims_of} of {' and '.join(sources)}")
     other = dict.fromkeys(str(run["shots"]) for run in runs if run.get("shots", shots) != shots)
-    return "; ".join(parts) + (f", with {' or '.join(other)} image(s) of each class" if other else "")
+    searched = tasks.get("waves", 0)
+    asking = {run["learner"]: run["num_directions"] for run in runs if run.get("waves", searched) != searched}
+    return (
+        "; ".join(parts)
+        + (f", with {' or '.join(other)} image(s) of each class" if other else "")
+        + "".join(f"; {learner} without that search, with {n} directions" for learner, n in asking.items())
+    )
 
 
 def _augmented(rows):

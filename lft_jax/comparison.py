@@ -42,10 +42,17 @@ class Target(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """A meta-learned method: its learner and its meta-parameters of each meta-training seed."""
+    """A meta-learned method.
+
+    Attributes:
+      learner: its learner.
+      params: its meta-parameters of each meta-training seed.
+      tasks: a target's tasks -> those it is judged on, if it was meta-trained to spend the same queries otherwise.
+    """
 
     learner: Learner
     params: Sequence[PyTree]
+    tasks: Callable[[UapFamily], UapFamily] = lambda family: family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +171,7 @@ def compare(
             run_tuned(name + AUGMENTED, baseline, *given, by=best)
 
     for name, method in learned.items():
-        run(name, method.learner, method.params, target.test)
+        run(name, method.learner, method.params, method.tasks(target.test))
 
     theta, records = evaluation.full_data_uap(
         [target.train],
@@ -176,7 +183,7 @@ def compare(
     runs["oracle"] = ([_repeat(theta, target, keys, protocol)], {"runs": records})
     pictures = {
         name: np.asarray(
-            evaluation.first_perturbation(m.learner, m.params[0], target.test, keys[0], protocol.num_steps)
+            evaluation.first_perturbation(m.learner, m.params[0], m.tasks(target.test), keys[0], protocol.num_steps)
         )
         for name, m in learned.items()
     }

@@ -98,12 +98,14 @@ def test_what_is_tuned_with_the_learned_methods_losses_may_leave_out_the_second(
         name: dataclasses.replace(getattr(TARGET, name), second_loss=AttackLoss("dominant"))
         for name in ("train", "validation", "test")
     }
-    rows, _ = compare(TARGET._replace(**both), {}, dataclasses.replace(PROTOCOL, methods=("pgd",)))
+    pgd, plain = table["pgd"].learner, {"second_loss": None, "augmentation": None, "support_loss": LOSS}
+    learned = {"learned": Learned(pgd, [SETTING], lambda family: dataclasses.replace(family, **plain))}
+    rows, _ = compare(TARGET._replace(**both), learned, dataclasses.replace(PROTOCOL, methods=("pgd",)))
     rows = {row["method"]: row for row in rows}
 
     def asr(family, keys, second, augmentation):
         family = dataclasses.replace(family, second_loss=second, support_loss=LOSS, augmentation=augmentation)
-        return np.asarray(evaluation.evaluate(table["pgd"].learner, SETTING, family, keys, **OPTIONS)["asr"])[:, -1]
+        return np.asarray(evaluation.evaluate(pgd, SETTING, family, keys, **OPTIONS)["asr"])[:, -1]
 
     test, validation = keys()
     augmentation, given = TARGET.test.augmentation, (AttackLoss("dominant"), None)
@@ -115,6 +117,7 @@ def test_what_is_tuned_with_the_learned_methods_losses_may_leave_out_the_second(
     assert row["setting"].get("second_loss") == (chosen and "dominant")
     np.testing.assert_allclose(rows["pgd"]["task_asr"], asr(TARGET.test, test, None, None), atol=1e-4)
     assert "second_loss" not in rows["pgd"]["setting"]
+    np.testing.assert_array_equal(rows["learned"]["task_asr"], rows["pgd"]["task_asr"])  # on tasks of its own
 
 
 def test_rows_survive_json(compared):

@@ -28,8 +28,7 @@ TINY = {
 def test_every_run_of_a_study_makes_sense(name):
     chosen = study.STUDIES[name]
     for run in chosen.runs:
-        rule = chosen.rule if run.learner in meta_train.RULE_LEARNERS else {}
-        meta_train.check(meta_train.Config(("victim",), "runs", run.learner, **chosen.meta, **run.settings, **rule))
+        meta_train.check(meta_train.Config(("victim",), "runs", run.learner, **chosen.settings(run)))
 
 
 @pytest.mark.parametrize("source", ["mnist", "cifar10"])
@@ -135,6 +134,26 @@ def test_runs_on_other_sources_are_other_methods(runs):
 def test_runs_of_other_settings_are_not_taken_for_seeds(runs):
     with pytest.raises(ValueError, match="learned: runs of lft may differ in their seed only, not in hidden"):
         evaluate._methods(runs({"victims": ("a",)}, {"victims": ("a",), "hidden": 3}), "a")
+
+
+def test_runs_may_spend_the_same_queries_otherwise(runs):
+    """160 evaluations of a search and 6 directions a step, or 10 directions: 400 in 20 steps, each direction both ways.
+
+    The second is judged as it was meta-trained; it is no run of the same tasks where the sum is another.
+    """
+    (searching, _), (asking, _), (dearer, _), (exact, _) = made = runs(
+        {"victims": ("b",), "num_directions": 6, "waves": 160},
+        {"victims": ("b",), "learner": "maml", "num_directions": 10},
+        {"victims": ("b",), "num_directions": 11},
+        {"victims": ("b",), "waves": 400},
+    )
+    price = evaluate._at_same_price(searching, 20)
+    assert evaluate._at_same_price(asking, 20) == price
+    assert price not in [evaluate._at_same_price(*of) for of in ((asking, 10), (dearer, 20), (exact, 20))]
+    tasks = dataclasses.make_dataclass("Tasks", ["waves", "estimator"])(None, None)
+    searched, asked = (method.tasks(tasks) for method in evaluate._methods(made[:2], "b").values())
+    assert (searched.waves.evaluations, searched.estimator.num_directions) == (160, 6)
+    assert (asked.waves, asked.estimator.num_directions) == (None, 10)
 
 
 def test_stored_victims_are_those_of_the_recipes():

@@ -42,7 +42,7 @@ COMPARISON = {
         row("oracle", [0.6, 0.6], 1, 1.0),
         row("pgd", [0.2, 0.4], 2, 0.0, victim="toy_lenet_1001"),
     ],
-    "tasks": {"shots": 2, "ways": 3, "norm": "l1", "epsilon": {}, "penalty": 0.01, "num_directions": 10},
+    "tasks": {"shots": 2, "ways": 3, "norm": "l1", "epsilon": {}, "penalty": 0.01, "num_directions": 10, "waves": 40},
     "protocol": {"num_tasks": 7, "num_validation": 4, "methods": ["pgd", "adam"]},
     "meta_training": [
         {
@@ -51,9 +51,11 @@ COMPARISON = {
             "shots": 1,
             "start": "gradient",
             "seed": seed,
+            "waves": 40,
         }
         for seed in (0, 1)
-    ],
+    ]
+    + [{"learner": "maml", "victims": ["v/toy_lenet_0"], "shots": 2, "seed": 0, "waves": 0, "num_directions": 12}],
     "provenance": {"command": "python -m experiments.study", "commit": "abc", "device": "1 x cpu"},
 }
 BREADTH = {
@@ -140,13 +142,14 @@ def test_what_is_around_the_marks_stays(rendered):
 @pytest.mark.parametrize(
     "line",
     [
-        "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step",
+        "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step from a start",
         # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
         "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never |  | 75% |",
         "a penalty of 0.01 on the l1 norm",
-        "lft (2 seeds) on 2 victims of toy and big_toy, with 1 image(s) of each class. Baselines",
+        "(2 seeds) on 2 victims of toy and big_toy; maml (1 seed) on 1 victim of toy, with 1 image(s) of each class",
+        "; maml without that search, with 12 directions. Baselines",
         "on 4 validation tasks of the same victim",
-        ", zeroth-order gradients of 10 directions a step, rules that start along the gradient\n",
+        " from a start that 40 evaluations searched plane waves for, rules that start along the gradient\n",
         "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| toy_lenet_1001 | 8x9x3 | 4 | 2 | x 0.5 | 6 | 30.0 ± 2.0 | 41.0 ± 3.0 | +11.0 ± 4.0 |",

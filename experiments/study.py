@@ -75,7 +75,7 @@ def _alone(learner, seeds=3, **settings):
 def _maml(*inner_steps, **settings):
     """MAML on each source, its inner step chosen on meta-validation victims of that source.
 
-    From 0.2, 0.5 and 0.8 in a ball, from 0.02, 0.05, 0.2 and 0.5 with a penalty.
+    From 0.2, 0.5 and 0.8 in a ball, from 0.02, 0.05, 0.2 and 0.5 with a penalty, from 0.1, 0.3 and 0.8 without gradients.
     """
     return tuple(
         Run("maml", (source,), settings={"inner_step": step, **settings})
@@ -132,7 +132,7 @@ STUDIES = {
     ),
     # The same without gradients: 400 evaluations of the support images, 160 of them for a start.
     "query": Study(
-        (_LFT, _L2O, *_alone("lft"), *_maml(0.2, 0.2, **_NO_SEARCH), *_alone("joint", **_NO_SEARCH)),
+        (_LFT, _L2O, *_alone("lft"), *_maml(0.1, 0.8, **_NO_SEARCH), *_alone("joint", **_NO_SEARCH)),
         _QUERY,
         {**_BALL, "num_validation": 5, "methods": ("momentum_pgd", "sgd", "adam", "uap_sgd", "adamm")},
         {"start_step": 0.1, "start_decay": 0.9},

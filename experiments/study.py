@@ -75,7 +75,8 @@ def _alone(learner, seeds=3, **settings):
 def _maml(*inner_steps, **settings):
     """MAML on each source, its inner step chosen on meta-validation victims of that source.
 
-    From 0.2, 0.5 and 0.8 in a ball, from 0.02, 0.05, 0.2 and 0.5 with a penalty, from 0.1, 0.3 and 0.8 without gradients.
+    From 0.2, 0.5 and 0.8 in a ball, from 0.02, 0.05, 0.2 and 0.5 with a penalty, and from 0.1, 0.3 and 0.8 without
+    gradients.
     """
     return tuple(
         Run("maml", (source,), settings={"inner_step": step, **settings})

@@ -235,11 +235,14 @@ def _meta_trained(runs, tasks):
         parts.append(f"{learner} ({seeds_of}) on {victims_of} of {' and '.join(sources)}")
     other = dict.fromkeys(str(run["shots"]) for run in runs if run.get("shots", shots) != shots)
     searched = tasks.get("waves", 0)
-    asking = {run["learner"]: run["num_directions"] for run in runs if run.get("waves", searched) != searched}
+    asking = {}
+    for run in runs:
+        if run.get("waves", searched) != searched:
+            asking.setdefault(run["num_directions"], {})[run["learner"]] = None
     return (
         "; ".join(parts)
         + (f", with {' or '.join(other)} image(s) of each class" if other else "")
-        + "".join(f"; {learner} without that search, with {n} directions" for learner, n in asking.items())
+        + "".join(f"; {' and '.join(of)} without that search, with {n} directions" for n, of in asking.items())
     )
 
 

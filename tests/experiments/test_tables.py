@@ -55,7 +55,10 @@ COMPARISON = {
         }
         for seed in (0, 1)
     ]
-    + [{"learner": "maml", "victims": ["v/toy_lenet_0"], "shots": 2, "seed": 0, "waves": 0, "num_directions": 12}],
+    + [
+        {"learner": learner, "victims": ["v/toy_lenet_0"], "shots": 2, "seed": 0, "waves": 0, "num_directions": 12}
+        for learner in ("maml", "joint")
+    ],
     "provenance": {"command": "python -m experiments.study", "commit": "abc", "device": "1 x cpu"},
 }
 BREADTH = {
@@ -146,8 +149,8 @@ def test_what_is_around_the_marks_stays(rendered):
         # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
         "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never |  | 75% |",
         "a penalty of 0.01 on the l1 norm",
-        "(2 seeds) on 2 victims of toy and big_toy; maml (1 seed) on 1 victim of toy, with 1 image(s) of each class",
-        "; maml without that search, with 12 directions. Baselines",
+        "lft (2 seeds) on 2 victims of toy and big_toy; maml (1 seed) on 1 victim of toy; joint (1 seed) on ",
+        "with 1 image(s) of each class; maml and joint without that search, with 12 directions. Baselines",
         "on 4 validation tasks of the same victim",
         " from a start that 40 evaluations searched plane waves for, rules that start along the gradient\n",
         "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",

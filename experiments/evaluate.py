@@ -52,7 +52,10 @@ def evaluate(flags: Config) -> dict:
     tasks_config = meta_train.tasks_of(runs[0][0])
     for of, _ in runs[1:]:
         if _at_same_price(of, flags.at[-1]) != _at_same_price(runs[0][0], flags.at[-1]):
-            raise ValueError(f"learned: {of.workdir} was meta-trained on other tasks than {runs[0][0].workdir}.")
+            raise ValueError(
+                f"learned: {of.workdir} was meta-trained on other tasks, or at another number of evaluations, than "
+                f"{runs[0][0].workdir}."
+            )
     radii = config.pairs("epsilon", flags.epsilon)
     sources = dict.fromkeys(load_victim(path).card["source"] for path in flags.victims)
     if tasks_config.penalty is None:

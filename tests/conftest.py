@@ -6,7 +6,7 @@ import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests' time is nearly all compilation: with these flags they take a third of it.
+# The tests' time is nearly all compilation, which these flags make less than half as long.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

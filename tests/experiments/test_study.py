@@ -156,6 +156,14 @@ def test_runs_may_spend_the_same_queries_otherwise(runs):
     assert (asked.waves, asked.estimator.num_directions) == (None, 10)
 
 
+@pytest.mark.parametrize("change", [{"num_directions": 11}, {"num_directions": 10, "smoothing": 0.1}])
+def test_runs_of_other_tasks_or_another_price_are_not_compared(runs, change, monkeypatch):
+    made = runs({"victims": ("b",), "num_directions": 6, "waves": 160}, {"victims": ("b",), **change})
+    monkeypatch.setattr(meta_train, "load_learned", lambda workdir: made[int(workdir)])
+    with pytest.raises(ValueError, match="learned: 1 was meta-trained on other tasks, or at another number of eval"):
+        evaluate.evaluate(evaluate.Config(learned=("0", "1"), victims=("b",), output="none.json"))
+
+
 def test_stored_victims_are_those_of_the_recipes():
     folder = pathlib.Path(victims.__file__).parents[1] / "victims"
     planned = {}

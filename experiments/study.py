@@ -140,7 +140,7 @@ STUDIES = {
     ),
     # Exact gradients in an l2 ball: the meta-test of the shipped rule.
     "l2": Study(
-        (dataclasses.replace(_LFT, seeds=1),),
+        (_LFT,),
         {**_META, "norm": "l2"},
         {**_PROTOCOL, "methods": ("momentum_pgd",), "transfer": False},
     ),

@@ -44,9 +44,7 @@ victims: $(INSTALLED)
 
 results: victims
 	$(RUN) -m experiments.study --study=hard --attacked=mnist_small_cnn_1000 --output=results/hard/mnist.json
-	$(RUN) -m experiments.evaluate --learned=uap-linf --victims=victims/mnist_vgg_1001 --epsilon=mnist=0.2 \
-		--output=results/hard/mnist_vgg.json --at=1,2,3,4,5,6,8,10,12,15,20 --num_validation=10 --oracle_steps=200 \
-		--oracle_targeted
+	$(RUN) -m experiments.study --study=hard --attacked=mnist_vgg_1001 --output=results/hard/mnist_vgg.json
 	$(RUN) -m experiments.study --study=hard --attacked=cifar10_small_cnn_1000 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.study --study=hard --attacked=cifar10_vgg_1001 --output=results/hard/cifar10_vgg.json
 	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json

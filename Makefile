@@ -14,7 +14,7 @@ ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,gradient
 	five_images/mnist.json five_images/cifar10.json five_images/digits.json \
 	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
 	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_parts.json \
-	ablation_paper.json ablation_support.json ablation_query.json \
+	ablation_paper.json ablation_steps.json ablation_support.json ablation_search.json ablation_query.json \
 	directions.json theory_gap.json sine.json \
 	zo_l2l.json classification.json)))
 PYTEST_FLAGS ?=
@@ -85,6 +85,10 @@ momenta alone,one victim a source,learned on support images,log_sign for momenta
 	$(RUN) -m experiments.ablation --variants="base,the paper's rule" --seeds=1 --output=results/ablation_paper.json
 	$(RUN) -m experiments.ablation --variants='no augmentation,learned on support images without augmentation' \
 		--seeds=1 --architectures=small_cnn --workdir=runs/ablation_small --output=results/ablation_support.json
+	$(RUN) -m experiments.ablation --variants='base,twenty times the meta-steps' --seeds=1 \
+		--output=results/ablation_steps.json
+	$(RUN) -m experiments.ablation --study=query --output=results/ablation_search.json \
+		--variants='base,60% of the queries to search,80% of the queries to search,90% of the queries to search'
 	$(RUN) -m experiments.ablation --study=query --seeds=1 --architectures=small_cnn --meta_steps=40 --num_tasks=40
 	$(RUN) -m experiments.directions
 	$(RUN) -m experiments.breadth

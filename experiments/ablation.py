@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         ),
         "learned on support images": Variant({"learner": "l2o"}),
         "learned on support images without augmentation": Variant({"augment": False, "learner": "l2o"}),
+        "twenty times the meta-steps": Variant({"meta_steps": 20 * study.STUDIES["hard"].meta["meta_steps"]}),
     },
     "query": {
         "base": Variant(),
@@ -78,6 +79,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "1 direction at test time": Variant(judged={"num_directions": 1, "num_steps": 120}),
         "5 directions at test time": Variant(judged={"num_directions": 5, "num_steps": 24}),
         "20 directions at test time": Variant(judged={"num_directions": 20, "num_steps": 6}),
+        "60% of the queries to search": Variant(judged={"waves": 240, "num_directions": 4}),
+        "80% of the queries to search": Variant(judged={"waves": 320, "num_directions": 2}),
+        "90% of the queries to search": Variant(judged={"waves": 360, "num_directions": 1}),
         "the paper's rule with log_sign": Variant({**_PAPERS_RULE, "features": ("log_sign",)}),
         "the paper's rule with raw": Variant({**_PAPERS_RULE, "features": ("raw",)}),
         "the paper's rule with adam": Variant({**_PAPERS_RULE, "features": ("adam",)}),
@@ -95,7 +99,9 @@ class Config:
     variants: tuple[str, ...] = config.option((), "What to compare, the first with all others; all if empty.")
     sources: tuple[str, ...] = config.option(("mnist", "cifar10"), "Image sources.")
     architectures: tuple[str, ...] = config.option((), "Of the victims to meta-train on; all if empty.")
-    meta_steps: int | None = config.option(None, "Meta-steps of each variant; the study's if not given.")
+    meta_steps: int | None = config.option(
+        None, "Meta-steps of each variant that does not say; the study's if not given."
+    )
     seeds: int = config.option(3, "Meta-training seeds of each variant, from 0.")
     num_tasks: int = config.option(50, "Validation tasks of each victim.")
     at: tuple[int, ...] = config.option(
@@ -145,16 +151,15 @@ def ablate(flags: Config) -> None:
                 )
             print(f"  {victim}: " + ", ".join(f"{mean:.3f}" for mean in rows[-1]["asr"]), flush=True)
         described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
-        described |= {"meta_steps": settings.meta_steps, "epsilon": _epsilon(flags)}
+        described |= {"meta_steps": first[0].meta_steps, "epsilon": _epsilon(flags)}
         common.write_json(output, {"provenance": origin, "flags": described, "rows": rows})
     print(f"wrote {output}")
 
 
 def _settings(name: str, variant: Variant, seed: int, flags: Config) -> meta_train.Config:
     trained = [victims.paths(s, "train", flags.victims, flags.architectures) for s in flags.sources]
-    changes = {"num_steps": flags.at[-1], **variant.flags}
-    if flags.meta_steps is not None:
-        changes["meta_steps"] = flags.meta_steps
+    given = {} if flags.meta_steps is None else {"meta_steps": flags.meta_steps}
+    changes = {"num_steps": flags.at[-1], **given, **variant.flags}
     return meta_train.Config(
         victims=tuple(path for paths in trained for path in paths[: variant.per_source]),
         workdir=str(Path(flags.workdir, flags.study, f"{name.replace(' ', '_')}_{seed}".replace("'", ""))),

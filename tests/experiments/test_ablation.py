@@ -36,7 +36,7 @@ def test_variants_are_paired_task_by_task_at_equal_queries(trained, tmp_path, mo
     monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {"epsilon": ("digits=0.1",)})})
     variants = {
         "base": Variant(),
-        "raw": Variant({"features": ("raw",)}),
+        "raw": Variant({"features": ("raw",), "meta_steps": 2}),
         "3 directions": Variant(judged={"num_directions": 3, "num_steps": 4}),
     }
     monkeypatch.setitem(ablation.VARIANTS, "query", variants)
@@ -54,7 +54,7 @@ def test_variants_are_paired_task_by_task_at_equal_queries(trained, tmp_path, mo
     ablation.ablate(flags)
     found = json.loads((tmp_path / "ablation.json").read_text())
     rows = {row["variant"]: row for row in found["rows"]}
-    assert found["flags"]["meta_steps"] == 1
+    assert found["flags"]["meta_steps"] == 1  # the first variant's
     assert found["flags"]["epsilon"] == ["digits=0.1"]
     assert list(rows) == list(variants)
     assert {row["victim"] for row in rows.values()} == {"digits_small_cnn_100"}
@@ -150,3 +150,12 @@ def test_variants_of_unequal_queries_are_refused(trained, tmp_path, monkeypatch)
     )
     with pytest.raises(ValueError, match="at: after 2 steps 'fewer' has spent 120 queries, 'base' 240"):
         ablation.ablate(flags)
+
+
+def test_a_variant_that_says_how_many_meta_steps_keeps_them():
+    def meta_steps(variant, **flags):
+        return ablation._settings("variant", variant, 0, ablation.Config(**flags)).meta_steps
+
+    assert meta_steps(Variant(), meta_steps=3) == 3
+    assert meta_steps(Variant({"meta_steps": 7}), meta_steps=3) == 7
+    assert meta_steps(Variant()) == study.STUDIES["hard"].meta["meta_steps"]

@@ -89,7 +89,8 @@ momenta alone,one victim a source,learned on support images,log_sign for momenta
 		--output=results/ablation_steps.json
 	$(RUN) -m experiments.ablation --study=query --output=results/ablation_search.json \
 		--variants='base,60% of the queries to search,80% of the queries to search,90% of the queries to search'
-	$(RUN) -m experiments.ablation --study=query --seeds=1 --architectures=small_cnn --meta_steps=40 --num_tasks=40
+	$(RUN) -m experiments.ablation --study=query --seeds=1 --architectures=small_cnn --meta_steps=40 --num_tasks=40 \
+		--workdir=runs/ablation_small
 	$(RUN) -m experiments.directions
 	$(RUN) -m experiments.breadth
 	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import pathlib
+import shlex
 
 import jax
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 
-from experiments import ablation, meta_train, study, victims
+from experiments import ablation, config, meta_train, study, victims
 from experiments.ablation import Variant
 
 TINY = {
@@ -159,3 +162,21 @@ def test_a_variant_that_says_how_many_meta_steps_keeps_them():
     assert meta_steps(Variant(), meta_steps=3) == 3
     assert meta_steps(Variant({"meta_steps": 7}), meta_steps=3) == 7
     assert meta_steps(Variant()) == study.STUDIES["hard"].meta["meta_steps"]
+
+
+def test_no_two_runs_that_make_results_asks_for_share_a_folder():
+    makefile = pathlib.Path(ablation.__file__).parents[1] / "Makefile"
+    folders = {}
+    for line in makefile.read_text().replace("\\\n", "").splitlines():
+        if "-m experiments.ablation" not in line:
+            continue
+        values = absl_flags.FlagValues()
+        config.define_flags(ablation.Config, values)
+        values(shlex.split(line)[2:])
+        flags = config.read_flags(ablation.Config, values)
+        for name in flags.variants or ablation.VARIANTS[flags.study]:
+            if not ablation.VARIANTS[flags.study][name].judged:
+                for seed in range(flags.seeds):
+                    run = ablation._settings(name, ablation.VARIANTS[flags.study][name], seed, flags)
+                    assert folders.setdefault(run.workdir, run) == run
+    assert len(folders) > 50

@@ -40,68 +40,68 @@ lint: $(INSTALLED)
 
 # The victims of the studies on real images, those that victims/ lacks, and the studies; they need TFDS_DATA_DIR.
 victims: $(INSTALLED)
-	$(RUN) -m experiments.victims
+	$(RUN) -m experiments.studies.victims
 
 results: victims
-	$(RUN) -m experiments.study --study=hard --attacked=mnist_small_cnn_1000 --output=results/hard/mnist.json
-	$(RUN) -m experiments.study --study=hard --attacked=mnist_vgg_1001 --output=results/hard/mnist_vgg.json
-	$(RUN) -m experiments.study --study=hard --attacked=cifar10_small_cnn_1000 --output=results/hard/cifar10.json
-	$(RUN) -m experiments.study --study=hard --attacked=cifar10_vgg_1001 --output=results/hard/cifar10_vgg.json
-	$(RUN) -m experiments.study --study=hard --attacked=digits --output=results/hard/digits.json
-	$(RUN) -m experiments.study --study=gradient_start --attacked=mnist_small_cnn_1000 \
+	$(RUN) -m experiments.studies.study --study=hard --attacked=mnist_small_cnn_1000 --output=results/hard/mnist.json
+	$(RUN) -m experiments.studies.study --study=hard --attacked=mnist_vgg_1001 --output=results/hard/mnist_vgg.json
+	$(RUN) -m experiments.studies.study --study=hard --attacked=cifar10_small_cnn_1000 --output=results/hard/cifar10.json
+	$(RUN) -m experiments.studies.study --study=hard --attacked=cifar10_vgg_1001 --output=results/hard/cifar10_vgg.json
+	$(RUN) -m experiments.studies.study --study=hard --attacked=digits --output=results/hard/digits.json
+	$(RUN) -m experiments.studies.study --study=gradient_start --attacked=mnist_small_cnn_1000 \
 		--output=results/gradient_start/mnist.json
-	$(RUN) -m experiments.study --study=gradient_start --attacked=digits --output=results/gradient_start/digits.json
-	$(RUN) -m experiments.study --study=gradient_start --attacked=cifar10_small_cnn_1000 \
+	$(RUN) -m experiments.studies.study --study=gradient_start --attacked=digits --output=results/gradient_start/digits.json
+	$(RUN) -m experiments.studies.study --study=gradient_start --attacked=cifar10_small_cnn_1000 \
 		--output=results/gradient_start/cifar10.json
-	$(RUN) -m experiments.study --study=two_losses --attacked=mnist_small_cnn_1000 \
+	$(RUN) -m experiments.studies.study --study=two_losses --attacked=mnist_small_cnn_1000 \
 		--output=results/two_losses/mnist.json
-	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10_small_cnn_1000 \
+	$(RUN) -m experiments.studies.study --study=two_losses --attacked=cifar10_small_cnn_1000 \
 		--output=results/two_losses/cifar10.json
-	$(RUN) -m experiments.study --study=two_losses --attacked=cifar10_vgg_1001 \
+	$(RUN) -m experiments.studies.study --study=two_losses --attacked=cifar10_vgg_1001 \
 		--output=results/two_losses/cifar10_vgg.json
-	$(RUN) -m experiments.study --study=two_losses --attacked=digits --output=results/two_losses/digits.json
-	$(RUN) -m experiments.study --study=five_images --attacked=mnist_small_cnn_1000 \
+	$(RUN) -m experiments.studies.study --study=two_losses --attacked=digits --output=results/two_losses/digits.json
+	$(RUN) -m experiments.studies.study --study=five_images --attacked=mnist_small_cnn_1000 \
 		--output=results/five_images/mnist.json
-	$(RUN) -m experiments.study --study=five_images --attacked=cifar10_small_cnn_1000 \
+	$(RUN) -m experiments.studies.study --study=five_images --attacked=cifar10_small_cnn_1000 \
 		--output=results/five_images/cifar10.json
-	$(RUN) -m experiments.study --study=five_images --attacked=digits --output=results/five_images/digits.json
-	$(RUN) -m experiments.study --study=paper --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000
-	$(RUN) -m experiments.study --study=query --attacked=digits --output=results/query/digits.json
-	$(RUN) -m experiments.study --study=query --attacked=mnist_small_cnn_1000 --output=results/query/mnist.json
-	$(RUN) -m experiments.study --study=query --attacked=cifar10_small_cnn_1000 --output=results/query/cifar10.json
+	$(RUN) -m experiments.studies.study --study=five_images --attacked=digits --output=results/five_images/digits.json
+	$(RUN) -m experiments.studies.study --study=paper --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000
+	$(RUN) -m experiments.studies.study --study=query --attacked=digits --output=results/query/digits.json
+	$(RUN) -m experiments.studies.study --study=query --attacked=mnist_small_cnn_1000 --output=results/query/mnist.json
+	$(RUN) -m experiments.studies.study --study=query --attacked=cifar10_small_cnn_1000 --output=results/query/cifar10.json
 	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000
 	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000 --architecture=lenet
 	$(RUN) -m experiments.evaluate --output=results/query/mnist_5k.json --num_validation=5 \
 		--learned=$(subst $(space),$(comma),$(addprefix runs/studies/query/lft_cifar10_,0 1 2)) \
 		--victims=runs/victims/mnist_5k_small_cnn_1000,runs/victims/mnist_5k_lenet_1000 \
 		--at=1,2,3,4,5,6,8,10,12,15,20 --methods=sgd,adam,adamm --oracle_steps=200 --oracle_targeted
-	$(RUN) -m experiments.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
-	$(RUN) -m experiments.ablation \
+	$(RUN) -m experiments.studies.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
+	$(RUN) -m experiments.studies.ablation \
 		--variants='base,no features but momenta,no spread,no context,no progress,no constraint'
-	$(RUN) -m experiments.ablation --variants='base,momenta and context,no spread' --seeds=6 \
+	$(RUN) -m experiments.studies.ablation --variants='base,momenta and context,no spread' --seeds=6 \
 		--output=results/ablation_seeds.json
-	$(RUN) -m experiments.ablation --output=results/ablation_parts.json --variants="base,coordinatewise,no start,\
+	$(RUN) -m experiments.studies.ablation --output=results/ablation_parts.json --variants="base,coordinatewise,no start,\
 momenta alone,one victim a source,learned on support images,log_sign for momenta,no augmentation,positions"
-	$(RUN) -m experiments.ablation --variants="base,the paper's rule" --seeds=1 --output=results/ablation_paper.json
-	$(RUN) -m experiments.ablation --variants='no augmentation,learned on support images without augmentation' \
+	$(RUN) -m experiments.studies.ablation --variants="base,the paper's rule" --seeds=1 --output=results/ablation_paper.json
+	$(RUN) -m experiments.studies.ablation --variants='no augmentation,learned on support images without augmentation' \
 		--seeds=1 --architectures=small_cnn --workdir=runs/ablation_small --output=results/ablation_support.json
-	$(RUN) -m experiments.ablation --variants='base,twenty times the meta-steps' --seeds=1 \
+	$(RUN) -m experiments.studies.ablation --variants='base,twenty times the meta-steps' --seeds=1 \
 		--output=results/ablation_steps.json
-	$(RUN) -m experiments.ablation --study=query --output=results/ablation_search.json \
+	$(RUN) -m experiments.studies.ablation --study=query --output=results/ablation_search.json \
 		--variants='base,60% of the queries to search,80% of the queries to search,90% of the queries to search'
-	$(RUN) -m experiments.ablation --study=query --seeds=1 --architectures=small_cnn --meta_steps=40 --num_tasks=40 \
+	$(RUN) -m experiments.studies.ablation --study=query --seeds=1 --architectures=small_cnn --meta_steps=40 --num_tasks=40 \
 		--workdir=runs/ablation_small
-	$(RUN) -m experiments.directions
-	$(RUN) -m experiments.breadth
-	$(RUN) -m experiments.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
-	$(RUN) -m experiments.sine
-	$(RUN) -m experiments.zo_l2l
-	$(RUN) -m experiments.classification
+	$(RUN) -m experiments.studies.directions
+	$(RUN) -m experiments.studies.breadth
+	$(RUN) -m experiments.studies.theory_gap --victim=victims/mnist_small_cnn_1000 --num_tasks=20
+	$(RUN) -m experiments.studies.sine
+	$(RUN) -m experiments.studies.zo_l2l
+	$(RUN) -m experiments.studies.classification
 	$(MAKE) results-render
 
 results-render: $(INSTALLED)
-	$(RUN) -m experiments.render --results=$(HARD) --document=README.md --summary
-	$(RUN) -m experiments.render --results=$(ALL)
+	$(RUN) -m experiments.report.render --results=$(HARD) --document=README.md --summary
+	$(RUN) -m experiments.report.render --results=$(ALL)
 
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import timing, w1
 from experiments import common, config
-from lft_jax import memory, meta
+from lft_jax import _memory, meta
 
 #: Name -> what `meta_trainer` is told about memory.
 MEMORY = {
@@ -88,7 +88,7 @@ def fresh(work, repeats, options=None, cache=None, layout=(1, 1)):
 def bench(flags: Config) -> dict:
     """Runs the benchmark and writes its results."""
     load = None if flags.smoke else timing.require_quiet()
-    results = {"provenance": common.provenance([0]), "load_of_others": load, "budget_mib": memory.DEFAULT_MIB}
+    results = {"provenance": common.provenance([0]), "load_of_others": load, "budget_mib": _memory.DEFAULT_MIB}
     base = w1.Work(tasks=2, num_steps=2, side=8, hidden=4) if flags.smoke else w1.Work()
 
     results["memory"] = {}

@@ -15,7 +15,7 @@ import optax
 import lft_jax
 from benchmarks import timing
 from experiments import common, config
-from lft_jax.fine_tune import fine_tune_step
+from lft_jax.optimizers.fine_tuning import fine_tune_step
 from lft_jax.victims import apply_function, build_model
 
 #: Perturbations of MNIST, CIFAR-10 and ImageNet size.

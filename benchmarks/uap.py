@@ -17,9 +17,9 @@ import numpy as np
 import lft_jax
 from benchmarks import timing
 from experiments import common, config, train_victim
-from lft_jax import baselines
 from lft_jax.attack import AUGMENTATION
 from lft_jax.data import load_source, unit_range
+from lft_jax.evaluation import baselines
 from lft_jax.victims import load_victim
 
 try:

@@ -13,7 +13,7 @@ import optax
 
 import lft_jax
 from lft_jax import oracles
-from lft_jax.outer_loss import outer_losses
+from lft_jax.meta.outer_loss import outer_losses
 from lft_jax.tasks import UapFamily
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import constrained_oracle

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 
 import lft_jax
-from experiments import common, config, figures
-from lft_jax import baselines
+from experiments import common, config
+from experiments.report import figures
 from lft_jax.attack import ORACLES
 from lft_jax.base import check_at_least, check_name
 from lft_jax.data import class_table, load_source
+from lft_jax.evaluation import baselines
 from lft_jax.tasks.perturbation import LOSSES
 from lft_jax.victims import load_victim
 

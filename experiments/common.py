@@ -16,9 +16,11 @@ import jax
 import numpy as np
 import optax
 
-from lft_jax import checkpoints, comparison, evaluation, meta, oracles, tasks
+from lft_jax import evaluation, meta, oracles, tasks
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.data import load_source
+from lft_jax.evaluation import comparison
+from lft_jax.meta import checkpoints
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.victims import Victim, load_victim
@@ -118,7 +120,7 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
 
 
 def make_target(path: str, seen: bool, config: TaskConfig, data_dir: str | None = None) -> comparison.Target:
-    """A stored victim as a target of `lft_jax.comparison`."""
+    """A stored victim as a target of `lft_jax.evaluation.comparison`."""
     victim = load_victim(path)
     families = [make_family(victim, split, config, data_dir) for split in ("train", "validation", "test")]
     return comparison.Target(victim.card["source"], Path(path).name, seen, *families)

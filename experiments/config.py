@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from lft_jax.data.cache import user_folder
+from lft_jax.data._cache import user_folder
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

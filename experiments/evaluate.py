@@ -11,9 +11,10 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from experiments import common, config, figures, meta_train, tables
-from lft_jax import comparison
+from experiments import common, config, meta_train
+from experiments.report import figures, tables
 from lft_jax.data import load_source
+from lft_jax.evaluation import comparison
 from lft_jax.victims import load_victim
 
 

@@ -18,13 +18,16 @@ import jax
 import optax
 
 from experiments import common, config
-from lft_jax import baselines, comparison, evaluation, learners, meta, pretrained, rules, run, sampling, tasks
+from lft_jax import evaluation, learners, meta, pretrained, tasks
 from lft_jax.base import Learner, check_name
-from lft_jax.directions import BASES
-from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
-from lft_jax.features import FEATURES
-from lft_jax.imitation import Imitation
-from lft_jax.outer_loss import STEP_WEIGHTS
+from lft_jax.evaluation import baselines, comparison
+from lft_jax.meta import run
+from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
+from lft_jax.meta.imitation import Imitation
+from lft_jax.meta.outer_loss import STEP_WEIGHTS
+from lft_jax.optimizers import rules, sampling
+from lft_jax.optimizers.features import FEATURES
+from lft_jax.oracles.directions import BASES
 from lft_jax.victims import load_victim
 
 LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_sgd", "joint")

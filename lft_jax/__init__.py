@@ -1,20 +1,20 @@
 """Learned fine-tuners for incongruous few-shot learning, and the universal perturbations that they craft."""
 
-from lft_jax import learners
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
-from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
-from lft_jax.fine_tune import fine_tune, fine_tune_step
-from lft_jax.imitation import Imitation
-from lft_jax.meta import MetaState, MetaTrainer, clipped_adam, meta_trainer
+from lft_jax.meta import learners
+from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
+from lft_jax.meta.imitation import Imitation
+from lft_jax.meta.trainer import MetaState, MetaTrainer, clipped_adam, meta_trainer
+from lft_jax.optimizers.fine_tuning import fine_tune, fine_tune_step
+from lft_jax.optimizers.rules import MomentumStart, Rule, coordinate_lstm, spatial_lstm
+from lft_jax.optimizers.transform import LearnedFineTunerState, learned_fine_tuner
 from lft_jax.oracles import zeroth_order_value_and_grad
 from lft_jax.pretrained import list_pretrained, load_pretrained
-from lft_jax.rules import MomentumStart, Rule, coordinate_lstm, spatial_lstm
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import UapFamily, uap_family
 from lft_jax.tasks.waves import WaveSearch
-from lft_jax.transform import LearnedFineTunerState, learned_fine_tuner
 
 __all__ = [
     "AttackLoss",

@@ -11,7 +11,7 @@ import optax
 
 from lft_jax import base, oracles
 from lft_jax.data import check_images_labels, unit_range
-from lft_jax.fine_tune import fine_tune_step
+from lft_jax.optimizers.fine_tuning import fine_tune_step
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb

@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
 
 
 #: `(theta, key) -> Estimate`. First-order oracles ignore the key. Zeroth-order ones also take keywords, how their
-#: directions are spread (`lft_jax.covariance`).
+#: directions are spread (`lft_jax.oracles.covariance`).
 Oracle = Callable[[PyTree, jax.Array], Estimate]
 
 
@@ -129,7 +129,7 @@ class Learner:
       start: `(params, family, key) -> theta`, the initial optimizee of a task.
       objective: the outer loss: "query" (LFT, MAML: validation data) or "support" (L2O: training data), PAPER "The
         method", "end", half the squared distance of a learned start from where fine-tuning ends (Reptile), or
-        "teacher", the distance of its updates from another's (`lft_jax.imitation`).
+        "teacher", the distance of its updates from another's (`lft_jax.meta.imitation`).
       second_order: whether meta-gradients flow through the inner gradients.
       adaptation_steps: gradient steps that the meta-parameters themselves take on a task's support set first.
       adaptation_rate: learning rate of those.

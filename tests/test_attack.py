@@ -17,8 +17,8 @@ from lft_jax import (
     universal_perturbation,
 )
 from lft_jax.attack import stored_second_loss
+from lft_jax.optimizers.rules import MomentumStart, coordinate_lstm
 from lft_jax.pretrained import save_rule
-from lft_jax.rules import MomentumStart, coordinate_lstm
 from lft_jax.tasks.perturbation import perturb
 
 RNG = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """Image sources and the checks and index tables that episodes are drawn with."""
 
 from lft_jax.data.checks import check_images_labels, class_table, unit_range
-from lft_jax.data.drawing import draw_rows, resized
+from lft_jax.data.episodes import draw_rows, resized
 from lft_jax.data.sources import EMBEDDED, SPLITS, ImageSource, load_source
 
 __all__ = [

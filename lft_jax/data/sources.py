@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lft_jax import base
-from lft_jax.data.cache import cached
+from lft_jax.data._cache import cached
 from lft_jax.data.checks import check_images_labels, class_table
 
 SPLITS = ("train", "validation", "test")
@@ -60,7 +60,7 @@ def load_source(
     if name in EMBEDDED:
         images, labels = _digits() if name == "digits" else _mnist_5k(cache_dir)
         return _part(name, images, labels, EMBEDDED[name], split)
-    from lft_jax.data import prepared
+    from lft_jax.data import _tfds as prepared
 
     return ImageSource(name, *prepared.load(name, split, data_dir, cache_dir))
 

@@ -11,9 +11,9 @@ import jax
 import optax
 
 from lft_jax import base
-from lft_jax.rules import Rule, rule_from_dict, rule_to_dict
-from lft_jax.transform import learned_fine_tuner
-from lft_jax.weights import read_weights, save_weights
+from lft_jax._files import read_arrays, save_arrays
+from lft_jax.optimizers.rules import Rule, rule_from_dict, rule_to_dict
+from lft_jax.optimizers.transform import learned_fine_tuner
 
 PyTree = Any
 _FOLDER = Path(__file__).parent
@@ -65,7 +65,7 @@ def save_rule(path: str | os.PathLike[str], params: PyTree, rule: Rule, card: Ma
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(path, params)
+    save_arrays(path, params)
     text = json.dumps({**card, "rule": rule_to_dict(rule)}, indent=1)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
@@ -92,7 +92,7 @@ def _load(path, weights, description):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"name: the card of {path} does not describe a rule ({error}).") from error
     try:
-        params = read_weights(weights, jax.eval_shape(rule.init, jax.random.key(0)))
+        params = read_arrays(weights, jax.eval_shape(rule.init, jax.random.key(0)))
     except ValueError as error:
         raise ValueError(f"name: {path} {error}.") from error
     return params, rule, learned_fine_tuner(params, rule)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lft_jax import base
+from lft_jax._layers import conv_by_patches, max_pool
 from lft_jax.base import PyTree
-from lft_jax.victims.layers import conv_by_patches, max_pool
 
 #: Customary widths: maps of a convolution, units of a hidden layer.
 WIDTHS = {"linear": 0, "mlp": 32, "conv4": 16}

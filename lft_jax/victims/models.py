@@ -10,7 +10,34 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lft_jax import base
-from lft_jax.victims.layers import Conv, max_pool
+from lft_jax._layers import conv, max_pool
+
+
+class Conv(nn.Module):
+    """`conv` with a learned kernel `[k, k, I, features]` and, unless `use_bias` is False, a bias `[features]`.
+
+    Attributes:
+      features: output channels.
+      size: k, odd.
+      stride: 1 or 2.
+      use_bias: whether a bias is added; a batch norm right after makes one useless.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """`[N, H, W, I]` -> `[N, ceil(H / stride), ceil(W / stride), features]`."""
+        shape = (self.size, self.size, images.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_uniform(), shape, jnp.float32)
+        outputs = conv(images, kernel, stride=self.stride)
+        if not self.use_bias:
+            return outputs
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        return outputs + bias[None, None, None]
 
 
 class SmallCNN(nn.Module):

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lft_jax import base
-from lft_jax.checkpoints import replace_directory
+from lft_jax._files import load_arrays, replace_directory, save_arrays
 from lft_jax.victims.models import build_model
 from lft_jax.victims.training import apply_function
-from lft_jax.weights import load_weights, save_weights
 
 _WEIGHTS = "variables.safetensors"
 _NEEDED = ("architecture", "num_classes", "image_shape")
@@ -56,7 +55,7 @@ def save_victim(path: str | os.PathLike, victim: Victim) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         whole = Path(scratch) / "victim"
         whole.mkdir()
-        save_weights(whole / _WEIGHTS, victim.variables)
+        save_arrays(whole / _WEIGHTS, victim.variables)
         (whole / "card.json").write_text(json.dumps(victim.card, indent=2) + "\n")
         replace_directory(whole, path)
 
@@ -76,7 +75,7 @@ def load_victim(path: str | os.PathLike) -> Victim:
         model = build_model(card["architecture"], card["num_classes"])
         image = jax.ShapeDtypeStruct((1, *card["image_shape"]), jnp.float32)
         like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), image)
-        variables = load_weights(Path(path) / _WEIGHTS, dict(like))
+        variables = load_arrays(Path(path) / _WEIGHTS, dict(like))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"path: the victim at {path} is damaged ({error}). {hint}") from error
     return Victim(variables, card)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from lft_jax.data import SPLITS, load_source, prepared
-from lft_jax.data.cache import cached
+from lft_jax.data import SPLITS, load_source
+from lft_jax.data import _tfds as prepared
+from lft_jax.data._cache import cached
 
 needs_tfds = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
 # TFDS says at import that TensorFlow is absent, and what reads for it uses deprecated calls.

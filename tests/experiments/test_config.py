@@ -6,22 +6,17 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import (
+from experiments import attack, config, evaluate, meta_train, quickstart, train_victim
+from experiments.report import render
+from experiments.studies import (
     ablation,
-    attack,
     breadth,
     classification,
-    config,
     directions,
-    evaluate,
-    meta_train,
-    quickstart,
-    render,
     ship,
     sine,
     study,
     theory_gap,
-    train_victim,
     victims,
     zo_l2l,
 )

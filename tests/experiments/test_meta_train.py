@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from experiments import meta_train
-from lft_jax import baselines, rules
-from lft_jax.estimators import EvolutionStrategies, PersistentEvolutionStrategies
+from lft_jax.evaluation import baselines
+from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
+from lft_jax.optimizers import rules
 
 
 def flags(**changes):

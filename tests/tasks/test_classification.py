@@ -9,15 +9,15 @@ import pytest
 from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
+from lft_jax.victims.layers import conv_by_patches
 
-from lft_jax import learners
-from lft_jax.evaluation import evaluate
-from lft_jax.meta import meta_trainer
-from lft_jax.rules import coordinate_lstm
+from lft_jax.evaluation.metrics import evaluate
+from lft_jax.meta import learners
+from lft_jax.meta.trainer import meta_trainer
+from lft_jax.optimizers.rules import coordinate_lstm
 from lft_jax.tasks.classification import classification_family
 from lft_jax.tasks.networks import apply_network
 from lft_jax.tasks.perturbation import Batch
-from lft_jax.victims.layers import conv_by_patches
 
 RNG = np.random.default_rng(0)
 # Every image tells its number and so its label, also when it is scaled.

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners
-from lft_jax.evaluation import evaluate
+from lft_jax.evaluation.metrics import evaluate
+from lft_jax.meta import learners
 from lft_jax.tasks.regression import sine_family
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lft_jax import WaveSearch, evaluation, oracles, uap_family
-from lft_jax.baselines import make_baselines
+from lft_jax.evaluation.baselines import make_baselines
 from lft_jax.tasks.waves import _wave
 
 KEY = jax.random.key(0)

@@ -7,7 +7,6 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lft_jax.victims.layers import Conv, conv, max_pool
 
 

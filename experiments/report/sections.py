@@ -1,0 +1,253 @@
+"""All other results as Markdown, a section each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.report.tables import origin, shown_steps
+
+
+def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """A pretrained rule away from what it was trained on."""
+    del figures
+    flags, rows = results["flags"], results["rows"]
+    methods = list(rows[0]["methods"])
+    lines = [
+        f"## `{flags['optimizer']}` away from its training",
+        "",
+        f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks against victims that "
+        "meta-training did not see. PGD is tuned for each line on validation tasks; the start is what the rule's "
+        "output is added to, alone. Sizes that no victim has are those of stored victims that see their images scaled "
+        "down, fewer classes those whose other logits are left out. "
+        f"{origin(results, path)}",
+        "",
+        "| victim | image | classes | images a class | epsilon | K | " + " | ".join(methods) + " | minus tuned PGD |",
+        "|---" * (7 + len(methods)) + "|",
+    ]
+    for row in rows:
+        height, width, channels = row["image_shape"]
+        cells = [row["victim"], f"{height}x{width}x{channels}", row["classes"], row["shots"], f"x {row['factor']}"]
+        cells += [row["num_steps"]]
+        found = [row["methods"][name] for name in methods]
+        cells += [f"{100 * m['asr']:.1f} ± {100 * m['interval']:.1f}" for m in found]
+        cells += ["{:+.1f} ± {:.1f}".format(*(100 * x for x in found[-1]["difference_to_tuned_pgd"]))]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """What each part of the fine-tuner is worth."""
+    del figures
+    flags, rows = results["flags"], results["rows"]
+    # Before there were flags for them there was one seed, and all was meta-trained on small CNNs.
+    base, seeds, trained = rows[0]["variant"], flags.get("seeds", 1), flags.get("architectures", ["small_cnn"])
+    lines = [
+        f"## What the parts are worth: {flags['study']}",
+        "",
+        f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims, after "
+        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on victims of "
+        + (f"the architecture {', '.join(trained)}, " if trained else "all the study's architectures, ")
+        + (f"mean over {seeds} meta-training seeds" if seeds > 1 else "one seed")
+        + f". In brackets, paired with `{base}`, the difference after the last step and its 95% interval over the tasks"
+        + (", and that of each seed" if seeds > 1 else "")
+        + (f". Radii by default, but {', '.join(flags['epsilon'])}" if flags.get("epsilon") else "")
+        + f". What the variants are stands in `experiments/ablation.py`. {origin(results, path)}",
+        "",
+    ]
+    victims = list(dict.fromkeys(row["victim"] for row in rows))
+    lines += [
+        "| variant | steps | queries | " + " | ".join(f"{v}, {k}" for v in victims for k in ("first", "last")) + " |",
+        "|---" * (3 + 2 * len(victims)) + "|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        of_variant = [row for row in rows if row["variant"] == variant]
+        cells = [str(of_variant[0]["at"][-1]), f"{of_variant[0]['queries']:.0f}"]
+        for row in of_variant:
+            change = "" if variant == base else f" ({_difference(row)})"
+            cells += [f"{100 * row['asr'][0]:.1f}", f"{100 * row['asr'][-1]:.1f}{change}"]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def directions_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """How many directions a step are best for each method."""
+    del figures
+    flags, rows = results["flags"], results["rows"]
+    lines = [
+        "## Directions a step",
+        "",
+        f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks, after "
+        f"{flags['evaluations']} evaluations of every support image in all, by the number of zeroth-order directions a "
+        "step and, in brackets, the steps that leaves. Baselines (sgd is ZO-SGD, pgd ZO-signSGD, adam ZO-Adam, adamm "
+        f"ZO-AdaMM) are tuned for each number on {flags['num_validation']} validation tasks of the victim. The LFT is "
+        f"`{flags['learned']}`, meta-trained at {flags['meta_trained_at']} directions. It, and what is augmented, "
+        "augment the support images, search plane waves for a start and try directions of each image's own on tiles; "
+        f"smoothing is {flags['smoothing']} for all. {origin(results, path)}",
+        "",
+        "| victim | method | " + " | ".join(f"q = {count}" for count in flags["directions"]) + " |",
+        "|---" * (2 + len(flags["directions"])) + "|",
+    ]
+    for victim, method in dict.fromkeys((row["victim"], row["method"]) for row in rows):
+        found = [row for row in rows if (row["victim"], row["method"]) == (victim, method)]
+        cells = [f"{100 * row['asr']:.1f} ± {100 * row['interval']:.1f} ({row['steps']})" for row in found]
+        lines.append(f"| `{victim}` | {method} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def _difference(row):
+    mean, width = (100 * x for x in row["difference"])
+    seeds = [f"{100 * x:+.1f}" for x in row.get("seed_differences", [])]
+    return f"{mean:+.1f} ± {width:.1f}" + (f": {', '.join(seeds)}" if len(seeds) > 1 else "")
+
+
+def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """Sine regression: mean squared errors by network and method."""
+    flags, rows = results["flags"], results["rows"]
+    lines = [
+        "## Sine regression",
+        "",
+        f"Mean squared error on 100 points of a curve after steps on 10 others, mean ± 95% interval over "
+        f"{flags['num_tasks']} curves, and the mean of {len(flags['seeds'])} meta-training seeds. The LFT is one, "
+        f"meta-trained on networks of all {len(flags['widths'])} widths together; it, SGD and Adam start from random "
+        f"weights. {origin(results, path)}",
+        "",
+    ]
+    for width in dict.fromkeys(row["width"] for row in rows):
+        lines += [f"Network of two layers of {width}:", ""]
+        lines += _curve_lines([row for row in rows if row["width"] == width], "error", "{:.3f}", "{:+.3f}")
+    lines += [
+        "Published, as recalled, for curves whose frequency varies too (Meta-SGD, Li et al. 2017, table 1: after one "
+        f"step, 100 curves), and obtained on such curves in {flags['published_steps']} meta-steps of 4 tasks:",
+        "",
+        "| method | published | after 1 step | after 10 steps |",
+        "|---|---|---|---|",
+    ]
+    for row in results["published"]:
+        cells = ["{:.2f} ± {:.2f}".format(*row["published_error"])]
+        cells += [_plus_minus(row["error"][k], row["error_interval"][k], "{:.3f}", "{:.3f}") for k in (0, -1)]
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"![errors]({figures}.png)", "", ""])
+
+
+def zo_l2l_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """Attacks on single images by queries: losses by method, the best first."""
+    flags, victim, rows = results["flags"], results["victim"], results["rows"]
+    last = len(rows[0]["loss"])
+    shown = [*(k for k in (20, 50, 100) if k < last), last]
+    lines = [
+        "## Attacks on single images by queries: ZO-L2L's experiment",
+        "",
+        f"Loss, the hinge on log-probabilities plus 0.1 of the l1 distance, of attacks on {flags['images']} images of "
+        f"`{victim['source']}` against a `{victim['architecture']}`, the one of the meta-training, {flags['runs']} on "
+        "each: mean ± 95% interval over the runs, of the mean over the images; fooled images after the last step; and "
+        "the difference to the UpdateRNN alone, ± 95% interval over the images. Estimates are made of 20 Gaussian "
+        "directions, forward. Learning rates are the published ones and those tuned on training images. Where this "
+        "differs from the authors' code is said in `experiments/zo_l2l.py`. "
+        f"{origin(results, path)}",
+        "",
+        "| loss | "
+        + " | ".join(f"step {k}" for k in shown)
+        + " | mean of all steps | fooled, % | l1 | queries | minus the UpdateRNN's |",
+        "|---" * (len(shown) + 6) + "|",
+    ]
+    for row in rows:
+        cells = [f"{row['loss'][k - 1]:.2f} ± {row['loss_interval'][k - 1]:.2f}" for k in shown]
+        cells += [f"{_mean_loss(row):.2f}", f"{100 * row['success'][-1]:.0f}"]
+        cells += [f"{row['l1']:.1f}", f"{row['queries'][-1]:.0f}"]
+        cells.append("{:+.2f} ± {:.2f}".format(*row["difference_to_update_rnn"]))
+        rate = f", learning rate {row['rate_times_d']:g} / d" if "rate_times_d" in row else ""
+        lines.append(f"| {row['method']}{rate} | " + " | ".join(cells) + " |")
+    for name, key in (("the last step's loss", lambda row: row["loss"][-1]), ("the mean of all steps", _mean_loss)):
+        order = " < ".join(row["method"] for row in sorted(rows, key=key))
+        lines += ["", f"By {name}: {order}."]
+    return "\n".join([*lines, "", f"![losses]({figures}.png)", "", ""])
+
+
+def _mean_loss(row):
+    return sum(row["loss"]) / len(row["loss"])
+
+
+def classification_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """Few-shot classification: accuracies by kind of tasks and method."""
+    flags, rows = results["flags"], results["rows"]
+    tried = {row["method"]: row["settings_tried"] for row in rows if row.get("settings_tried", 1) > 1}
+    tried = ", ".join(f"{method} {count}" for method, count in tried.items())
+    lines = [
+        "## Few-shot classification",
+        "",
+        f"Accuracy, %, on other images after steps on {flags['shots']} images of each of {flags['ways']} classes, mean "
+        f"± 95% interval over {flags['num_tasks']} tasks, and the mean of {len(flags['seeds'])} meta-training seeds "
+        "(in brackets their range). Tasks are of classes and images that meta-training did not see. The LFT, SGD and "
+        "Adam start from random weights, all others from a learned initialization. Settings are the best of so many on "
+        f"validation tasks, which are of the classes of meta-training, inner rates with the first seed: {tried}. The "
+        f"LFT's are not tuned. Tasks are named source:size:architecture:width. {origin(results, path)}",
+        "",
+    ]
+    for part, case in dict.fromkeys((row["part"], row["case"]) for row in rows):
+        alone = "Congruous, each learner meta-trained on these tasks alone"
+        together = f"Incongruous, one LFT meta-trained on all {len(flags['incongruous'])} kinds of tasks together"
+        lines += [f"{alone if part == 'congruous' else together}; `{case}`:", ""]
+        of_case = [row for row in rows if (row["part"], row["case"]) == (part, case)]
+        lines += _curve_lines(of_case, "accuracy", "{:.1f}", "{:+.1f}", factor=100)
+    return "\n".join([*lines, f"![accuracies]({figures}.png)", "", ""])
+
+
+def _curve_lines(rows, metric, number, signed, factor=1):
+    """A table of what methods have after some steps, and of their differences to SGD and Adam."""
+    shown = shown_steps(range(1, 1 + len(rows[0][metric])))
+    head = [f"{k} step{'s' if k > 1 else ''}" for k in shown]
+    lines = [f"| method | {' | '.join(head)} | minus SGD | minus Adam |", "|---" * (len(shown) + 3) + "|"]
+    for row in rows:
+        pairs = [(row[metric][k - 1], row[f"{metric}_interval"][k - 1]) for k in shown]
+        cells = [_plus_minus(*pair, number, number, factor) for pair in pairs]
+        seeds = [number.format(factor * x) for x in row.get("seed_accuracy", ())]
+        if len(seeds) > 1:
+            cells[-1] += f" ({min(seeds, key=float)} to {max(seeds, key=float)})"
+        for name in ("sgd", "adam"):
+            cells.append(_plus_minus(*row[f"difference_to_{name}"], signed, number, factor))
+        setting = row.get("setting", {key: row[key] for key in ("learning_rate",) if key in row})
+        named = "".join(f", {key.replace('_', ' ')} {value}" for key, value in setting.items())
+        lines.append(f"| {row['method']}{named} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _plus_minus(mean, width, number, of_width, factor=1):
+    return "not finite" if mean is None else f"{number.format(factor * mean)} ± {of_width.format(factor * width)}"
+
+
+def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """The gap between the meta-gradients of LFT and L2O against the number of images."""
+    flags, victim = results["flags"], results["victim"]
+    lines = [
+        "## The gap between LFT and L2O",
+        "",
+        f"Norms of meta-gradients on tasks of `{victim['source']}` against a `{victim['architecture']}`, K = "
+        f"{flags['num_steps']}, {flags['ways']} classes, means over {flags['num_tasks']} tasks; the rule is "
+        f"`{flags['rule']}`, as it was shipped at that commit and with weights that were not meta-trained. "
+        f"{origin(results, path)}",
+        "",
+    ]
+    for name, rows in results["rows"].items():
+        decay = results.get("decay", {}).get(name)  # a single number of images has none
+        falls = decay and (
+            ": the gap on a task falls with the number of images to the power of "
+            f"-{decay['exponent']:.3f} (95% interval {decay['low']:.3f} to {decay['high']:.3f})"
+        )
+        lines += [
+            f"**{name}**{falls or ''}.",
+            "",
+            "| support = query images | gap on a task | LFT's meta-gradient on a task | gap of the means | LFT's mean "
+            "meta-gradient | std of the support gradient | of the query gradient |",
+            "|---" * 7 + "|",
+        ]
+        for row in rows:
+            numbers = [
+                row["gaps"]["mean"],
+                row["norms"]["mean"],
+                row["mean_gap"],
+                row["mean_norm"],
+                row["support_variance"]["mean"] ** 0.5,
+                row["query_variance"]["mean"] ** 0.5,
+            ]
+            lines.append(f"| {row['images']} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |")
+        lines.append("")
+    return "\n".join([*lines, f"![gap]({figures}.png)", "", ""])

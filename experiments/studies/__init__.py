@@ -1,0 +1,1 @@
+"""Studies: what is meta-trained and compared for the results files, one binary each."""

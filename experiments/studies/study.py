@@ -1,0 +1,224 @@
+r"""A study on real images: meta-trains what it compares, then attacks victims that meta-training never saw.
+
+  python -m experiments.studies.victims
+  python -m experiments.studies.study --study=hard --attacked=mnist --output=results/hard/mnist.json
+
+Runs are kept in --workdir, so a study that was stopped goes on where it was, and another of the same runs has only
+to attack. --only=lft/mnist+cifar10 makes and compares some of its runs. How much is measured stands under `protocol` in
+the results file.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from experiments import config, evaluate, meta_train
+from experiments.studies import victims
+from lft_jax.base import check_at_least, check_name
+
+_BOTH = ("mnist", "cifar10")
+_ATTACKED = (*_BOTH, "digits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is meta-trained.
+
+    Attributes:
+      learner: as for experiments.meta_train.
+      sources: whose victims it is trained on.
+      seeds: meta-training seeds, from 0: so many runs of it.
+      settings: its own besides the study's, of experiments.meta_train.
+    """
+
+    learner: str
+    sources: tuple[str, ...]
+    seeds: int = 3
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As --only takes it."""
+        return f"{self.learner}/{'+'.join(self.sources)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    Attributes:
+      runs: what it compares.
+      meta: settings of every run, of experiments.meta_train.
+      protocol: settings of the comparison, of experiments.evaluate.
+      rule: settings of the runs that learn an update rule.
+      of: the study whose runs these are, if it has none of its own.
+    """
+
+    runs: tuple[Run, ...]
+    meta: dict[str, Any]
+    protocol: dict[str, Any]
+    rule: dict[str, Any] = dataclasses.field(default_factory=dict)
+    of: str | None = None
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """All settings of a run, its own before the study's."""
+        return {**self.meta, **(self.rule if run.learner in meta_train.RULE_LEARNERS else {}), **run.settings}
+
+
+_LFT, _L2O = Run("lft", _BOTH), Run("l2o", _BOTH)
+
+
+def _alone(learner, seeds=3, **settings):
+    """Runs on each source alone, as initializations must be: they have the shape of its images."""
+    return tuple(Run(learner, (source,), seeds, settings) for source in _BOTH)
+
+
+def _maml(*inner_steps, **settings):
+    """MAML on each source, its inner step chosen on meta-validation victims of that source.
+
+    From 0.2, 0.5 and 0.8 in a ball, from 0.02, 0.05, 0.2 and 0.5 with a penalty, and from 0.1, 0.3 and 0.8 without
+    gradients.
+    """
+    return tuple(
+        Run("maml", (source,), settings={"inner_step": step, **settings})
+        for source, step in zip(_BOTH, inner_steps, strict=True)
+    )
+
+
+_META = {"meta_steps": 150, "validation_tasks": 0}
+_PROTOCOL = {
+    "at": (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20),
+    "num_tasks": 100,
+    "num_validation": 10,
+    "oracle_steps": 200,
+    "oracle_targeted": True,
+}
+# MNIST's unseen victims are weaker than the others: there it is at 0.2 that a full-data UAP fools about four in five.
+_BALL = {**_PROTOCOL, "epsilon": ("mnist=0.2",)}
+# Chosen on meta-validation victims. The hinge, since with the cross-entropy one victim that is fooled beyond doubt
+# outweighs all others; a small first step, since large ones undo the wave.
+_QUERY = {
+    "validation_tasks": 0,
+    "meta_steps": 75,
+    "meta_learning_rate": 3e-3,
+    "loss": "hinge",
+    "num_directions": 6,
+    "per_example": True,
+    "resolution": 16,
+    "smoothing": 0.05,
+    "waves": 160,
+}
+# An initialization is what a search would find instead: its evaluations go to directions, 400 in all as for the others.
+_NO_SEARCH = {"waves": 0, "num_directions": 10}
+_ONE_L2O = dataclasses.replace(_L2O, seeds=1)
+_HARD = Study((_LFT, _L2O, *_alone("lft"), *_maml(0.5, 0.5), *_alone("joint")), _META, _BALL)
+STUDIES = {
+    # All ten classes, one image of each, exact gradients, linf ball.
+    "hard": _HARD,
+    # The same fine-tuners on five images of each class, which they were not meta-trained on.
+    "five_images": dataclasses.replace(_HARD, protocol={**_BALL, "shots": 5, "num_validation": 5}, of="hard"),
+    # The same with a second loss, meta-trained at the radius that MNIST is attacked at.
+    "two_losses": Study(
+        (_LFT, _ONE_L2O, *_alone("lft", 1), *_alone("maml", 1)),
+        {**_META, "epsilon": ("mnist=0.2",), "second_loss": "dominant"},
+        _BALL,
+        {"features": ("momentum", "second", "spread", "constraint", "progress", "context")},
+    ),
+    # The update rules of "hard", meta-trained at the radius that MNIST is attacked at, whose hand-made update is along
+    # the gradient instead of its sign. Its step and momentum were chosen on meta-validation victims.
+    "gradient_start": Study(
+        (_LFT, _ONE_L2O),
+        {**_META, "epsilon": ("mnist=0.2",)},
+        _BALL,
+        {"start": "gradient", "start_step": 1.0, "start_decay": 0.9},
+    ),
+    # The same without gradients: 400 evaluations of the support images, 160 of them for a start.
+    "query": Study(
+        (_LFT, _L2O, *_alone("lft"), *_maml(0.1, 0.8, **_NO_SEARCH), *_alone("joint", **_NO_SEARCH)),
+        _QUERY,
+        {**_BALL, "num_validation": 5, "methods": ("momentum_pgd", "sgd", "adam", "uap_sgd", "adamm")},
+        {"start_step": 0.1, "start_decay": 0.9},
+    ),
+    # Exact gradients in an l2 ball: the meta-test of the shipped rule.
+    "l2": Study(
+        (_LFT,),
+        {**_META, "norm": "l2"},
+        {**_PROTOCOL, "methods": ("momentum_pgd",), "transfer": False},
+    ),
+    # The paper's tasks, not its rule: two classes, two images of each, hinge and a penalty on the l1 norm. Confidence,
+    # first step and weights were chosen on meta-validation victims: without a confidence the norm outweighs success.
+    "paper": Study(
+        (_LFT, _L2O, *_alone("lft"), *_maml(0.05, 0.2), *_alone("joint")),
+        {**_META, "meta_steps": 120, "ways": 2, "shots": 2, "queries": 5, "norm": "l1", "penalty": 0.01}
+        | {"loss": "hinge", "support_loss": "hinge", "kappa": 5.0, "weights": "linear"},
+        {**_PROTOCOL, "queries": 10},
+        {"start_step": 0.3},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    study: str = config.option("hard", "Which study.", tuple(STUDIES))
+    seeds: int = config.option(3, "Meta-training seeds at most; some runs have fewer.")
+    only: tuple[str, ...] = config.option((), "Names of the runs to make and to compare; all if empty.")
+    attacked: tuple[str, ...] = config.option(
+        _ATTACKED, "Sources whose unseen victims are attacked, or names of such victims; none to train only."
+    )
+    victims: str = config.option("victims", "Folder of the victims, made by experiments.studies.victims.")
+    workdir: str = config.option("runs/studies", "Folder for the meta-training runs.")
+    output: str | None = config.option(None, "Results file; results/STUDY/results.json if not given.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+def study(flags: Config) -> None:
+    """Makes the runs that are missing and compares them all."""
+    check_at_least("seeds", flags.seeds, 1)
+    chosen = STUDIES[flags.study]
+    folder = Path(flags.workdir, chosen.of or flags.study)
+    known = {run.name: run for run in chosen.runs}
+    if unknown := sorted(set(flags.only) - known.keys()):
+        raise ValueError(f"only: {flags.study} has no run {', '.join(unknown)}, only {', '.join(known)}.")
+    learned = []
+    for seed in range(flags.seeds):  # every run once before any of them again
+        for name in flags.only or known:
+            run, workdir = known[name], folder / f"{name.replace('/', '_')}_{seed}"
+            if seed >= run.seeds:
+                continue
+            print(f"meta-training {name}, seed {seed}")
+            meta_train.meta_train(
+                meta_train.Config(
+                    victims=tuple(p for source in run.sources for p in victims.paths(source, "train", flags.victims)),
+                    workdir=str(workdir),
+                    learner=run.learner,
+                    seed=seed,
+                    data_dir=flags.data_dir,
+                    **chosen.settings(run),
+                )
+            )
+            learned.append(str(workdir))
+    attacked = [path for name in flags.attacked for path in _unseen(name, flags.victims)]
+    if not attacked:
+        return
+    evaluate.evaluate(
+        evaluate.Config(
+            learned=tuple(learned),
+            victims=tuple(attacked),
+            output=flags.output or f"results/{flags.study}/results.json",
+            data_dir=flags.data_dir,
+            **chosen.protocol,
+        )
+    )
+
+
+def _unseen(name, folder):
+    """The unseen victims of a source, or the one of that name."""
+    unseen = {source: victims.paths(source, "unseen", folder) for source in victims.RECIPES}
+    single = {Path(path).name: (path,) for paths in unseen.values() for path in paths}
+    return {**single, **unseen}[check_name("attacked", name, [*unseen, *single])]
+
+
+if __name__ == "__main__":
+    config.main(Config, study)

@@ -1,0 +1,90 @@
+r"""Measures how far the meta-gradients of LFT and L2O are apart, against the number of support and query images.
+
+  python -m experiments.train_victim --source=mnist_5k --seed=1000
+  python -m experiments.studies.theory_gap --victim=runs/victims/mnist_5k_small_cnn_1000
+
+Writes a results file and, beside it, a figure. Theory says that the gap on one task falls with the root of the number
+of images: an exponent of 0.5.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import common, config
+from experiments.report import figures
+from lft_jax import learners, pretrained
+from lft_jax.attack import stored_second_loss
+from lft_jax.meta import theory
+from lft_jax.victims import load_victim
+
+QUANTITIES = ("gaps", "norms", "support_variance", "query_variance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    victim: str = config.required("Folder of the victim (experiments.train_victim).")
+    output: str = config.option("results/theory_gap.json", "Results file; the figure is put beside it.")
+    rule: str = config.option("uap-linf", "Meta-trained rule: a pretrained one's name or a .safetensors file.")
+    shots: tuple[int, ...] = config.option((1, 2, 5, 10, 20, 50, 100), "Support, and query, images a class.")
+    ways: int = config.option(10, "Classes of a task.")
+    num_steps: int = config.option(20, "Fine-tuning steps (K).")
+    num_tasks: int = config.option(60, "Tasks at each number of images.")
+    seed: int = config.option(0, "Of the tasks, and of the weights that are not meta-trained.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+def measure(flags: Config) -> dict:
+    """Runs the measurement and writes its files; returns the results."""
+    victim = load_victim(flags.victim)
+    trained, rule = pretrained.load_pretrained(flags.rule)
+    second_loss = stored_second_loss(flags.rule)
+    learner = learners.lft(rule)
+    weights = {"untrained": rule.init(jax.random.key(flags.seed)), "meta-trained": trained}
+    keys = jax.random.split(jax.random.key(flags.seed), flags.num_tasks)
+    results = {"provenance": common.provenance([flags.seed]), "victim": victim.card, "flags": dataclasses.asdict(flags)}
+    del results["flags"]["data_dir"]
+    rows: dict[str, list[dict]] = {name: [] for name in weights}
+    gaps: dict[str, list[np.ndarray]] = {name: [] for name in weights}
+    for shots in flags.shots:
+        tasks = common.TaskConfig(ways=flags.ways, shots=shots, queries=shots, augment=False)
+        family = common.make_family(victim, "train", tasks, flags.data_dir)
+        family = dataclasses.replace(family, second_loss=second_loss)
+        for name, params in weights.items():
+            found = theory.meta_gradient_gap(learner, params, family, keys, num_steps=flags.num_steps, batch_size=5)
+            found = jax.tree.map(np.asarray, found)
+            gaps[name].append(found.gaps)
+            rows[name].append(
+                {
+                    "shots": shots,
+                    "images": shots * flags.ways,
+                    **{quantity: _mean(getattr(found, quantity)) for quantity in QUANTITIES},
+                    "mean_gap": float(found.mean_gap),
+                    "mean_norm": float(found.mean_norm),
+                }
+            )
+            print(f"{shots} a class, {name}: gap {found.gaps.mean():.3g}, of the mean {found.mean_gap:.3g}")
+        results["rows"] = rows  # after each number of images: nothing done is lost
+        if len(gaps["untrained"]) > 1:
+            results["decay"] = {
+                name: theory.fit_decay(flags.shots[: len(g)], np.stack(g))._asdict() for name, g in gaps.items()
+            }
+        common.write_json(flags.output, results)
+    for name, decay in results.get("decay", {}).items():
+        print(f"{name}: exponent {decay['exponent']:.3f}, 95% interval {decay['low']:.3f} to {decay['high']:.3f}")
+    figures.theory_gap(results, Path(flags.output).with_suffix(".png"))
+    return results
+
+
+def _mean(values):
+    """Mean over tasks and half its 95% interval."""
+    spread = float(1.96 * values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "interval": spread}
+
+
+if __name__ == "__main__":
+    config.main(Config, measure)

@@ -1,0 +1,101 @@
+r"""Trains the victims of the studies on real images that are missing: ten of three architectures, two of digits.
+
+  python -m experiments.studies.victims --sources=mnist,cifar10
+
+Eight of MNIST and of CIFAR-10 are for meta-training and meta-validation. The others, one of each source of an
+architecture that meta-training never sees, and those of digits are only attacked. A victim is stored when it is ready,
+so a run that was stopped goes on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import config, train_victim
+
+ROLES = ("train", "validation", "unseen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One victim of a study.
+
+    Attributes:
+      role: one of `ROLES`: what the studies use it for.
+      architecture: of `lft_jax.victims.MODELS`.
+      seed: of its training.
+      epochs: of its training, not the same for all, so that some are sharper than others.
+    """
+
+    role: str
+    architecture: str
+    seed: int
+    epochs: int
+
+
+RECIPES = {
+    "mnist": (
+        Recipe("train", "small_cnn", 0, 2),
+        Recipe("train", "small_cnn", 1, 4),
+        Recipe("train", "small_cnn", 2, 6),
+        Recipe("train", "small_cnn", 3, 8),
+        Recipe("train", "lenet", 4, 2),
+        Recipe("train", "lenet", 5, 4),
+        Recipe("validation", "small_cnn", 100, 5),
+        Recipe("validation", "lenet", 101, 3),
+        Recipe("unseen", "small_cnn", 1000, 5),
+        Recipe("unseen", "vgg", 1001, 2),
+    ),
+    "cifar10": (
+        Recipe("train", "small_cnn", 0, 5),
+        Recipe("train", "small_cnn", 1, 8),
+        Recipe("train", "small_cnn", 2, 10),
+        Recipe("train", "small_cnn", 3, 12),
+        Recipe("train", "lenet", 4, 4),
+        Recipe("train", "lenet", 5, 6),
+        Recipe("validation", "small_cnn", 100, 8),
+        Recipe("validation", "lenet", 101, 4),
+        Recipe("unseen", "small_cnn", 1000, 8),
+        Recipe("unseen", "vgg", 1001, 7),
+    ),
+    "digits": (
+        Recipe("unseen", "small_cnn", 1000, 30),
+        Recipe("unseen", "lenet", 1001, 30),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    sources: tuple[str, ...] = config.option(tuple(RECIPES), f"Image sources, of {', '.join(RECIPES)}.")
+    folder: str = config.option("victims", "Folder to store them in.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+def paths(source: str, role: str, folder: str = "victims", architectures: Sequence[str] = ()) -> tuple[str, ...]:
+    """Where the victims of one source and role are stored, of all architectures if none is named."""
+    recipes = [r for r in RECIPES[source] if r.role == role and (not architectures or r.architecture in architectures)]
+    return tuple(_path(folder, source, recipe) for recipe in recipes)
+
+
+def train_missing(flags: Config) -> None:
+    """Trains the victims that are not there yet."""
+    for source in flags.sources:
+        if source not in RECIPES:
+            raise ValueError(f"sources: no victims are planned for {source!r}, choose from {', '.join(RECIPES)}.")
+    for source in flags.sources:
+        for recipe in RECIPES[source]:
+            path = _path(flags.folder, source, recipe)
+            if not Path(path, "card.json").exists():
+                given = {name: getattr(recipe, name) for name in ("architecture", "seed", "epochs")}
+                train_victim.train(train_victim.Config(source=source, output=path, data_dir=flags.data_dir, **given))
+
+
+def _path(folder, source, recipe):
+    return f"{folder}/{source}_{recipe.architecture}_{recipe.seed}"
+
+
+if __name__ == "__main__":
+    config.main(Config, train_missing)

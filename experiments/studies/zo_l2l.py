@@ -1,0 +1,178 @@
+r"""Learning to learn by zeroth-order oracle (ZO-L2L, Ruan et al. 2020, section 4.1): attacks on single MNIST images.
+
+  python -m experiments.studies.zo_l2l
+
+A learned fine-tuner (their UpdateRNN) is meta-trained on raw zeroth-order estimates, then, with its weights kept, a
+sampler (their QueryRNN), which sets the deviations of the directions. They are compared on test images with
+ZO-SGD, ZO-signSGD and ZO-Adam, at the published learning rates and at tuned ones, and with guided ES in the sampler's
+place. All attack the victim that the meta-training saw, as published.
+
+Where this differs from the authors' code: the victim is a small CNN of ours; float32, so a smoothing of 1e-4 instead of
+1e-6; one meta-update a trajectory, of all its windows together, instead of one a window; LSTMs with biases; no penalty
+on the sampler's output; and in testing the sampler is asked at every step, where theirs is at every other, by chance.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import lft_jax
+from experiments import common, config
+from experiments.report import figures
+from lft_jax import evaluation, learners
+from lft_jax.base import Learner
+from lft_jax.data import load_source
+from lft_jax.optimizers import sampling
+from lft_jax.tasks.single_image import SingleImageFamily, single_image_family
+from lft_jax.victims import load_victim
+
+#: Each with its published learning rate, times the number of coordinates d.
+BASELINES = {
+    "zo_sgd": (optax.sgd, 4.0),
+    "zo_signsgd": (optax.sign_sgd, 8.0),
+    "zo_adam": (functools.partial(optax.adam, b1=0.9, b2=0.996), 8.0),
+}
+#: Learning rates tried, times d.
+RATES = tuple(2.0**power for power in range(-1, 9))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of the binary."""
+
+    output: str = config.option("results/zo_l2l.json", "Results file; the figure is put beside it.")
+    victim: str = config.option("victims/mnist_small_cnn_0", "Folder of the victim.")
+    seed: int = config.option(0, "Of the meta-training.")
+    update_steps: int = config.option(500, "Meta-steps of the first stage, a trajectory each.")
+    query_steps: int = config.option(250, "Meta-steps of the second stage, a trajectory each.")
+    output_scale: float = config.option(1.0, "Of the UpdateRNN.")
+    num_steps: int = config.option(200, "Steps of an attack (K).")
+    window: int = config.option(20, "Of truncated backpropagation.")
+    meta_images: int = config.option(1000, "Images of the training split that are meta-trained, and tuned, on.")
+    images: int = config.option(10, "Test images that are attacked.")
+    runs: int = config.option(10, "Attacks on each.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+def zo_l2l(flags: Config) -> dict[str, Any]:
+    """Runs the experiment and writes its files; returns the results."""
+    victim = load_victim(flags.victim)
+    results = {
+        "provenance": common.provenance([flags.seed]),
+        "victim": victim.card,
+        "flags": dataclasses.asdict(flags),
+        "meta_training": {},
+        "rows": [],
+    }
+    del results["flags"]["data_dir"]
+    train, test = (load_source(victim.card["source"], split, data_dir=flags.data_dir) for split in ("train", "test"))
+    count = flags.meta_images
+    family = single_image_family(train.images[:count], train.labels[:count], victim.logits_fn)
+    attacked = single_image_family(test.images[: 20 * flags.images], test.labels[: 20 * flags.images], victim.logits_fn)
+
+    update_rnn = lft_jax.coordinate_lstm(10, 1, features="raw", output_scale=flags.output_scale)
+    update, both = learners.l2o(update_rnn), learners.l2o(update_rnn, sampler=sampling.QUERY_RNN)
+    rule, losses = _meta_trained(update, optax.adam(1e-3), family, flags, flags.update_steps)
+    results["meta_training"]["update_rnn"] = losses
+    stages = {"train": optax.adam(5e-3), "hold": optax.set_to_zero()}
+    second_stage = optax.partition(stages, {"rule": "hold", "sampler": "train"})
+    weights, losses = _meta_trained(both, second_stage, family, flags, flags.query_steps, rule)
+    results["meta_training"]["query_rnn"] = losses
+
+    guided = dataclasses.replace(
+        update,
+        name="guided",
+        optimizer=lambda params: sampling.guided(lft_jax.learned_fine_tuner(params, update_rnn)),
+    )
+    methods = {
+        "update_rnn": (update, rule, {}),
+        "update_rnn + query_rnn": (both, weights, {}),
+        "update_rnn + guided": (guided, rule, {}),
+    }
+    size = family.images[0].size
+    for name, (make, published) in BASELINES.items():
+        learner = learners.fixed(name, make)
+        tried = [_attacks(learner, _rate(c, size), family, flags.images, flags, seed=1) for c in RATES]
+        scores = [float(np.nan_to_num(found["loss"][:, -1].mean(), nan=np.inf)) for found in tried]
+        chosen = RATES[int(np.argmin(scores))]
+        print(f"{name}: learning rate {chosen} / d of {dict(zip(RATES, scores, strict=True))}", flush=True)
+        methods[name] = (learner, _rate(published, size), {"rate_times_d": published})
+        setting = {"rate_times_d": chosen, "settings_tried": len(RATES), "tuning_losses": scores}
+        methods[f"{name} (tuned)"] = (learner, _rate(chosen, size), setting)
+    found = {}
+    for name, (learner, params, setting) in methods.items():
+        each = [
+            _attacks(learner, params, _only(attacked, number), flags.runs, flags, seed=2 + number)
+            for number in range(flags.images)
+        ]
+        found[name] = {metric: np.stack([of_image[metric] for of_image in each]) for metric in each[0]}
+        results["rows"].append({"method": name, **setting, **_row(found[name], found["update_rnn"])})
+        results["rows"].sort(key=lambda row: row["loss"][-1])
+        common.write_json(flags.output, results)  # after each method: nothing done is lost
+        print(f"{name}: {found[name]['loss'][..., -1].mean():.3f}", flush=True)
+    figures.zo_l2l(results, Path(flags.output).with_suffix(".png"))
+    return results
+
+
+def _meta_trained(learner: Learner, optimizer, family, flags, meta_steps, rule=None):
+    """The meta-parameters, starting from the weights of `rule` if given, and the outer losses on the way."""
+    trainer = lft_jax.meta_trainer(
+        learner,
+        [family],
+        num_steps=flags.num_steps,
+        tasks_per_family=1,
+        meta_optimizer=optax.chain(optax.clip(1.0), optimizer),
+        weights="linear",
+        window=flags.window,
+    )
+    state = trainer.init(jax.random.key(flags.seed))
+    if rule is not None:
+        state = state._replace(params={**state.params, "rule": rule})
+    losses = []
+    for step in range(meta_steps):
+        state, metrics = trainer.step(state)
+        losses.append(float(metrics["loss"]))
+        if (step + 1) % 50 == 0:
+            print(f"{learner.name}, meta-step {step + 1}: {np.mean(losses[-50:]):.3f}", flush=True)
+    return state.params, [float(np.mean(part)) for part in np.array_split(losses, max(1, meta_steps // 20))]
+
+
+def _rate(times_d, size):
+    return {"learning_rate": np.float32(times_d / size)}
+
+
+def _only(family: SingleImageFamily, number: int) -> SingleImageFamily:
+    part = slice(number, number + 1)
+    return dataclasses.replace(family, images=family.images[part], labels=family.labels[part])
+
+
+def _attacks(learner, params, family, count, flags, seed):
+    """`{metric: [count, K]}`; the seed is far from those of meta-training."""
+    keys = jax.random.split(jax.random.key(2**31 - seed), count)
+    at = tuple(range(1, flags.num_steps + 1))
+    found = evaluation.evaluate(learner, params, family, keys, num_steps=flags.num_steps, at=at)
+    return {name: np.asarray(values, np.float64) for name, values in found.items()}
+
+
+def _row(found, reference):
+    """Means and intervals of metrics `[images, runs, K]`."""
+    by_run, by_image = found["loss"].mean(0), found["loss"].mean(1)
+    means, widths = zip(*(evaluation.mean_interval(column) for column in by_run.T), strict=True)
+    return {
+        "loss": means,
+        "loss_interval": widths,  # over the runs, of the mean over the images
+        "success": found["success"].mean((0, 1)).tolist(),
+        "queries": found["queries"].mean((0, 1)).tolist(),
+        "final_loss_by_image": by_image[:, -1].tolist(),
+        "difference_to_update_rnn": evaluation.mean_interval(by_image[:, -1] - reference["loss"].mean(1)[:, -1]),
+        **{kind: float(found[kind][..., -1].mean()) for kind in ("l1", "l2", "linf")},
+    }
+
+
+if __name__ == "__main__":
+    config.main(Config, zo_l2l)

@@ -1,0 +1,70 @@
+"""Trees of arrays as safetensors files, which other libraries read too, and directories replaced atomically."""
+
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lft_jax.base import PyTree
+
+
+def save_arrays(path: str | os.PathLike[str], tree: PyTree) -> None:
+    """Writes a tree of arrays; a leaf's name is its path in the tree, joined by dots."""
+    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in _named(tree)}, path)
+
+
+def read_arrays(content: bytes, like: PyTree) -> PyTree:
+    """The tree that a file's content holds.
+
+    Args:
+      content: of a file that `save_arrays` wrote.
+      like: a tree of arrays or `jax.ShapeDtypeStruct` of the structure and shapes expected; the dtypes are its own.
+
+    Raises:
+      ValueError: if it is damaged, or holds other weights than those of `like`; its message wants the file's name
+        before it.
+    """
+    try:
+        stored = safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"cannot be read ({error}); is it truncated?") from error
+    wanted = {name: leaf.shape for name, leaf in _named(like)}
+    found = {name: value.shape for name, value in stored.items()}
+    if wanted != found:
+        raise ValueError(f"holds other weights than expected: {found}, not {wanted}")
+    leaves = [jax.numpy.asarray(stored[name]) for name, _ in _named(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def load_arrays(path: str | os.PathLike[str], like: PyTree) -> PyTree:
+    """`read_arrays` of a file; a ValueError too if there is none."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error})") from error
+    return read_arrays(content, like)
+
+
+def replace_directory(new: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Moves the directory `new` to `path`; one that is there is deleted last, and stays if the move fails."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.is_dir():
+        os.replace(path, aside)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if aside.is_dir():
+            os.replace(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _named(tree):
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]

@@ -1,0 +1,47 @@
+"""Optimizers that fine-tune: the learned one, hand-designed ones, and the loop that runs either.
+
+How the pieces compose::
+
+    gradient --features--> inputs --Rule (a recurrent network)--> step          `features`, `rules`
+    (params, rule) --learned_fine_tuner--> optax transformation                 `transform`
+    optax transformation --learned_sampler, guided--> the same, which also
+        says how the next zeroth-order directions are spread                    `sampling`
+    pgd, adam, ... in units of the constraint                                   `hand_designed`
+    (optax transformation, oracle, theta) --fine_tune--> Trajectory             `fine_tuning`
+
+Anything that steps is an `optax.GradientTransformation`, so nothing downstream knows whether it was learned.
+"""
+
+from lft_jax.optimizers.fine_tuning import Paused, fine_tune, fine_tune_step
+from lft_jax.optimizers.hand_designed import adam, adamm, normalized_gradient, projected_gradient, sgd
+from lft_jax.optimizers.rules import (
+    MomentumStart,
+    Rule,
+    coordinate_lstm,
+    rule_from_dict,
+    rule_to_dict,
+    spatial_lstm,
+)
+from lft_jax.optimizers.sampling import guided, learned_sampler
+from lft_jax.optimizers.transform import LearnedFineTunerState, learned_fine_tuner
+
+__all__ = [
+    "LearnedFineTunerState",
+    "MomentumStart",
+    "Paused",
+    "Rule",
+    "adam",
+    "adamm",
+    "coordinate_lstm",
+    "fine_tune",
+    "fine_tune_step",
+    "guided",
+    "learned_fine_tuner",
+    "learned_sampler",
+    "normalized_gradient",
+    "projected_gradient",
+    "rule_from_dict",
+    "rule_to_dict",
+    "sgd",
+    "spatial_lstm",
+]

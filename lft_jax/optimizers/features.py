@@ -1,0 +1,185 @@
+"""What an update rule sees of each coordinate: small feature sets, joined by name.
+
+A feature set maps one leaf's `Signal` to features `[size, *leaf.shape]` and keeps a state of its own (moments, say).
+All of them are safe at zero gradients: finite, with finite derivatives. An extra argument that the caller did not
+give reads as zero, but for `second`, which then is the gradient itself.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax.base import safe_sqrt
+
+PyTree = Any
+
+LOG_SIGN_P = 10.0  # Andrychowicz et al. 2016, appendix A
+ADAM_DECAYS = (0.9, 0.999)
+MOMENTUM_DECAYS = (0.0, 0.5, 0.9)
+POSITION_HARMONICS = 4
+
+
+class Signal(NamedTuple):
+    """One leaf's part of an update call, in the dtype that the rule computes in.
+
+    Attributes:
+      grad: the gradient of the leaf, any shape.
+      param: like `grad`, the leaf itself, or None.
+      spread: like `grad`, standard deviation of the per-example gradients, or None.
+      context: `[2, *grad.shape]` mean and standard deviation of the support examples, or None.
+      scale: `[]` the size of a coordinate that the feasible set suggests.
+      progress: `[]` the fraction of the fine-tuning steps that are done, in [0, 1).
+      second: like `grad`, the gradient of one of the losses that `grad` is of the sum of, or None.
+      update: like `grad`, the update that followed it, which only a sampler sees (`learned_sampler`), or None.
+    """
+
+    grad: jax.Array
+    param: jax.Array | None
+    spread: jax.Array | None
+    context: jax.Array | None
+    scale: jax.Array
+    progress: jax.Array
+    second: jax.Array | None = None
+    update: jax.Array | None = None
+
+
+class FeatureSet(NamedTuple):
+    """`size` features; `init(leaf) -> state`; `apply(signal, state) -> ([size, *leaf.shape], state)`."""
+
+    size: int
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[[Signal, PyTree], tuple[jax.Array, PyTree]]
+
+
+def root_mean_square(x: jax.Array) -> jax.Array:
+    """`[]`, of all entries of `x`; 0 where it has none."""
+    x, largest = _of_largest(x)
+    return largest * safe_sqrt(jnp.sum(x * x) / max(x.size, 1))
+
+
+def unit_rms(x: jax.Array) -> jax.Array:
+    """`x` divided by the root mean square of all its entries; 0 where `x` is all zeros."""
+    x, _ = _of_largest(x)
+    rms = safe_sqrt(jnp.sum(x * x) / max(x.size, 1))
+    return x / jnp.where(rms > 0, rms, 1)
+
+
+def _of_largest(x):
+    # Divided by its largest entry, so that squaring neither under- nor overflows. What is made of it does not depend on
+    # that divisor, so it may be a constant: its own derivative is infinite at tiny entries.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
+    return x / jnp.where(largest > 0, largest, 1), largest
+
+
+def _stateless(size, features):
+    return FeatureSet(size, lambda leaf: (), lambda signal, state: (features(signal), state))
+
+
+def _raw(signal):
+    return signal.grad[None]
+
+
+def _log_sign(signal):
+    # [max(log|g| / p, -1), clip(g e^p, -1, 1)], with the maximum taken before the log to stay finite at 0.
+    floor = math.exp(-LOG_SIGN_P)
+    magnitude = jnp.log(jnp.maximum(jnp.abs(signal.grad), floor)) / LOG_SIGN_P
+    return jnp.stack([magnitude, jnp.clip(signal.grad / floor, -1, 1)])
+
+
+def _adam_init(leaf):
+    return jnp.zeros((), jnp.int32), jnp.zeros_like(leaf), jnp.zeros_like(leaf)
+
+
+def _adam(signal, state):
+    # RNNProp (Lv et al. 2017): [m_hat / sqrt(v_hat), g / sqrt(v_hat)].
+    count, mean, square = state
+    decay_mean, decay_square = ADAM_DECAYS
+    count = count + 1
+    mean = decay_mean * mean + (1 - decay_mean) * signal.grad
+    square = decay_square * square + (1 - decay_square) * signal.grad**2
+    exponent = count.astype(mean.dtype)
+    root = safe_sqrt(square / (1 - decay_square**exponent)) + 1e-8
+    features = jnp.stack([mean / (1 - decay_mean**exponent) / root, signal.grad / root])
+    return features, (count, mean, square)
+
+
+def _momentum(signal, state):
+    return _momenta(signal.grad, state)
+
+
+def _second(signal, state):
+    return _momenta(signal.grad if signal.second is None else signal.second, state)
+
+
+def _momenta(grad, state):
+    state = tuple(decay * m + grad for decay, m in zip(MOMENTUM_DECAYS, state, strict=True))
+    return jnp.stack([jnp.tanh(unit_rms(m)) for m in state]), state
+
+
+def _no_momenta(leaf):
+    return tuple(jnp.zeros_like(leaf) for _ in MOMENTUM_DECAYS)
+
+
+def _spread(signal):
+    # The mean over the examples in units of its size plus their spread: +-1 where all examples agree, 0 where the
+    # mean is noise.
+    if signal.spread is None:
+        return jnp.zeros_like(signal.grad)[None]
+    size = jax.lax.stop_gradient(jnp.abs(signal.grad) + signal.spread)  # a constant divisor, as in `unit_rms`
+    size = jnp.where(size > 0, size, 1)
+    grad, spread = signal.grad / size, signal.spread / size
+    total = jnp.abs(grad) + spread
+    return (grad / jnp.where(total > 0, total, 1))[None]
+
+
+def _constraint(signal):
+    if signal.param is None:
+        return jnp.zeros_like(signal.grad)[None]
+    return jnp.clip(signal.param / signal.scale, -3, 3)[None]
+
+
+def _progress(signal):
+    return jnp.broadcast_to(signal.progress, (1, *signal.grad.shape))
+
+
+def _position(signal):
+    # Cosines along the first two axes: the same smooth functions of relative position at every size.
+    shape = signal.grad.shape
+    features = []
+    for axis in range(2):
+        length = shape[axis] if axis < len(shape) else 1
+        relative = (np.arange(length) + 0.5) / length  # numpy's, since XLA would compute the cosines in each update
+        along = [length if a == axis else 1 for a in range(len(shape))]
+        for harmonic in range(1, POSITION_HARMONICS + 1):
+            wave = np.cos(np.pi * harmonic * relative) if length > 1 else np.zeros(length)
+            features.append(jnp.broadcast_to(wave.reshape(along).astype(signal.grad.dtype), shape))
+    return jnp.stack(features)
+
+
+def _context(signal):
+    if signal.context is None:
+        return jnp.zeros((2, *signal.grad.shape), signal.grad.dtype)
+    return signal.context
+
+
+def _update(signal):
+    return (jnp.zeros_like(signal.grad) if signal.update is None else signal.update)[None]
+
+
+FEATURES: dict[str, FeatureSet] = {
+    "raw": _stateless(1, _raw),
+    "log_sign": _stateless(2, _log_sign),
+    "adam": FeatureSet(2, _adam_init, _adam),
+    "momentum": FeatureSet(len(MOMENTUM_DECAYS), _no_momenta, _momentum),
+    "second": FeatureSet(len(MOMENTUM_DECAYS), _no_momenta, _second),
+    "spread": _stateless(1, _spread),
+    "constraint": _stateless(1, _constraint),
+    "progress": _stateless(1, _progress),
+    "position": _stateless(2 * POSITION_HARMONICS, _position),
+    "context": _stateless(2, _context),
+    "update": _stateless(1, _update),
+}

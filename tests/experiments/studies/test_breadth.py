@@ -1,0 +1,41 @@
+"""A rule away from its training: victims of other sizes and class counts, and one case as small as it gets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.studies import breadth
+
+VICTIMS = Path(breadth.__file__).parents[2] / "victims"
+VICTIM = str(VICTIMS / "digits_small_cnn_1000")
+
+
+def test_a_case_of_larger_images_and_fewer_classes_is_a_view_of_the_stored_victim():
+    family = breadth.make_family(breadth.Case("digits", side=24, classes=3, factor=0.5), VICTIM, "test", None)
+    assert family.images.shape[1:] == (24, 24, 1)
+    assert set(np.asarray(family.labels).tolist()) == {0, 1, 2}
+    assert float(family.constraint.epsilon) == pytest.approx(0.5 * breadth.RADII["digits"])
+    assert family.logits_fn(family.images[:5]).shape == (5, 3)
+    assert np.mean(np.argmax(family.logits_fn(family.images), 1) == family.labels) > 0.9
+
+
+@pytest.mark.standard_promotion
+def test_every_case_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(breadth, "CASES", (breadth.Case("digits", classes=2, num_steps=2),))
+    monkeypatch.setattr(breadth.evaluation, "tune", lambda baseline, *args, **kwargs: Tuned(baseline.grid[0]))
+    output = tmp_path / "breadth.json"
+    breadth.measure(breadth.Config(num_tasks=2, num_validation=1, victims=str(VICTIMS), output=str(output)))
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["victim"], row["image_shape"], row["classes"]) == ("digits_small_cnn_1000", [8, 8, 1], 2)
+    assert list(row["methods"]) == ["pgd (untuned)", "pgd", "the rule's start, augmented", "uap-linf"]
+    assert all(0 <= method["asr"] <= 1 for method in row["methods"].values())
+    assert row["methods"]["pgd"]["difference_to_tuned_pgd"] == [0, 0]
+
+
+class Tuned:
+    """A grid that was not run."""
+
+    def __init__(self, setting):
+        self.setting = setting

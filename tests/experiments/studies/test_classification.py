@@ -1,0 +1,68 @@
+import json
+
+import numpy as np
+import pytest
+
+from experiments.report import sections
+from experiments.studies import classification
+
+METHODS = {"sgd", "adam", "lft"}
+
+
+@pytest.mark.standard_promotion
+def test_every_method_is_judged_on_the_tasks_it_serves(tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "_SCANNED", 2)
+    monkeypatch.setattr(classification, "NUM_STEPS", 2)
+    monkeypatch.setattr(classification, "_MOST_IMAGES", 20)  # of validation and test alike: one program for both
+    for name, kept in (("GRIDS", ("sgd", "adam")), ("INITIALIZATIONS", ("maml", "joint"))):
+        monkeypatch.setattr(classification, name, {method: getattr(classification, name)[method] for method in kept})
+    flags = classification.Config(
+        output=str(tmp_path / "few.json"),
+        congruous="digits:4:linear",
+        incongruous=("digits:4:linear", "digits:5:linear"),
+        ways=3,
+        shots=1,
+        seeds=(0, 1),
+        meta_steps=2,
+        tasks=1,
+        num_tasks=4,
+        validation_tasks=4,
+    )
+    found = classification.classify(flags)
+    results = json.loads((tmp_path / "few.json").read_text())
+    assert results["rows"] == json.loads(json.dumps(found["rows"]))
+    kinds = dict.fromkeys((row["part"], row["case"]) for row in results["rows"])
+    of = {kind: {row["method"]: row for row in results["rows"] if (row["part"], row["case"]) == kind} for kind in kinds}
+    assert list(kinds) == [
+        ("congruous", "digits:4:linear"),
+        ("incongruous", "digits:4:linear"),
+        ("incongruous", "digits:5:linear"),
+    ]
+    for (part, _), rows in of.items():
+        assert rows.keys() == METHODS | (classification.INITIALIZATIONS.keys() if part == "congruous" else set())
+        for method, row in rows.items():
+            assert len(row["accuracy"]) == classification.NUM_STEPS
+            assert all(0 <= x <= 1 for x in row["accuracy"])
+            assert len(row["seed_accuracy"]) == (1 if method in ("sgd", "adam") else 2)
+            np.testing.assert_allclose(np.mean(row["seed_accuracy"]), row["accuracy"][-1], atol=1e-6)
+            expected = row["accuracy"][-1] - rows["sgd"]["accuracy"][-1]
+            np.testing.assert_allclose(row["difference_to_sgd"][0], expected, atol=1e-6)
+    section = sections.classification_section(results, "results/few.json", "../results/few")
+    lft = of["incongruous", "digits:5:linear"]["lft"]
+    assert section.count("| lft | ") == 3
+    assert f"| lft | {100 * lft['accuracy'][0]:.1f} ± {100 * lft['accuracy_interval'][0]:.1f} | " in section
+    assert "one LFT meta-trained on all 2 kinds of tasks together; `digits:5:linear`:" in section
+    assert (tmp_path / "few.png").stat().st_size > 10_000
+
+
+def test_test_classes_and_images_are_not_those_of_meta_training():
+    train, validation, test = classification.make_families("digits:8:linear", classification.Config(shots=1))
+    assert [len(family.counts) for family in (train, validation, test)] == [5, 5, 5]
+    images = [{image.tobytes() for image in np.asarray(family.images)} for family in (train, validation, test)]
+    assert not images[0] & images[1] and not images[1] & images[2] and not images[0] & images[2]
+
+
+@pytest.mark.parametrize("case", ["digits", "digits:8", "digits:eight:linear", "digits:8:mlp:3:4", "digits:8:mlp:-3"])
+def test_descriptions_of_tasks_are_checked(case):
+    with pytest.raises(ValueError, match=f"expected source:size:architecture.:width., got '{case}'"):
+        classification.make_families(case, classification.Config())

@@ -1,0 +1,274 @@
+"""Runs on disk: exact resume, what is written, and what is refused."""
+
+import collections
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lft_jax.evaluation import baselines
+from lft_jax.meta import learners
+from lft_jax.meta.checkpoints import save_tree
+from lft_jax.meta.evolution import PersistentEvolutionStrategies
+from lft_jax.meta.imitation import Imitation
+from lft_jax.meta.run import MetaTrainingDiverged, load_run, meta_train
+from lft_jax.meta.trainer import init_state, meta_trainer
+from lft_jax.optimizers.rules import coordinate_lstm
+from lft_jax.tasks.quadratic import quadratic_family
+from lft_jax.tasks.uap import uap_family
+
+KEY = jax.random.key(4)
+CONFIG = {"rule": "small", "epsilon": 0.3, "ways": (2, 3)}
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+RNG = np.random.default_rng(0)
+WEIGHTS = jnp.asarray(RNG.normal(size=(16, 3)).astype(np.float32))
+IMAGES, LABELS = RNG.uniform(size=(30, 4, 4, 1)).astype(np.float32), np.arange(30) % 3
+
+
+def rule(hidden=3):
+    return coordinate_lstm(hidden, 1, features="raw")
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    def linear(images):
+        return images.reshape(len(images), -1) @ WEIGHTS
+
+    family = uap_family(IMAGES, LABELS, linear, ways=2, queries=2, epsilon=0.3)
+    learner = learners.lft(rule())
+    return meta_trainer(learner, [family], num_steps=2, tasks_per_family=2, meta_optimizer=OPTIMIZER)
+
+
+def train(trainer, workdir, num_meta_steps, **options):
+    options = {"config": CONFIG, "checkpoint_every": 2, "progress": False, **options}
+    return meta_train(trainer, KEY, workdir, num_meta_steps=num_meta_steps, **options)
+
+
+def diverging(trainer, first_bad):
+    """A trainer whose loss is NaN from that step on, as optax counts it."""
+
+    def step(state):
+        after, metrics = trainer.step(state)
+        bad = max(0, int(after.step) - first_bad)
+        return after, {**metrics, "skipped": jnp.int32(bad), "skipped_in_a_row": jnp.int32(bad)}
+
+    return trainer._replace(step=step)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def like(hidden=3):
+    return lambda config: init_state(learners.lft(rule(hidden)), (), OPTIMIZER, jax.random.key(0))
+
+
+def assert_same(a, b):
+    leaves = [jax.tree.leaves(state._replace(key=jax.random.key_data(state.key))) for state in (a, b)]
+    for x, y in zip(*leaves, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def whole(trainer, tmp_path_factory):
+    """A run of six steps in one go: its folder and its state."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train(trainer, workdir, 6)
+
+
+@pytest.fixture
+def begun(trainer, tmp_path):
+    train(trainer, tmp_path, 3)
+    return tmp_path
+
+
+# ---- Resuming ----
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(trainer, whole, begun):
+    assert [entry["step"] for entry in lines(begun)] == [0, 1, 2]
+    resumed = train(trainer, begun, 6)
+    assert_same(resumed, whole[1])
+    timeless = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in lines(w)] for w in (begun, whole[0])]
+    assert timeless[0] == timeless[1]
+    assert [entry["step"] for entry in timeless[0]] == list(range(6))
+    assert_same(train(trainer, begun, 6), resumed)  # nothing left to do
+    assert len(lines(begun)) == 6
+
+
+def test_a_crash_between_checkpoints_loses_and_repeats_nothing(trainer, whole, tmp_path):
+    calls = []
+
+    def crash(state):
+        calls.append(state)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return trainer.step(state)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer._replace(step=crash), tmp_path, 6)
+    assert [entry["step"] for entry in lines(tmp_path)] == [0, 1, 2]  # and the last checkpoint is that of step 2
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # a line cut short
+    assert_same(train(trainer, tmp_path, 6), whole[1])
+    assert [entry["step"] for entry in lines(tmp_path)] == list(range(6))
+
+
+def test_the_lines_up_to_a_checkpoint_are_on_disk_before_it(trainer, tmp_path):
+    seen = []
+
+    def step(state):
+        saved = [int(path.name) for path in tmp_path.glob("checkpoints/*")]
+        seen.append((max(saved, default=0), len(lines(tmp_path))))
+        return trainer.step(state)
+
+    train(trainer._replace(step=step), tmp_path, 5)
+    assert [saved for saved, _ in seen] == [0, 0, 2, 2, 4]
+    assert all(written >= saved for saved, written in seen)
+
+
+def test_a_run_is_loaded_with_its_configuration(whole):
+    state, config = load_run(whole[0], like())
+    assert_same(state, whole[1])
+    assert config == {**CONFIG, "ways": [2, 3]}
+
+
+# ---- Runs of several windows or stages ----
+
+
+def test_a_run_resumed_within_an_episode_is_the_uninterrupted_one(trainer, tmp_path):
+    """Particles of two kinds of families, after a meta-step of imitation, which leaves them as they are."""
+    families = [quadratic_family(np.ones(n, np.float32), support=2, query=2) for n in (2, 3, 2)]
+    pgd = learners.fixed("pgd", baselines.projected_gradient)
+    settings = {"step": jnp.float32(0.1), "decay": jnp.float32(0.5)}
+    learner = dataclasses.replace(pgd, init=lambda key, families: settings)
+    windows = meta_trainer(
+        learner,
+        families,
+        num_steps=4,
+        tasks_per_family=1,
+        meta_optimizer=OPTIMIZER,
+        estimator=PersistentEvolutionStrategies(2, 2),
+        imitation=Imitation(optax.sgd(0.1), 1),
+    )
+    state, states = windows.init(KEY), []
+    for _ in range(6):
+        state, _ = windows.step(state)
+        states.append(state)
+    for stop in (3, 4):  # after the second window of an episode, and after the first of the next
+        train(windows, tmp_path / str(stop), stop)
+        assert_same(train(windows, tmp_path / str(stop), 6), states[-1])
+        assert sorted(path.name for path in (tmp_path / str(stop) / "particles").iterdir()) == ["4", "6"]
+    found, _ = load_run(tmp_path / "4", lambda config: init_state(learner, (), OPTIMIZER, KEY))
+    assert_same(found, states[-1]._replace(particles=()))
+    assert [bool(np.any(state.particles[0].change["step"])) for state in states[:2]] == [False, True]
+
+
+def test_a_run_of_before_there_were_particles_and_some_flags_goes_on(trainer, whole, begun):
+    state = load_run(begun, like())[0]
+    old = collections.namedtuple("MetaState", "params optimizer_state key step")
+    save_tree(begun / "checkpoints" / "3", old(*state[:2], jax.random.key_data(state.key), state.step))
+    with pytest.raises(ValueError, match=r"another configuration \(curriculum: \[2\] there, \[2, 3\] asked for"):
+        train(trainer, begun, 6, config={**CONFIG, "curriculum": (2, 3)}, absent={"curriculum": (2,)})
+    flags = {**CONFIG, "curriculum": ()}
+    assert_same(train(trainer, begun, 6, config=flags, absent={"curriculum": (), "epsilon": 9}), whole[1])
+
+
+def test_what_is_written(whole):
+    workdir, state = whole
+    assert {"step", "loss", "family_loss", "final_loss", "grad_norm", "skipped", "seconds"} <= lines(workdir)[0].keys()
+    assert [path.stat().st_size > 0 for path in workdir.glob("tensorboard/events.out.tfevents.*")] == [True]
+    assert "tensorflow" not in sys.modules
+    assert sorted(path.name for path in workdir.glob("checkpoints/*")) == ["4", "6"]
+    assert int(state.step) == 6
+
+
+def test_validation_is_written_at_checkpoints(trainer, tmp_path):
+    state = train(trainer, tmp_path, 3, validate=lambda params: {"size": float(optax.tree.norm(params))})
+    sizes = [entry.get("size") for entry in lines(tmp_path)]
+    assert [size is not None for size in sizes] == [False, True, True]
+    np.testing.assert_allclose(sizes[-1], optax.tree.norm(state.params), rtol=1e-6)
+
+
+# ---- Diverging ----
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(trainer, tmp_path):
+    with pytest.raises(MetaTrainingDiverged, match=r"^3 meta-gradients in a row, up to step 5, .*checkpoints"):
+        train(diverging(trainer, first_bad=3), tmp_path, 20, max_skipped_in_a_row=3)
+    state, _ = load_run(tmp_path, like())
+    assert int(state.step) == 4
+    assert [entry["step"] for entry in lines(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_nan_meta_gradients_stop_a_run(tmp_path):
+    def broken(images):
+        return images.reshape(len(images), -1) @ WEIGHTS * jnp.nan
+
+    family = uap_family(IMAGES, LABELS, broken, ways=2, queries=2, epsilon=0.3)
+    learner = learners.lft(rule())
+    trainer = meta_trainer(learner, [family], num_steps=1, tasks_per_family=1, meta_optimizer=OPTIMIZER)
+    with pytest.raises(MetaTrainingDiverged, match="4 meta-gradients in a row"):
+        train(trainer, tmp_path, 9, max_skipped_in_a_row=4)
+    state, _ = load_run(tmp_path, like())
+    jax.tree.map(np.testing.assert_array_equal, state.params, trainer.init(KEY).params)
+
+
+# ---- Refusals ----
+
+
+def test_another_configuration_is_refused_by_name(trainer, begun):
+    other = {**CONFIG, "epsilon": 0.4, "extra": 1}
+    with pytest.raises(ValueError, match=r"another configuration \(epsilon: 0.3 there, 0.4 asked for, extra: None"):
+        train(trainer, begun, 6, config=other)
+    assert len(lines(begun)) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_refused(trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match=r"workdir: .*run cannot be written"):
+        train(trainer, tmp_path / "file" / "run", 2)
+
+
+def truncate(folder):
+    """Cuts every file of a checkpoint in half."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_truncated_checkpoint_is_refused(trainer, begun):
+    truncate(begun / "checkpoints" / "3")
+    with pytest.raises(ValueError, match=r"workdir: checkpoint 3 of .* is damaged") as refusal:
+        train(trainer, begun, 6)
+    assert str(begun) in str(refusal.value)
+
+
+def test_the_checkpoint_of_another_rule_is_refused(whole):
+    with pytest.raises(ValueError, match=r"workdir: checkpoint 6 of .* of another rule"):
+        load_run(whole[0], like(hidden=4))
+
+
+def test_what_is_no_run_is_refused(trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"workdir: .* holds no run"):
+        load_run(tmp_path, like())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ValueError, match=r"workdir: .* holds no checkpoint yet"):
+        load_run(tmp_path, like())
+    (tmp_path / "config.json").write_text('{"rule"')
+    for use in (lambda: load_run(tmp_path, like()), lambda: train(trainer, tmp_path, 2)):
+        with pytest.raises(ValueError, match=r"workdir: .*config.json is damaged"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["num_meta_steps", "checkpoint_every"])
+def test_numbers_below_one_are_refused(trainer, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        train(trainer, tmp_path / "run", **{"num_meta_steps": 3, name: 0})
+    assert not (tmp_path / "run").exists()

@@ -198,7 +198,7 @@ def rule_of(flags: Config) -> rules.Rule:
         options["start"] = None
     else:
         along = "gradient" if flags.start == "gradient" else "sign"
-        options["start"] = rules.MomentumStart(flags.start_step, flags.start_decay, along)
+        options["start"] = rules.MomentumUpdate(flags.start_step, flags.start_decay, along)
     return rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
 
 

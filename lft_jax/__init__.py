@@ -7,18 +7,17 @@ from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrat
 from lft_jax.meta.imitation import Imitation
 from lft_jax.meta.trainer import MetaState, MetaTrainer, clipped_adam, meta_trainer
 from lft_jax.optimizers.fine_tuning import fine_tune, fine_tune_step
-from lft_jax.optimizers.rules import MomentumStart, Rule, coordinate_lstm, spatial_lstm
+from lft_jax.optimizers.rules import MomentumUpdate, Rule, coordinate_lstm, spatial_lstm
 from lft_jax.optimizers.transform import LearnedFineTunerState, learned_fine_tuner
 from lft_jax.oracles import zeroth_order_value_and_grad
 from lft_jax.pretrained import list_pretrained, load_pretrained
-from lft_jax.tasks.augmentation import Augmentation
-from lft_jax.tasks.perturbation import AttackLoss
-from lft_jax.tasks.uap import UapFamily, uap_family
-from lft_jax.tasks.waves import WaveSearch
+from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, Constraint, UapFamily, WaveSearch, uap_family
 
 __all__ = [
     "AttackLoss",
+    "AttackRecipe",
     "Augmentation",
+    "Constraint",
     "Episode",
     "Estimate",
     "EvolutionStrategies",
@@ -27,7 +26,7 @@ __all__ = [
     "Learner",
     "MetaState",
     "MetaTrainer",
-    "MomentumStart",
+    "MomentumUpdate",
     "Oracle",
     "PersistentEvolutionStrategies",
     "Rule",

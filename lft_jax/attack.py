@@ -1,5 +1,15 @@
-"""The front door for a universal perturbation of one's own model: a few images in, one perturbation out."""
+"""A universal perturbation of one's own model: a few images in, one perturbation out.
 
+How the pieces compose::
+
+    model, images, labels --checks--> _Problem --recipe's search--> start
+    start --K times: oracle, optax update, projection, metrics--> UniversalPerturbation
+
+The steps run from a Python loop of one jitted step, which on CPU is faster than a `lax.scan` for models whose
+convolutions are slow inside one, and lets a run report and stop.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,18 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lft_jax import base, oracles
+from lft_jax import base
+from lft_jax._deprecation import old_keywords, renamed
 from lft_jax.data import check_images_labels, unit_range
 from lft_jax.optimizers.fine_tuning import fine_tune_step
+from lft_jax.oracles import ZerothOrder
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
-from lft_jax.tasks.augmentation import Augmentation
-from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
-from lft_jax.tasks.uap import attack_metrics, checked_second_loss, constrained_oracle, exact_attack
-from lft_jax.tasks.waves import WaveSearch
+from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, as_constraint, perturb
+from lft_jax.tasks.recipe import AttackRecipe, as_attack_loss, attack_oracle, initial_perturbation, search_start
+from lft_jax.tasks.uap import attack_metrics
 
 ORACLES = ("gradient", "query")
-#: Of the front door, unless another is given.
-AUGMENTATION = Augmentation()
+#: What `oracle="query"` stands for.
+QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
+#: Minimised by default.
+LOSS = AttackLoss("cross_entropy")
 
 
 class UniversalPerturbation(NamedTuple):
@@ -36,64 +49,82 @@ class UniversalPerturbation(NamedTuple):
     history: dict[str, np.ndarray]
 
 
+def _present_keywords(old, kwargs):
+    if "logits_fn" in old:
+        kwargs["model"] = old.pop("logits_fn")
+    if "penalty" in old:
+        penalty, name, epsilon = old.pop("penalty"), kwargs.pop("norm", "linf"), kwargs.pop("epsilon", None)
+        kwargs["constraint"] = Constraint(name, epsilon, penalty)
+    names = ("num_directions", "smoothing", "resolution")
+    settings = {name: old.pop(name) for name in names if name in old}
+    if settings and kwargs.get("oracle") == "query":
+        kwargs["oracle"] = dataclasses.replace(QUERY, **settings)
+    elif settings.get("resolution") is not None:
+        raise ValueError("resolution: exact gradients have no directions; leave it out, or pass oracle='query'.")
+    if old:
+        if old.get("second_loss", "stored") == "stored":
+            target = getattr(old.get("loss"), "target", None)
+            optimizer, oracle = kwargs.get("optimizer", "uap-linf"), kwargs.get("oracle", "gradient")
+            old["second_loss"] = _stored_with(optimizer, oracle, target)
+        kwargs["recipe"] = AttackRecipe(**old)
+    return kwargs
+
+
+@old_keywords(
+    _present_keywords,
+    logits_fn="model=",
+    penalty="constraint=Constraint(norm, penalty=...)",
+    loss="recipe=AttackRecipe(loss=...)",
+    second_loss="recipe=AttackRecipe(second_loss=...)",
+    augmentation="recipe=AttackRecipe(augmentation=...)",
+    waves="recipe=AttackRecipe(waves=...)",
+    num_directions="oracle=ZerothOrder(num_directions=..., per_example=True)",
+    smoothing="oracle=ZerothOrder(smoothing=..., per_example=True)",
+    resolution="oracle=ZerothOrder(resolution=..., per_example=True)",
+)
 def universal_perturbation(
-    logits_fn: Callable[[Any], Any],
+    model: Callable[[Any], Any],
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    epsilon: float | None = None,
     norm: str = "linf",
-    penalty: float | None = None,
+    epsilon: float | None = None,
+    constraint: Constraint | None = None,
     steps: int = 20,
     optimizer: str | optax.GradientTransformation = "uap-linf",
-    oracle: str = "gradient",
-    loss: str | AttackLoss = "cross_entropy",
-    second_loss: str | AttackLoss | None = "stored",
-    augmentation: Augmentation | None = AUGMENTATION,
-    num_directions: int = 10,
-    smoothing: float = 1e-2,
-    resolution: int | None = None,
-    waves: WaveSearch | None = None,
+    oracle: str | ZerothOrder = "gradient",
+    recipe: AttackRecipe | None = None,
     max_queries: int | None = None,
     key: jax.Array | None = None,
     callback: Callable[[dict[str, float]], bool | None] | None = None,
 ) -> UniversalPerturbation:
-    """One perturbation that fools a classifier on every image, fine-tuned on a few.
-
-    The steps run from a Python loop of one jitted step, which on CPU is faster than a `lax.scan` for models whose
-    convolutions are slow inside one, and lets a run report and stop.
+    """One perturbation that fools a classifier on every image, fine-tuned on a few images.
 
     Args:
-      logits_fn: images `[N, H, W, C]` in [0, 1] -> *logits* (not probabilities) `[N, classes]`. With
-        `oracle="gradient"` a differentiable JAX function; with "query" any function of numpy arrays.
+      model: images `[N, H, W, C]` in [0, 1] -> *logits* (not probabilities) `[N, classes]`. With exact gradients a
+        differentiable JAX function; with queries any function of NumPy arrays.
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       labels: `[N]` integers: the true classes.
-      epsilon: radius of the ball, in units of the image range (8 / 255, say), or None with a penalty.
-      norm: "linf" or "l2" for a ball, "l1" or "l2" for a penalty.
-      penalty: weight of the norm in the loss, or None with a ball.
+      norm: "linf" or "l2", of the ball.
+      epsilon: radius of the ball, in units of the image range: 8 / 255, say.
+      constraint: given instead of `norm` and `epsilon`, for a penalty on the norm: `Constraint("l1", penalty=0.01)`.
       steps: K, fine-tuning steps at most.
       optimizer: name of a pretrained rule (`lft_jax.list_pretrained()`), path of a stored one, or any optax
         transformation.
-      oracle: "gradient", or "query": `logits_fn` is only called, never differentiated.
-      loss: minimised on the images, a kind of `AttackLoss` or one of those (for `kappa`, `beta`, `target`).
-        "uap-l1" was meta-trained to minimise `AttackLoss("hinge", kappa=5.0)`, all other shipped rules the default.
-      second_loss: added to it where gradients are exact, a kind of `AttackLoss` or one of those, whose gradient a rule
-        may also see alone, for a second backward pass; None for none. "stored": what a pretrained rule was
-        meta-trained with, and nothing for any other optimizer. The search of waves and the history are of `loss` alone.
-      augmentation: how the images are changed anew in each step, at no queries, or None. Meant for few images, which
-        are overfitted without; what it does to hundreds was not measured.
-      num_directions: random (Rademacher) directions that a zeroth-order estimate (`oracle="query"`) tries both ways,
-        each image its own: a step costs `2 * num_directions + 1` evaluations of each image, the last one for the
-        history. (With `oracle="gradient"` it costs 2.)
-      smoothing: of a zeroth-order estimate, in units of the image range.
-      resolution: of the directions, see `lft_jax.oracles.zeroth_order`; None for each pixel on its own.
-      waves: a search for a start among plane waves, `lft_jax.WaveSearch()`, before the first step, or None. Where only
-        a few thousand queries can be made it finds more than all steps after it (docs/results.md).
+      oracle: how the model is reached. "gradient": it is differentiated, and a step costs two evaluations of each
+        image. "query" or a `ZerothOrder`: it is only called, and a step costs the evaluations of an estimate and one
+        more of each image; "query" stands for ten Rademacher directions per image, each tried both ways.
+      recipe: what is done with the images: loss, augmentation, start. None: the defaults of `AttackRecipe`, with the
+        second loss that a pretrained rule was meta-trained with. "uap-l1" was meta-trained to minimise
+        `AttackLoss("hinge", kappa=5.0)`, all other shipped rules the default loss.
       max_queries: image evaluations at most, the one of each clean image at the beginning included; the run ends
         before a step that would exceed it. None for no bound.
-      key: of the augmentation and the zeroth-order directions; `jax.random.key(0)` if None.
+      key: PRNG key of augmentation, start and directions; `jax.random.key(0)` if None.
       callback: called after each step with the history's last entries (and `step`, from 1); stops the run if it
         returns True.
+
+    Returns:
+      The perturbation and the history of its making.
 
     Raises:
       ValueError: for images outside [0, 1] or NaN, no images, labels out of range, an epsilon or penalty that is not
@@ -101,65 +132,49 @@ def universal_perturbation(
         logits of the wrong shape, or `max_queries` too small for one step.
 
     References:
-      PAPER "The application".
+      Zhao et al. 2021, arXiv 2009.13714; Moosavi-Dezfooli et al. 2017, arXiv 1610.08401.
+
+    Examples:
+      A linear model of two classes, fooled by a perturbation of size 0.2:
+
+      >>> weights = jax.random.normal(jax.random.key(0), (16, 2))
+      >>> model = lambda x: x.reshape(len(x), -1) @ weights
+      >>> images = np.random.default_rng(0).uniform(0.3, 0.7, (8, 4, 4, 1)).astype(np.float32)
+      >>> labels = np.asarray(model(images).argmax(-1))
+      >>> result = universal_perturbation(model, images, labels, epsilon=0.2, steps=5, optimizer=optax.sgd(0.1))
+      >>> result.perturbation.shape, float(np.abs(result.perturbation).max().round(3)) <= 0.2
+      ((4, 4, 1), True)
     """
     base.check_at_least("steps", steps, 1)
-    base.check_name("oracle", oracle, ORACLES)
     check_images_labels(images, labels)
-    constraint = Constraint(norm, epsilon, penalty).check()
-    loss = (loss if isinstance(loss, AttackLoss) else AttackLoss(loss)).check()
-    for checked in (augmentation, waves):
-        if checked is not None:
-            checked.check()
-    if resolution is not None and oracle == "gradient":
-        raise ValueError(f"resolution: exact gradients have no directions, got {resolution} without oracle='query'.")
+    constraint = as_constraint(norm, epsilon, constraint)
+    estimator = _as_estimator(oracle)
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
-    second_loss = _second_loss(second_loss, optimizer, oracle, loss.target)
-    if loss.kind == "dominant" and oracle != "gradient":
-        raise ValueError(f"loss: 'dominant' is for exact gradients, got it with oracle={oracle!r}.")
+    recipe = _as_recipe(recipe, optimizer, oracle)
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
-    logits_fn = _as_partial(logits_fn) if oracle == "gradient" else _on_numpy(logits_fn)
-    clean = _check_logits(logits_fn(batch.images), batch.labels)
+    model = _as_partial(model) if estimator is None else _on_numpy(model)
+    clean = _check_logits(model(batch.images), batch.labels)
     check_images_labels(images, labels, clean.shape[-1])
-    for used in (loss, second_loss):
-        if used is not None:
-            used.check(clean.shape[-1])
+    recipe.resolved(recipe.loss, clean.shape[-1])
+    problem = _Problem(model, batch, clean, recipe, constraint)
     num_images = len(batch.labels)
-    if oracle == "gradient":
-        step, cost = functools.partial(_gradient_step, logits_fn, tx, augmentation, second_loss), 2 * num_images
+    if estimator is None:
+        step, cost = functools.partial(_gradient_step, tx), 2 * num_images
     else:
-        estimate = functools.partial(
-            oracles.per_example_zeroth_order,
-            num_examples=num_images,
-            num_directions=num_directions,
-            smoothing=smoothing,
-            directions="rademacher",
-            antithetic=True,
-            resolution=resolution,
-            opaque=True,
-        )
         jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
-        step = functools.partial(_query_step, logits_fn, jitted, augmentation, estimate)
-        cost = (2 * num_directions + 1) * num_images
-    queries = num_images * (1 + (waves.evaluations if waves else 0))  # the clean images, and the search
+        step = functools.partial(_step, jitted, functools.partial(estimator, opaque=True))
+        cost = (estimator.evaluations + 1) * num_images
+    queries = num_images * (1 + (recipe.waves.evaluations if recipe.waves else 0))  # the clean images, and the search
     if max_queries is not None and max_queries < queries + cost:
         raise ValueError(f"max_queries: one step takes {queries + cost} image evaluations, got only {max_queries}.")
 
     key = jax.random.key(0) if key is None else key
-    theta = jnp.zeros(batch.images.shape[1:], batch.images.dtype)
-    if waves is not None:
-        key, key_waves = jax.random.split(key)
-
-        def mean_loss(theta):
-            return jnp.mean(loss(logits_fn(perturb(batch.images, theta)), batch.labels)) + constraint.cost(theta)
-
-        theta = waves(mean_loss, theta, constraint.scale(theta), key_waves, opaque=True)
+    theta, key = _start(problem, key)
     state, history = tx.init(theta), []
     for k in range(steps):
         if max_queries is not None and queries + cost > max_queries:
             break
-        step_key, progress = jax.random.fold_in(key, k), jnp.float32(k / steps)
-        theta, state, metrics = step(loss, constraint, batch, clean, theta, state, step_key, progress)
+        theta, state, metrics = step(problem, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
         queries += cost
         history.append({**{name: float(value) for name, value in metrics.items()}, "queries": queries})
         if callback is not None and callback({"step": k + 1, **history[-1]}):
@@ -168,8 +183,9 @@ def universal_perturbation(
     return UniversalPerturbation(np.asarray(theta), columns)
 
 
+@renamed(logits_fn="model")
 def attack_success_rate(
-    logits_fn: Callable[[Any], Any],
+    model: Callable[[Any], Any],
     images: np.ndarray,
     labels: np.ndarray,
     perturbation: np.ndarray,
@@ -180,20 +196,29 @@ def attack_success_rate(
     """The share, in [0, 1], of the images right when clean that the perturbation fools; NaN if none is right.
 
     Args:
-      logits_fn: images `[N, H, W, C]` in [0, 1] -> logits `[N, classes]`; JAX or not.
+      model: images `[N, H, W, C]` in [0, 1] -> logits `[N, classes]`; JAX or not.
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       labels: `[N]` integers.
       perturbation: `[H, W, C]`.
-      target: count images taken for this class (those of the class itself are left out) instead of all mistakes.
+      target: count images that are classified as this class (images of the class itself are left out) instead of all
+        misclassified ones.
       batch_size: images per call.
 
     Raises:
       ValueError: for bad images or labels, or a perturbation of another shape.
+
+    Examples:
+      Adding 0.5 makes a threshold on the mean brightness answer 1 for every image:
+
+      >>> model = lambda x: np.stack([np.full(len(x), 0.5), np.mean(x, (1, 2, 3))], 1)
+      >>> images = np.full((4, 2, 2, 1), 0.25, np.float32)
+      >>> attack_success_rate(model, images, np.zeros(4, int), np.full((2, 2, 1), 0.5))
+      1.0
     """
     check_images_labels(images, labels)
     if np.shape(perturbation) != np.shape(images)[1:]:
         raise ValueError(f"perturbation must be {np.shape(images)[1:]}, got {np.shape(perturbation)}.")
-    loss, call = AttackLoss(target=target), _on_numpy(logits_fn)
+    loss, call = AttackLoss(target=target), _on_numpy(model)
     fooled = counted = 0
     for first in range(0, len(labels), batch_size):
         batch = unit_range(jnp.asarray(images[first : first + batch_size]))
@@ -207,13 +232,6 @@ def attack_success_rate(
     return fooled / counted if counted else float("nan")
 
 
-def _stored(name):
-    try:
-        return load_fine_tuner(name)
-    except ValueError as error:
-        raise ValueError(f"optimizer: {error}") from error
-
-
 def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | None:
     """The second loss that a stored rule was meta-trained with, or None; raises a ValueError if there is no card."""
     flags = pretrained_card(name).get("meta_training") or {}
@@ -221,54 +239,93 @@ def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | Non
     return None if kind == "none" else AttackLoss(kind, flags.get("kappa", 0.0), target=target)
 
 
-def _second_loss(given, optimizer, oracle, target):
-    if given == "stored":
-        return stored_second_loss(optimizer, target) if isinstance(optimizer, str) and oracle == "gradient" else None
-    if given is None:
-        return None
-    if oracle != "gradient":
-        raise ValueError(f"second_loss: a zeroth-order estimate is of one loss, got {given!r} with oracle={oracle!r}.")
-    return checked_second_loss(given, target)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What stays the same from step to step: the model, the images `[N, H, W, C]`, their clean logits, the attack."""
+
+    model: Callable[[jax.Array], jax.Array]
+    batch: Batch
+    clean: jax.Array
+    recipe: AttackRecipe
+    constraint: Constraint
+
+
+def _as_estimator(oracle):
+    """None for exact gradients, or a `ZerothOrder`."""
+    if isinstance(oracle, ZerothOrder):
+        return oracle
+    return QUERY if base.check_name("oracle", oracle, ORACLES) == "query" else None
+
+
+def _as_recipe(recipe, optimizer, oracle):
+    """The recipe with its losses resolved, or the default one."""
+    if recipe is None:
+        recipe = AttackRecipe(second_loss=_stored_with(optimizer, oracle))
+    loss = LOSS if recipe.loss is None else as_attack_loss(recipe.loss)
+    recipe = recipe.resolved(loss)
+    if oracle != "gradient" and recipe.second_loss is not None:
+        raise ValueError(
+            f"second_loss: a zeroth-order estimate is of one loss, got {recipe.second_loss} with oracle={oracle!r}."
+        )
+    if oracle != "gradient" and loss.kind == "dominant":
+        raise ValueError(f"loss: 'dominant' is for exact gradients, got it with oracle={oracle!r}.")
+    return recipe
+
+
+def _stored_with(optimizer, oracle, target=None):
+    return stored_second_loss(optimizer, target) if isinstance(optimizer, str) and oracle == "gradient" else None
+
+
+def _stored(name):
+    try:
+        return load_fine_tuner(name)
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from error
 
 
 #: Wrapped once each, so that the programs compiled for an optimizer are found again.
 _extra_args = functools.lru_cache(maxsize=16)(optax.with_extra_args_support)
 
 
-def _as_partial(logits_fn):
-    return logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
+def _as_partial(model):
+    return model if isinstance(model, jax.tree_util.Partial) else jax.tree_util.Partial(model)
 
 
-def _on_numpy(logits_fn):
+def _on_numpy(model):
     """Calls any function with numpy images, which it may write to, and gives its logits back to JAX."""
-    return lambda images: jnp.asarray(np.asarray(logits_fn(np.array(images))), jnp.float32)
+    return jax.tree_util.Partial(lambda images: jnp.asarray(np.asarray(model(np.array(images))), jnp.float32))
 
 
 def _check_logits(logits, labels):
     if logits.ndim != 2 or len(logits) != len(labels):
-        raise ValueError(f"logits_fn must return logits [{len(labels)}, classes], got shape {logits.shape}.")
+        raise ValueError(f"model must return logits [{len(labels)}, classes], got shape {logits.shape}.")
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _gradient_step(
-    logits_fn, tx, augmentation, second_loss, loss, constraint, batch, clean, theta, state, key, progress
-):
-    def attack(images):
-        return exact_attack(logits_fn, Batch(images, batch.labels), loss, second_loss)
-
-    return _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress)
-
-
-def _query_step(logits_fn, tx, augmentation, estimate, loss, constraint, batch, clean, theta, state, key, progress):
-    def attack(images):
-        return estimate(lambda thetas: loss(logits_fn(perturb(images, jnp.asarray(thetas))), batch.labels))
-
-    return _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress)
+def _start(problem, key):
+    """`[H, W, C]`, the start of the recipe, and the key of the steps."""
+    images, recipe = problem.batch.images, problem.recipe
+    if recipe.start != "zeros" or recipe.waves is not None:  # zeros take no randomness
+        key, key_start = jax.random.split(key)
+    else:
+        key_start = key
+    theta = initial_perturbation(recipe.start, problem.constraint, images.shape[1:], images.dtype, key_start)
+    # Eagerly, as the steps are run.
+    theta, _ = search_start(problem.model, problem.batch, recipe, problem.constraint, theta, key_start, opaque=True)
+    return theta, key
 
 
-def _step(logits_fn, tx, attack, augmentation, loss, constraint, batch, clean, theta, state, key, progress):
-    oracle = constrained_oracle(attack, constraint, batch.images, augmentation)
-    theta, state, _ = fine_tune_step(tx, oracle, theta, state, key, progress=progress, project=constraint.project)
-    logits = logits_fn(perturb(batch.images, theta))
-    return theta, state, attack_metrics(clean, logits, batch.labels, theta, loss, constraint)
+def _step(tx, estimator, problem, theta, state, key, progress):
+    """The next perturbation and optimizer state, and the metrics of the former on the support images."""
+    oracle = attack_oracle(problem.model, problem.batch, problem.recipe, problem.constraint, estimator)
+    project = problem.constraint.project
+    theta, state, _ = fine_tune_step(tx, oracle, theta, state, key, progress=progress, project=project)
+    logits = problem.model(perturb(problem.batch.images, theta))
+    labels, loss = problem.batch.labels, problem.recipe.loss
+    return theta, state, attack_metrics(problem.clean, logits, labels, theta, loss, problem.constraint)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient_step(tx, problem, theta, state, key, progress):
+    return _step(tx, None, problem, theta, state, key, progress)

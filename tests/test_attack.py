@@ -1,5 +1,6 @@
-"""The front door, on linear victims of 4x4 images."""
+"""`universal_perturbation` and `attack_success_rate`, on linear victims of 4x4 images."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,14 +11,16 @@ import pytest
 
 from lft_jax import (
     AttackLoss,
+    AttackRecipe,
     Augmentation,
+    Constraint,
     WaveSearch,
     attack_success_rate,
     learned_fine_tuner,
     universal_perturbation,
 )
-from lft_jax.attack import stored_second_loss
-from lft_jax.optimizers.rules import MomentumStart, coordinate_lstm
+from lft_jax.attack import QUERY, stored_second_loss
+from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.pretrained import save_rule
 from lft_jax.tasks.perturbation import perturb
 
@@ -28,6 +31,7 @@ LABELS = (IMAGES.reshape(6, -1) @ WEIGHTS).argmax(1)
 DESCENT = optax.chain(optax.trace(0.5), optax.scale_by_sign(), optax.scale(-0.05))
 NUM, DIRECTIONS, STEPS, EPSILON = len(IMAGES), 4, 6, 0.15
 COSTS = {"gradient": 2 * NUM, "query": (2 * DIRECTIONS + 1) * NUM}
+RECIPE = [field.name for field in dataclasses.fields(AttackRecipe)]
 HISTORY = {"loss", "asr", "margin", "clean_accuracy", "l1", "l2", "linf", "queries"}
 
 
@@ -49,10 +53,15 @@ class Counted:
         return logits.tolist()
 
 
-def run(logits_fn=linear, images=IMAGES, labels=LABELS, **options):
-    options = {"steps": STEPS, "optimizer": DESCENT, "num_directions": DIRECTIONS, **options}
-    options = {"epsilon": EPSILON, "augmentation": None, **options}
-    return universal_perturbation(logits_fn, images, labels, **options)
+def run(model=linear, images=IMAGES, labels=LABELS, **options):
+    """Fields of the recipe and of the query oracle may be given as options."""
+    options = {"steps": STEPS, "optimizer": DESCENT, "epsilon": EPSILON, **options}
+    parts = {name: options.pop(name) for name in RECIPE if name in options}
+    settings = {name: options.pop(name) for name in ("resolution", "num_directions", "smoothing") if name in options}
+    if options.get("oracle") == "query":
+        options["oracle"] = dataclasses.replace(QUERY, **{"num_directions": DIRECTIONS, **settings})
+    options.setdefault("recipe", AttackRecipe(**{"augmentation": None, **parts}))
+    return universal_perturbation(model, images, labels, **options)
 
 
 def mean_loss(theta, loss="cross_entropy"):
@@ -119,14 +128,14 @@ def test_augmented_images_cost_no_queries_and_only_the_search_sees_them(oracle):
 
 @pytest.mark.parametrize("oracle", COSTS)
 def test_a_penalty_instead_of_a_ball_is_part_of_the_loss(oracle):
-    options = {"oracle": oracle, "epsilon": None, "norm": "l1", "penalty": 0.02, "optimizer": optax.sgd(0.05)}
-    result = run(**options)
+    constraint = Constraint("l1", penalty=0.02)
+    result = run(oracle=oracle, epsilon=None, constraint=constraint, optimizer=optax.sgd(0.05))
     theta = result.perturbation
     expected = mean_loss(theta) + 0.02 * np.abs(theta).sum()
     np.testing.assert_allclose(result.history["loss"][-1], expected, rtol=1e-4)
     assert expected < mean_loss(0 * theta)
-    with pytest.raises(ValueError, match="give exactly one of epsilon"):
-        run(penalty=0.2)
+    with pytest.raises(ValueError, match="constraint: leave norm and epsilon out"):
+        run(constraint=constraint)
     with pytest.raises(ValueError, match="give exactly one of epsilon"):
         run(epsilon=None)
 
@@ -223,7 +232,7 @@ def test_adam_works():
 
 
 def test_stored_rules_are_found_by_path(tmp_path):
-    rule = coordinate_lstm(3, 1, features=("momentum", "spread"), start=MomentumStart(0.3))
+    rule = coordinate_lstm(3, 1, features=("momentum", "spread"), base_update=MomentumUpdate(0.3))
     params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
     save_rule(path, params, rule, {})
     found = run(optimizer=path)
@@ -248,24 +257,25 @@ def test_two_losses_are_followed_together():
 
 
 def test_a_stored_rule_is_given_the_losses_that_it_was_meta_trained_with(tmp_path):
-    rule = coordinate_lstm(3, 1, features=("momentum", "second"), start=MomentumStart(0.3))
+    rule = coordinate_lstm(3, 1, features=("momentum", "second"), base_update=MomentumUpdate(0.3))
     params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
     save_rule(path, params, rule, {"meta_training": {"second_loss": "dominant"}})
-    found, one = run(optimizer=path), run(optimizer=path, second_loss=None)
-    expected = run(optimizer=learned_fine_tuner(params, rule), second_loss=AttackLoss("dominant"))
+    found, one = run(optimizer=path, recipe=None), run(optimizer=path, recipe=AttackRecipe())
+    recipe = AttackRecipe(second_loss=AttackLoss("dominant"))
+    expected = run(optimizer=learned_fine_tuner(params, rule), recipe=recipe)
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
     assert not np.array_equal(found.perturbation, one.perturbation)
     for flags in ({"second_loss": "none"}, None):
         save_rule(path, params, rule, {"meta_training": flags})
-        np.testing.assert_array_equal(run(optimizer=path).perturbation, one.perturbation)
-    options = {"oracle": "query", "steps": 1, "num_directions": 2}
+        np.testing.assert_array_equal(run(optimizer=path, recipe=None).perturbation, one.perturbation)
+    options = {"oracle": "query", "steps": 1, "num_directions": 2, "recipe": None}
     without = run(optimizer=path, **options).perturbation
     save_rule(path, params, rule, {"meta_training": {"second_loss": "hinge", "kappa": 5.0}})
     np.testing.assert_array_equal(run(optimizer=path, **options).perturbation, without)  # by queries there is one
     assert stored_second_loss(path, 1) == AttackLoss("hinge", 5.0, target=1)
 
 
-def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
+def test_nothing_is_compiled_again_for_the_same_victim_and_optimizer():
     traces = []
 
     def victim(images):
@@ -277,6 +287,48 @@ def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
     before = len(traces)
     run(victim, images=IMAGES[::-1], labels=LABELS[::-1], epsilon=0.2, loss="hinge", steps=3, **options)
     assert len(traces) == before + 1  # the clean logits, which are not compiled at all
+
+
+# ---- Keywords of earlier versions ----
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"loss": "hinge"}, {"recipe": AttackRecipe(loss="hinge")}),
+        ({"augmentation": None}, {"recipe": AttackRecipe(augmentation=None)}),
+        ({"waves": WaveSearch.within(9)}, {"recipe": AttackRecipe(waves=WaveSearch.within(9))}),
+        ({"second_loss": "dominant"}, {"recipe": AttackRecipe(second_loss="dominant")}),
+        ({"norm": "l1", "penalty": 0.1, "epsilon": None}, {"epsilon": None, "constraint": Constraint("l1", None, 0.1)}),
+        (
+            {"oracle": "query", "num_directions": 3, "smoothing": 0.1, "resolution": 2},
+            {"oracle": dataclasses.replace(QUERY, num_directions=3, smoothing=0.1, resolution=2)},
+        ),
+    ],
+)
+def test_old_keywords_still_work_with_a_warning(old, new):
+    options = {"steps": 2, "optimizer": DESCENT, "epsilon": EPSILON}
+    expected = universal_perturbation(linear, IMAGES, LABELS, **{**options, **new})
+    with pytest.warns(DeprecationWarning, match="is deprecated, write "):
+        found = universal_perturbation(linear, IMAGES, LABELS, **{**options, **old})
+    np.testing.assert_array_equal(found.perturbation, expected.perturbation)
+
+
+def test_the_model_by_its_old_name():
+    with pytest.warns(DeprecationWarning, match="attack_success_rate: logits_fn= is deprecated, write model= instead"):
+        found = attack_success_rate(images=IMAGES, labels=LABELS, perturbation=0 * IMAGES[0], logits_fn=linear)
+    assert found == 0
+    with pytest.raises(ValueError, match="resolution: exact gradients have no directions"), pytest.warns():
+        universal_perturbation(linear, IMAGES, LABELS, epsilon=EPSILON, resolution=2)
+
+
+def test_a_query_oracle_may_share_its_directions_among_the_images():
+    """An estimate of the mean loss costs as many queries, and goes downhill as well."""
+    counted, shared = Counted(), dataclasses.replace(QUERY, num_directions=DIRECTIONS, per_example=False)
+    options = {"optimizer": DESCENT, "epsilon": EPSILON, "steps": STEPS, "recipe": AttackRecipe(augmentation=None)}
+    result = universal_perturbation(counted, IMAGES, LABELS, oracle=shared, **options)
+    assert counted.images == result.history["queries"][-1] == NUM + STEPS * COSTS["query"]
+    assert mean_loss(result.perturbation) < mean_loss(0) - 0.05
 
 
 # ---- Refusals ----
@@ -310,8 +362,8 @@ def test_nothing_is_compiled_anew_for_the_same_victim_and_optimizer():
         ({"loss": AttackLoss(target=3)}, "target: 3 is not one of the victim's 3 classes"),
         ({"optimizer": "uap-linff"}, "optimizer: name: unknown name 'uap-linff'"),
         ({"optimizer": "absent.safetensors"}, "optimizer: name: the card absent.json"),
-        ({"logits_fn": lambda images: linear(images)[:, 0]}, r"logits_fn must return logits \[6, classes\]"),
-        ({"logits_fn": lambda images: linear(images)[:4]}, r"logits_fn must return logits \[6, classes\]"),
+        ({"model": lambda images: linear(images)[:, 0]}, r"model must return logits \[6, classes\]"),
+        ({"model": lambda images: linear(images)[:4]}, r"model must return logits \[6, classes\]"),
         ({"oracle": "query", "num_directions": 0}, "num_directions must be a whole number of at least 1"),
         ({"oracle": "query", "smoothing": 0.0}, "smoothing must be a finite number above 0"),
         ({"max_queries": 3 * NUM - 1}, "max_queries: one step takes 18 image evaluations, got only 17"),

@@ -1,13 +1,27 @@
-r"""Puts the tables of results files into a document, between its `<!-- results -->` marks, and draws their curves anew.
+r"""Renders results files as Markdown: one page per file, and the tables of docs/results.md and README.md.
 
-python -m experiments.report.render --results=results/hard/mnist.json,results/theory_gap.json
-python -m experiments.report.render --results=results/hard/mnist.json --document=README.md --summary
+python -m experiments.report.render                 # every page and every figure
+python -m experiments.report.render --nodraw        # every page, figures as they are
+python -m experiments.report.render --document=README.md --summary
+python -m experiments.report.render --results=runs/mine.json --document=notes.md
+
+Without `--document` the documents are
+
+- `docs/results/NAME.md`, one page per results file, generated whole;
+- `docs/results/all-victims.md`, the comparisons of all files side by side, generated whole;
+- `docs/results.md`: a summary and links to the pages, between its `<!-- results -->` marks;
+- `README.md`: a short summary, between its marks.
+
+With `--document` only that file changes, between its marks: the sections of `--results`, or a summary of them. The text
+depends on the results files alone, so that rendering twice changes nothing.
 """
 
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import config
 from experiments.report import figures, sections, tables
@@ -18,7 +32,11 @@ def _draw_comparison(results, path):
     figures.steps_to_reach(results["rows"], path.with_name(f"{path.stem}_steps.png"))
 
 
-#: By the binary that made a file, its tables and its figure, if any; all others are comparisons.
+def _draw_nothing(results, path):
+    del results, path
+
+
+#: By the program that made a file: its section and its figure.
 KINDS = {
     "sine": (sections.sine_section, lambda results, path: figures.sine(results["rows"], path)),
     "zo_l2l": (sections.zo_l2l_section, figures.zo_l2l),
@@ -27,45 +45,180 @@ KINDS = {
         lambda results, path: figures.classification(results["rows"], path),
     ),
     "theory_gap": (sections.theory_section, figures.theory_gap),
-    "breadth": (sections.breadth_section, lambda results, path: None),
-    "ablation": (sections.ablation_section, lambda results, path: None),
-    "directions": (sections.directions_section, lambda results, path: None),
+    "breadth": (sections.breadth_section, _draw_nothing),
+    "ablation": (sections.ablation_section, _draw_nothing),
+    "directions": (sections.directions_section, _draw_nothing),
+    "train_victim": (sections.victim_section, _draw_nothing),
+    "timings": (sections.timings_section, _draw_nothing),
 }
 COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+RESULTS, PAGES, SUMMARY, README = "results", "docs/results", "docs/results.md", "README.md"
+OVERVIEW = "all-victims"
+#: Files of these names are rendered by `benchmarks.render`, into docs/performance.md.
+BENCHMARKS = "bench_"
+#: The links of docs/results.md: a heading, and the pages under it by the beginning of their names.
+GROUPS = (
+    ("One image per class, exact gradients, linf ball (the table above)", ("hard-",)),
+    ("Five images per class", ("five_images-",)),
+    ("A second loss", ("two_losses-",)),
+    ("A base update along the gradient", ("gradient_start-",)),
+    ("Query-only attacks", ("query-", "directions")),
+    ("l2 ball", ("l2",)),
+    ("A penalty instead of a ball (the paper's tasks)", ("paper",)),
+    ("Other image sizes, radii, classes and steps", ("breadth",)),
+    ("Ablations, on validation victims", ("ablation_",)),
+    ("Gap between the meta-gradients of LFT and L2O", ("theory_gap",)),
+    ("Problems other than universal attacks", ("sine", "classification", "zo_l2l")),
+    ("The quickstart", ("quickstart",)),
+    ("Training of victims, timings on a GPU", ("victim_", "gpu")),
+    ("Others", ("",)),
+)
+#: The order of pages within a group, by the end of their names.
+ORDER = ("mnist", "mnist_vgg", "cifar10", "cifar10_vgg", "digits", "mnist_5k")
+#: Pages of comparisons that are not among all others side by side.
+APART = ("quickstart",)
+#: Results files that the summaries are of, and the victims of the README's.
+HEADLINE = tuple(f"hard/{name}.json" for name in ORDER[:5])
+SHOWN = ("mnist_small_cnn_1000", "cifar10_small_cnn_1000", "cifar10_vgg_1001", "digits_small_cnn_1000")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Flags of the binary."""
 
-    results: tuple[str, ...] = config.required("Results files of the experiments, .json.")
-    document: str = config.option("docs/results.md", "Markdown file with the marks.")
-    summary: bool = config.option(False, "Only a line a victim, of comparisons, without figures.")
+    results: tuple[str, ...] = config.option((), "Results files, .json; all in the folder results/ if empty.")
+    document: str | None = config.option(None, "The only Markdown file to change, between its marks; all if not given.")
+    summary: bool = config.option(False, "With --document: a short table of comparisons instead of their sections.")
+    draw: bool = config.option(True, "Draw the figures again, beside the results files.")
 
 
 def render(flags: Config) -> None:
-    """Replaces what is between the marks, and the figures of success against step beside the files."""
-    document = Path(flags.document)
-    results = [(json.loads(Path(path).read_text(encoding="utf-8")), path) for path in flags.results]
-    text = document.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
+    """Writes the documents that the flags name, and the figures beside the results files."""
+    paths = flags.results or all_results(".")
+    if flags.document is None and flags.results:
+        raise ValueError("results: without --document all results files are rendered; name the document too.")
+    found = {str(path): _read(path) for path in paths}
+    if flags.document is None:
+        documents = all_documents(".", found)
+    elif flags.summary:
+        documents = {flags.document: _between_marks(Path(flags.document), tables.brief(_headline(found), SHOWN))}
+    else:
+        documents = {flags.document: _between_marks(Path(flags.document), _sections(found, flags.document))}
+    if flags.draw and not flags.summary:
+        for path, results in found.items():
+            _kind(results, path)[1](results, Path(path).with_suffix(".png"))
+    if flags.document is None:
+        for page in Path(PAGES).glob("*.md"):
+            if str(page) not in documents:
+                page.unlink()  # of a results file that is gone
+    for path, text in documents.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def all_results(root: str | os.PathLike[str]) -> list[str]:
+    """The results files under `root` that have a page, in alphabetical order, relative to it."""
+    paths = sorted(Path(root, RESULTS).rglob("*.json"))
+    return [path.relative_to(root).as_posix() for path in paths if not path.name.startswith(BENCHMARKS)]
+
+
+def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """All documents by their paths relative to `root`, of results by theirs."""
+    pages = {page_name(path): (path, results) for path, results in found.items()}
+    if len(pages) < len(found):
+        raise ValueError(f"results: two of the files would have one page, {sorted(pages)}.")
+    documents, headings = {}, {}
+    for name, (path, results) in pages.items():
+        page = f"{PAGES}/{name}.md"
+        section = _section(results, path, page)
+        headings[name] = section.partition("\n")[0].removeprefix("## ")
+        documents[page] = _page(section)
+    compared = [pages[name] for name in _ordered(pages) if name not in APART]
+    compared = [results for path, results in compared if _kind(results, path) is COMPARISON]
+    documents[f"{PAGES}/{OVERVIEW}.md"] = _page(tables.claims(compared))
+    headline = _headline(found)
+    links = "\n".join(_links(pages, headings))
+    documents[SUMMARY] = _between_marks(Path(root, SUMMARY), f"{tables.summary(headline)}\n{links}\n")
+    documents[README] = _between_marks(Path(root, README), tables.brief(headline, SHOWN))
+    return documents
+
+
+def page_name(path: str) -> str:
+    """The name of a results file's page: "hard-mnist" for results/hard/mnist.json, "l2" for results/l2/results.json."""
+    parts = Path(path).with_suffix("").parts
+    parts = parts[parts.index(RESULTS) + 1 :] if RESULTS in parts[:-1] else parts[-1:]
+    return "-".join(parts[:-1] if parts[-1] == "results" and len(parts) > 1 else parts)
+
+
+def _headline(found):
+    headline = [found[path] for path in (f"{RESULTS}/{name}" for name in HEADLINE) if path in found]
+    return headline or [results for path, results in found.items() if _kind(results, path) is COMPARISON]
+
+
+def _sections(found: Mapping[str, Mapping[str, Any]], document: str) -> str:
+    compared = [results for path, results in found.items() if _kind(results, path) is COMPARISON]
+    parts = [tables.claims(compared), *(_section(results, path, document) for path, results in found.items())]
+    return "\n".join(filter(None, parts))
+
+
+def _section(results, path, document):
+    beside = Path(os.path.relpath(Path(path).with_suffix(""), Path(document).parent)).as_posix()
+    return _kind(results, path)[0](results, path, beside)
+
+
+def _page(section):
+    text = section.replace("## ", "# ", 1).strip()
+    return (
+        f"<!-- Generated by `python -m experiments.report.render`; do not edit. -->\n{text}\n\n"
+        "[All results](../results.md) | [how they are measured](../protocol.md)\n"
+    )
+
+
+def _links(pages: Sequence[str], headings: Mapping[str, str]) -> list[str]:
+    left, lines = list(_ordered(pages)), [f"- [Every comparison side by side]({Path(PAGES).name}/{OVERVIEW}.md)"]
+    for title, prefixes in GROUPS:
+        names = [name for name in left if name.startswith(prefixes)]
+        left = [name for name in left if name not in names]
+        group = prefixes[0].rstrip("-_")
+        links = ", ".join(
+            f"[{name.removeprefix(group).lstrip('-_') or name}]({Path(PAGES).name}/{name}.md)" for name in names
+        )
+        lines += [f"- {title}: {links}"] if names else []
+    return lines
+
+
+def _ordered(names):
+    def place(name):
+        group = next(number for number, (_, prefixes) in enumerate(GROUPS) if name.startswith(prefixes))
+        tail = name.partition("-")[2]
+        return group, ORDER.index(tail) if tail in ORDER else len(ORDER), name
+
+    return sorted(names, key=place)
+
+
+def _between_marks(document, text):
+    old = document.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
         raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
-    compared = [found for found, _ in results if _kind(found) not in KINDS]
-    sections = [(tables.summary if flags.summary else tables.claims)(compared)]
-    for found, path in [] if flags.summary else results:
-        section, draw = KINDS.get(_kind(found), COMPARISON)
-        draw(found, Path(path).with_suffix(".png"))
-        beside = os.path.relpath(Path(path).with_suffix(""), document.parent)
-        sections.append(section(found, path, beside))
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    joined = "\n".join(filter(None, sections))
-    document.write_text(f"{before}{BEGIN}\n{joined}{END}{after}", encoding="utf-8")
+    return f"{old.partition(BEGIN)[0]}{BEGIN}\n{text}{END}{old.partition(END)[2]}"
 
 
-def _kind(results):
-    """The binary that made a file, without its package, which has changed over time."""
-    return results["provenance"]["command"].split()[2].rpartition(".")[2]
+def _read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _kind(results, path):
+    """The section and the figure of a results file, by the program that made it or by what it holds."""
+    command = results.get("provenance", results).get("command", "")
+    module = command.split()[2].rpartition(".")[2] if command else ""  # its package has changed over time
+    if module in KINDS:
+        return KINDS[module]
+    if {"tasks", "protocol", "rows"} <= results.keys():
+        return COMPARISON
+    if {"meta_training", "attacks"} <= results.keys():
+        return KINDS["timings"]
+    raise ValueError(f"results: {path} was made by {module or 'an unknown program'}, which has no section in KINDS.")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,32 @@
-"""All other results as Markdown, a section each."""
+"""Results that are not comparisons of attacks as Markdown, one section each."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.report.tables import origin, shown_steps
 
+#: Methods whose names in results files have been changed since.
+_METHODS = {"the rule's start, augmented": "base update alone, augmented"}
+
 
 def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """A pretrained rule away from what it was trained on."""
+    """A pretrained rule in settings that it was not meta-trained for."""
     del figures
     flags, rows = results["flags"], results["rows"]
     methods = list(rows[0]["methods"])
     lines = [
-        f"## `{flags['optimizer']}` away from its training",
+        f"## `{flags['optimizer']}` at other image sizes, radii, numbers of classes, images and steps",
         "",
         f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks against victims that "
-        "meta-training did not see. PGD is tuned for each line on validation tasks; the start is what the rule's "
-        "output is added to, alone. Sizes that no victim has are those of stored victims that see their images scaled "
-        "down, fewer classes those whose other logits are left out. "
+        "meta-training did not see. PGD is tuned for each row on validation tasks. The base update is the update that "
+        "the rule's output is added to, used alone. For image sizes that no victim has, a stored victim "
+        "sees the images scaled to its own size; for fewer classes, its other logits are dropped. Epsilon is relative "
+        "to the usual radius of the source. "
         f"{origin(results, path)}",
         "",
-        "| victim | image | classes | images a class | epsilon | K | " + " | ".join(methods) + " | minus tuned PGD |",
+        "| victim | image | classes | images per class | epsilon | K | "
+        + " | ".join(_METHODS.get(name, name) for name in methods)
+        + " | minus tuned PGD |",
         "|---" * (7 + len(methods)) + "|",
     ]
     for row in rows:
@@ -34,23 +40,48 @@ def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join([*lines, "", ""])
 
 
+#: What some names of variants mean.
+_VARIANTS = {
+    "no start": "a rule without a base update",
+    "no features but momenta": "a rule that sees the momenta of the gradient only",
+    "momenta alone": "the same without convolutions and without a base update",
+    "coordinatewise": "a rule without convolutions",
+    "one victim a source": "meta-training on one victim per source instead of six",
+    "learned on support images": "L2O, whose outer loss is that of the support images",
+    "learned on support images without augmentation": "L2O, whose outer loss is that of the support images",
+    "the paper's rule": "two coordinatewise LSTM layers on LogAndSign features, hinge losses, no augmentation",
+    "no waves": "no search for a start, its queries spent on directions",
+    "learned directions": "a learned sampler (QueryRNN) sets the deviation of the directions",
+}
+
+
+def _compared(rows, base):
+    names = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != base]
+    return ", ".join(names) if len(names) < 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
 def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """What each part of the fine-tuner is worth."""
+    """What each part of the fine-tuner contributes."""
     del figures
     flags, rows = results["flags"], results["rows"]
     # Before there were flags for them there was one seed, and all was meta-trained on small CNNs.
     base, seeds, trained = rows[0]["variant"], flags.get("seeds", 1), flags.get("architectures", ["small_cnn"])
+    variants = dict.fromkeys(row["variant"] for row in rows)
     lines = [
-        f"## What the parts are worth: {flags['study']}",
+        f"## Ablation of the study `{flags['study']}`: {_compared(rows, base)}",
         "",
-        f"Attack success rate, %, on {flags['num_tasks']} validation tasks of each of the validation victims, after "
-        f"the first and the last fine-tuning step; {flags['meta_steps']} meta-steps on victims of "
+        f"Attack success rate, %, after the first and the last fine-tuning step, on {flags['num_tasks']} validation "
+        f"tasks of each of the validation victims. Meta-training: {flags['meta_steps']} meta-steps on victims of "
         + (f"the architecture {', '.join(trained)}, " if trained else "all the study's architectures, ")
         + (f"mean over {seeds} meta-training seeds" if seeds > 1 else "one seed")
-        + f". In brackets, paired with `{base}`, the difference after the last step and its 95% interval over the tasks"
-        + (", and that of each seed" if seeds > 1 else "")
-        + (f". Radii by default, but {', '.join(flags['epsilon'])}" if flags.get("epsilon") else "")
-        + f". What the variants are stands in `experiments/ablation.py`. {origin(results, path)}",
+        + f". In brackets: the difference to `{base}` after the last step with its 95% interval over tasks, paired by "
+        "task"
+        + (", then that of each seed" if seeds > 1 else "")
+        + ". Radii are the defaults"
+        + (f", except {', '.join(flags['epsilon'])}" if flags.get("epsilon") else "")
+        + ". Variants have the names of `--variants`; `experiments/studies/ablation.py` defines them. "
+        + "".join(f"`{name}`: {_VARIANTS[name]}. " for name in variants if name in _VARIANTS)
+        + origin(results, path),
         "",
     ]
     victims = list(dict.fromkeys(row["victim"] for row in rows))
@@ -58,7 +89,7 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
         "| variant | steps | queries | " + " | ".join(f"{v}, {k}" for v in victims for k in ("first", "last")) + " |",
         "|---" * (3 + 2 * len(victims)) + "|",
     ]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
+    for variant in variants:
         of_variant = [row for row in rows if row["variant"] == variant]
         cells = [str(of_variant[0]["at"][-1]), f"{of_variant[0]['queries']:.0f}"]
         for row in of_variant:
@@ -69,19 +100,20 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
 
 
 def directions_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """How many directions a step are best for each method."""
+    """The best number of directions per step for each method."""
     del figures
     flags, rows = results["flags"], results["rows"]
     lines = [
-        "## Directions a step",
+        "## Zeroth-order directions per step",
         "",
         f"Attack success rate, %, mean ± 95% interval over {flags['num_tasks']} tasks, after "
-        f"{flags['evaluations']} evaluations of every support image in all, by the number of zeroth-order directions a "
-        "step and, in brackets, the steps that leaves. Baselines (sgd is ZO-SGD, pgd ZO-signSGD, adam ZO-Adam, adamm "
-        f"ZO-AdaMM) are tuned for each number on {flags['num_validation']} validation tasks of the victim. The LFT is "
-        f"`{flags['learned']}`, meta-trained at {flags['meta_trained_at']} directions. It, and what is augmented, "
-        "augment the support images, search plane waves for a start and try directions of each image's own on tiles; "
-        f"smoothing is {flags['smoothing']} for all. {origin(results, path)}",
+        f"{flags['evaluations']} evaluations of every support image in total. Columns are numbers q of zeroth-order "
+        "directions per step; in brackets the number of steps that this leaves. Baselines (sgd is ZO-SGD, pgd "
+        "ZO-signSGD, adam ZO-Adam, adamm ZO-AdaMM) are tuned for each q on "
+        f"{flags['num_validation']} validation tasks of the victim. The LFT is `{flags['learned']}`, meta-trained with "
+        f"{flags['meta_trained_at']} directions. It and the augmented baselines augment the support images, start from "
+        "the best of plane waves, and draw directions on tiles for each image separately. The smoothing is "
+        f"{flags['smoothing']} for all. {origin(results, path)}",
         "",
         "| victim | method | " + " | ".join(f"q = {count}" for count in flags["directions"]) + " |",
         "|---" * (2 + len(flags["directions"])) + "|",
@@ -106,17 +138,18 @@ def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "## Sine regression",
         "",
         f"Mean squared error on 100 points of a curve after steps on 10 others, mean ± 95% interval over "
-        f"{flags['num_tasks']} curves, and the mean of {len(flags['seeds'])} meta-training seeds. The LFT is one, "
-        f"meta-trained on networks of all {len(flags['widths'])} widths together; it, SGD and Adam start from random "
-        f"weights. {origin(results, path)}",
+        f"{flags['num_tasks']} curves, mean over {len(flags['seeds'])} meta-training seeds. One LFT is meta-trained on "
+        f"networks of all {len(flags['widths'])} widths together. It, SGD and Adam start from random weights. "
+        f"{origin(results, path)}",
         "",
     ]
     for width in dict.fromkeys(row["width"] for row in rows):
-        lines += [f"Network of two layers of {width}:", ""]
+        lines += [f"Network with two layers of {width} units:", ""]
         lines += _curve_lines([row for row in rows if row["width"] == width], "error", "{:.3f}", "{:+.3f}")
     lines += [
-        "Published, as recalled, for curves whose frequency varies too (Meta-SGD, Li et al. 2017, table 1: after one "
-        f"step, 100 curves), and obtained on such curves in {flags['published_steps']} meta-steps of 4 tasks:",
+        "Curves whose frequency varies too. Published: Meta-SGD, Li et al. 2017 (arXiv 1707.09835), table 1, after one "
+        "step, 100 curves; quoted from memory. The other columns are obtained here, with "
+        f"{flags['published_steps']} meta-steps of 4 tasks:",
         "",
         "| method | published | after 1 step | after 10 steps |",
         "|---|---|---|---|",
@@ -134,14 +167,14 @@ def zo_l2l_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     last = len(rows[0]["loss"])
     shown = [*(k for k in (20, 50, 100) if k < last), last]
     lines = [
-        "## Attacks on single images by queries: ZO-L2L's experiment",
+        "## Query-only attacks on single images: the experiment of ZO-L2L",
         "",
-        f"Loss, the hinge on log-probabilities plus 0.1 of the l1 distance, of attacks on {flags['images']} images of "
-        f"`{victim['source']}` against a `{victim['architecture']}`, the one of the meta-training, {flags['runs']} on "
-        "each: mean ± 95% interval over the runs, of the mean over the images; fooled images after the last step; and "
-        "the difference to the UpdateRNN alone, ± 95% interval over the images. Estimates are made of 20 Gaussian "
-        "directions, forward. Learning rates are the published ones and those tuned on training images. Where this "
-        "differs from the authors' code is said in `experiments/zo_l2l.py`. "
+        f"Attacks on {flags['images']} images of `{victim['source']}` against a `{victim['architecture']}`, the "
+        f"victim of the meta-training, {flags['runs']} runs per image. The loss is the hinge on log-probabilities "
+        "plus 0.1 times the l1 distance: its mean over images, ± 95% interval over runs. Then: images fooled after the "
+        "last step, and the difference to the loss of the UpdateRNN alone, ± 95% interval over images. Estimates are "
+        "forward differences along 20 Gaussian directions. Learning rates are the published ones, and those tuned on "
+        "training images. `experiments/studies/zo_l2l.py` lists the differences to the authors' code. "
         f"{origin(results, path)}",
         "",
         "| loss | "
@@ -175,11 +208,12 @@ def classification_section(results: Mapping[str, Any], path: str, figures: str) 
         "## Few-shot classification",
         "",
         f"Accuracy, %, on other images after steps on {flags['shots']} images of each of {flags['ways']} classes, mean "
-        f"± 95% interval over {flags['num_tasks']} tasks, and the mean of {len(flags['seeds'])} meta-training seeds "
-        "(in brackets their range). Tasks are of classes and images that meta-training did not see. The LFT, SGD and "
-        "Adam start from random weights, all others from a learned initialization. Settings are the best of so many on "
-        f"validation tasks, which are of the classes of meta-training, inner rates with the first seed: {tried}. The "
-        f"LFT's are not tuned. Tasks are named source:size:architecture:width. {origin(results, path)}",
+        f"± 95% interval over {flags['num_tasks']} tasks, mean over {len(flags['seeds'])} meta-training seeds (in "
+        "brackets their range). Classes and images of the tasks are not in meta-training. The LFT, SGD and Adam start "
+        "from random weights, all other methods from a learned initialization. Settings are the best of several on "
+        "validation tasks, which have the classes of meta-training (inner learning rates with the first seed). Numbers "
+        f"of settings tried: {tried}. Those of the LFT are not tuned. Tasks are named source:size:architecture:width. "
+        f"{origin(results, path)}",
         "",
     ]
     for part, case in dict.fromkeys((row["part"], row["case"]) for row in rows):
@@ -192,7 +226,7 @@ def classification_section(results: Mapping[str, Any], path: str, figures: str) 
 
 
 def _curve_lines(rows, metric, number, signed, factor=1):
-    """A table of what methods have after some steps, and of their differences to SGD and Adam."""
+    """A table of a metric after some steps by method, and of the differences to SGD and Adam after the last one."""
     shown = shown_steps(range(1, 1 + len(rows[0][metric])))
     head = [f"{k} step{'s' if k > 1 else ''}" for k in shown]
     lines = [f"| method | {' | '.join(head)} | minus SGD | minus Adam |", "|---" * (len(shown) + 3) + "|"]
@@ -222,7 +256,8 @@ def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "",
         f"Norms of meta-gradients on tasks of `{victim['source']}` against a `{victim['architecture']}`, K = "
         f"{flags['num_steps']}, {flags['ways']} classes, means over {flags['num_tasks']} tasks; the rule is "
-        f"`{flags['rule']}`, as it was shipped at that commit and with weights that were not meta-trained. "
+        f"`{flags['rule']}` as shipped at that commit, and the same rule with random weights (untrained). Standard "
+        "deviations are those of the mean gradients over the set. "
         f"{origin(results, path)}",
         "",
     ]
@@ -251,3 +286,47 @@ def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
             lines.append(f"| {row['images']} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |")
         lines.append("")
     return "\n".join([*lines, f"![gap]({figures}.png)", "", ""])
+
+
+def victim_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """The training of a victim, by epoch."""
+    del figures
+    lines = [
+        f"## Training of a victim: `{results['architecture']}` on {results['source']}",
+        "",
+        f"Seed {results['seed']}, {results['epochs']} epochs, batches of {results['batch_size']}, learning rate "
+        f"{results['learning_rate']}, augmentation: {results['augment']}. {results['wall_seconds']:.0f} s on a shared "
+        f"machine, {results['cpu_seconds']:.0f} s of processor time. Final test accuracy "
+        f"{100 * results['test_accuracy']:.1f}%. {origin(results, path)}",
+        "",
+        "| epoch | training loss | validation accuracy, % |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row['epoch']} | {row['loss']:.3f} | {100 * row['accuracy']:.1f} |" for row in results["curve"]]
+    return "\n".join([*lines, "", ""])
+
+
+def timings_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """Times of meta-training runs and attacks on different devices."""
+    del figures
+    lines = [
+        "## Meta-training on a CPU core and on a GPU",
+        "",
+        "Readings of whole runs on machines that were partly shared, not ratios of alternating measurements. From "
+        f"`{path}`, {results['date']}.",
+        "",
+        "| run | device | also running | meta-steps | first one, s | median, s | total, s | commit |",
+        "|---" * 8 + "|",
+    ]
+    for run in results["meta_training"]:
+        cells = [run["run"], run["device"], run["beside"], run["meta_steps"], run["first_seconds"]]
+        cells += [run["median_seconds"], run["total_seconds"], run["commit"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for attack in results["attacks"]:
+        state = "finished" if attack["finished"] else "stopped"
+        lines += [
+            "",
+            f"A comparison, {state} after {attack['seconds']} s on {attack['device']} (also running: "
+            f"{attack['beside']}), commit {attack['commit']}: {attack['reached']}. Command: `{attack['command']}`.",
+        ]
+    return "\n".join([*lines, "", ""])

@@ -1,5 +1,6 @@
 """Comparisons of attacks as Markdown."""
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from experiments.common import DEFAULT_EPSILON
 from lft_jax import evaluation
 from lft_jax.evaluation.comparison import AUGMENTED, TRANSFER
 
-_SHOWN = (1, 2, 5, 10, 20)  # PROTOCOL 4
+_SHOWN = (1, 2, 5, 10, 20)
 
 
 def shown_steps(at: Sequence[int]) -> list[int]:
@@ -20,9 +21,9 @@ def shown_steps(at: Sequence[int]) -> list[int]:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], penalised: bool = False) -> str:
-    """A table a target: query ASR (percent, 95% interval over tasks) after each judged step, by method.
+    """One table per victim: query ASR (percent, 95% interval over tasks) of each method after the judged steps.
 
-    With a penalty the query loss, which holds it, is a column too.
+    With a penalty the query loss, which includes it, is a column too.
     """
     targets = dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows)
     return "\n".join(
@@ -31,71 +32,111 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], penalised: bool = False)
 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> str:
-    """One line a victim that was not seen in meta-training: final success of the strongest of each kind of method."""
+    """One row per victim that meta-training did not see: the final ASR of the strongest method of each kind."""
     lines = [
-        "| victim | tuned PGD | best tuned baseline | best of two augmented | L2O | LFT | full-data oracle | LFT minus "
-        "tuned PGD | gap closed |",
-        "|---" * 9 + "|",
+        "| victim | tuned PGD | best tuned baseline | best with augmentation | L2O | LFT | full-data oracle | "
+        "LFT minus tuned PGD | LFT minus best with augmentation | gap closed |",
+        "|---" * 10 + "|",
     ]
-    for results in found:
-        rows = [row for row in results["rows"] if not row["seen_victim"]]
-        for victim in dict.fromkeys(row["victim"] for row in rows):
-            of = {row["method"]: row for row in rows if row["victim"] == victim}
-            lft, l2o = (_of_learner(of, learner) for learner in ("lft", "l2o"))
-            if lft is None:
-                raise ValueError(f"results: {victim} was not attacked by an lft, which a summary is about.")
-            cells = [_final(of["pgd"])]
-            cells += [_final(row, named=True) if row else "" for row in _best_rivals(of, results["protocol"])]
-            cells += [_final(row) if row else "" for row in (l2o, lft, of["oracle"])]
-            mean, width = lft["difference_to_tuned_pgd"]
-            gap = lft["gap_closed"]
-            cells += [f"{100 * mean:+.1f} ± {_percent(width)}", "" if gap is None else f"{100 * gap:.0f}%"]
-            lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
+    for results, victim, of in _unseen(found):
+        lft, l2o = _required_lft(of, victim), _of_learner(of, "l2o")
+        plain, augmented = _best_rivals(of, results["protocol"])
+        cells = [_final(of["pgd"])]
+        cells += [_final(row, named=True) if row else "" for row in (plain, augmented)]
+        cells += [_final(row) if row else "" for row in (l2o, lft, of["oracle"])]
+        mean, width = lft["difference_to_tuned_pgd"]
+        cells += [f"{100 * mean:+.1f} ± {_percent(width)}", _paired(lft, augmented) if augmented else ""]
+        cells += ["" if lft["gap_closed"] is None else f"{100 * lft['gap_closed']:.0f}%"]
+        lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
-def claims(found: Sequence[Mapping[str, Any]]) -> str:
-    """The LFT against each kind of rival, a line a victim; empty if no unseen victim was attacked by one.
+def brief(found: Sequence[Mapping[str, Any]], victims: Sequence[str] = ()) -> str:
+    """A summary of few columns, of the victims named (all if none is): who is ahead in the end, and how fast.
 
-    Differences are paired by task. Steps are those to the final success of the best tuned baseline.
+    The verdict compares the LFT with the best baseline that has the same augmentation, paired by task.
     """
-    lines = []
+    lines = [
+        "| unseen victim | tuned PGD | best tuned baseline with augmentation | LFT | full-data oracle | verdict |",
+        "|---" * 6 + "|",
+    ]
+    for results, victim, of in _unseen(found):
+        if victims and victim not in victims:
+            continue
+        lft, augmented = _required_lft(of, victim), _best_rivals(of, results["protocol"])[1]
+        cells = [_final(row) if row else "" for row in (of["pgd"], augmented, lft, of["oracle"])]
+        cells.append(_verdict(lft, augmented, of["pgd"]) if augmented else "")
+        lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _verdict(lft, augmented, pgd):
+    mean, width = evaluation.mean_interval(np.subtract(lft["task_asr"], augmented["task_asr"]))
+    relation = "level with" if abs(mean) <= width else ("ahead of" if mean > 0 else "behind")
+    steps = lft["steps_to_tuned_pgd"]
+    speed = f"tuned PGD's final ASR after {steps} of {pgd['at'][-1]} steps" if steps else "never reaches tuned PGD"
+    first = f"after one step {100 * lft['asr'][0]:.0f}% against {100 * augmented['asr'][0]:.0f}%"
+    return f"{relation} that baseline ({_paired(lft, augmented)}); {first}; {speed}"
+
+
+def _unseen(found):
+    """`(results, victim, {method: row})` of each victim that meta-training did not see."""
     for results in found:
         rows = [row for row in results["rows"] if not row["seen_victim"]]
         for victim in dict.fromkeys(row["victim"] for row in rows):
-            of = {row["method"]: row for row in rows if row["victim"] == victim}
-            first = {learner: _of_learner(of, learner) for learner in ("lft", "l2o", "maml", "joint")}
-            hand_made, augmented = _best_rivals(of, results["protocol"])
-            lft, goal = first["lft"], hand_made["asr"][-1]
-            if lft is None:
-                continue
-            rivals = (of["pgd"], of.get("adam"), augmented)
-            untuned = of["pgd (untuned)"]["asr"][-1]
-            reached = [row and evaluation.steps_to_reach(row["asr"], goal) for row in first.values()]
-            cells = [
-                _kind(results),
-                f"{lft['asr'][-1] / untuned:.1f}" if untuned else "",
-                *(_paired(lft, rival) if rival else "" for rival in rivals),
-                *(
-                    ("never" if steps is None else _reached(row, steps - 1, results["tasks"])) if row else ""
-                    for row, steps in zip(first.values(), reached, strict=True)
-                ),
-                "" if lft["gap_closed"] is None else f"{100 * lft['gap_closed']:.0f}%",
-            ]
-            lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
+            yield results, victim, {row["method"]: row for row in rows if row["victim"] == victim}
+
+
+def _required_lft(of, victim):
+    lft = _of_learner(of, "lft")
+    if lft is None:
+        raise ValueError(f"results: {victim} was not attacked by an lft, which a summary is about.")
+    return lft
+
+
+def claims(found: Sequence[Mapping[str, Any]]) -> str:
+    """The LFT against each kind of method, one row per victim; empty if no unseen victim was attacked by an LFT.
+
+    Differences are paired by task. Steps are those to the final ASR of the best tuned baseline.
+    """
+    lines = []
+    for results, victim, of in _unseen(found):
+        first = {learner: _of_learner(of, learner) for learner in ("lft", "l2o", "maml", "joint")}
+        plain, augmented = _best_rivals(of, results["protocol"])
+        lft, goal = first["lft"], plain["asr"][-1]
+        if lft is None:
+            continue
+        rivals = (of["pgd"], of.get("adam"), augmented)
+        untuned = of["pgd (untuned)"]["asr"][-1]
+        reached = [row and evaluation.steps_to_reach(row["asr"], goal) for row in first.values()]
+        cells = [
+            _kind(results),
+            f"{lft['asr'][-1] / untuned:.1f}" if untuned else "",
+            *(_paired(lft, rival) if rival else "" for rival in rivals),
+            *(
+                ("never" if steps is None else _reached(row, steps - 1, results["tasks"])) if row else ""
+                for row, steps in zip(first.values(), reached, strict=True)
+            ),
+            "" if lft["gap_closed"] is None else f"{100 * lft['gap_closed']:.0f}%",
+        ]
+        lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
     if not lines:
         return ""
     head = (
-        "| victim | setting | times untuned PGD | minus tuned PGD | minus tuned Adam | minus best augmented | steps to "
-        "the best tuned baseline's final success: LFT | L2O | MAML | joint | gap closed |"
+        "| victim | setting | times untuned PGD | minus tuned PGD | minus tuned Adam | minus best with augmentation | "
+        "steps to the best tuned baseline's final ASR: LFT | L2O | MAML | joint | gap closed |"
     )
-    about = "The LFT's final success against that of others, in points, paired by task; what augments is tuned too."
-    title = "## The LFT against each kind of rival"
+    about = (
+        "Victims that meta-training did not see. Differences are the LFT's final ASR minus that of another method, in "
+        "percentage points, mean ± 95% interval, paired by task. Augmented baselines are tuned too. Gap closed is the "
+        "share of the distance from the best tuned baseline without augmentation to the full-data oracle."
+    )
+    title = "## The LFT against each kind of method"
     return "\n".join([title, "", about, "", head, "|---" * 11 + "|", *lines, "", ""])
 
 
 def _kind(results):
-    """What tells this comparison from others of the same victim, in a few words."""
+    """The setting in a few words, which no other comparison of the same victim has."""
     tasks = results["tasks"]
     if tasks.get("num_directions"):
         return "queries only"
@@ -103,11 +144,11 @@ def _kind(results):
         return f"penalty, kappa {tasks.get('kappa', 0.0):g}"
     parts = [f"{tasks['norm']} ball"]
     if tasks["shots"] > 1:
-        parts.append(f"{tasks['shots']} images")
+        parts.append(f"{tasks['shots']} images per class")
     if _two_losses(tasks):
         parts.append("two losses")
     if _along_the_gradient(results):
-        parts.append("along the gradient")
+        parts.append("base update along the gradient")
     return ", ".join(parts)
 
 
@@ -116,11 +157,12 @@ def _two_losses(tasks):
 
 
 def _along_the_gradient(results):
-    return any(run.get("start") == "gradient" for run in results["meta_training"])
+    # The flag was named start before it was named base_update.
+    return any("gradient" in (run.get("start"), run.get("base_update")) for run in results["meta_training"])
 
 
 def _reached(row, index, tasks):
-    """The step, and what it took of all queries, where these are what counts."""
+    """The step, and for query-only attacks how many of all queries were used up to it."""
     step, queries = str(row["at"][index]), row.get("queries")
     if not (tasks.get("num_directions") and queries):
         return step
@@ -133,14 +175,14 @@ def _of_learner(of, learner):
 
 
 def _best_rivals(of, protocol):
-    """The rows of the best tuned baseline and of the best that augments, or None."""
+    """The rows of the best tuned baselines, without and with augmentation; None where there is none."""
     plain = (*protocol["methods"], "pgd", "transfer", TRANSFER)
     groups = ([of[m] for m in of if m in plain], [of[m] for m in of if m.endswith(AUGMENTED)])
     return [max(group, key=lambda row: row["asr"][-1], default=None) for group in groups]
 
 
 def _paired(row, other):
-    """The mean difference of two rows' final success, in points, with its interval over the tasks they share."""
+    """The mean difference of two rows' final ASR, in points, with its 95% interval over tasks."""
     mean, width = evaluation.mean_interval(np.subtract(row["task_asr"], other["task_asr"]))
     return f"{100 * mean:+.1f} ± {100 * width:.1f}"
 
@@ -151,68 +193,37 @@ def _final(row, named=False):
 
 
 def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """The tables of a results file, those of unseen victims first, where they come from, and the figures."""
+    """A comparison: what was measured and how, tables (unseen victims first), and figures."""
     rows, tasks, protocol = results["rows"], results["tasks"], results["protocol"]
     penalised = bool(tasks.get("penalty"))
-    known = {**DEFAULT_EPSILON.get(tasks["norm"], {}), **tasks["epsilon"]}
-    radii = ", ".join(f"{s} {known[s]}" for s in dict.fromkeys(row["source"] for row in rows) if s in known)
-    bound = f"an {tasks['norm']} ball{f' ({radii})' if radii else ''}"
-    if penalised:
-        bound = (
-            f"a penalty of {tasks['penalty']} on the {tasks['norm']} norm, where settings and oracles are chosen by "
-            "the loss, of which success is only a part"
-        )
-    if tasks.get("loss") == "hinge":
-        bound += f", and the hinge with a confidence of {tasks.get('kappa', 0.0):g}"
-    directions = tasks.get("num_directions")
-    gradients = f"zeroth-order gradients of {directions} directions a step" if directions else "exact gradients"
-    if tasks.get("waves"):
-        gradients += f" from a start that {tasks['waves']} evaluations searched plane waves for"
-    two = _two_losses(tasks)
-    about = (
-        f"Attack success rate on unseen images after K fine-tuning steps with {gradients} on {tasks['shots']} support "
-        f"image(s) of each of {tasks['ways']} classes, within {bound}; mean ± 95% interval over "
-        f"{protocol['num_tasks']} tasks (of several seeds: the mean, and the range of their ASR at the last K). "
-        f"Meta-trained: {_meta_trained(results['meta_training'], tasks)}"
-        + (
-            f"; on support images they follow {tasks['support_loss']} and {tasks['second_loss']} together"
-            if two
-            else ""
-        )
-        + ". Baselines are tuned over grids of 24 to 48 "
-        f"settings (step, momentum, schedule, loss) on {protocol['num_validation']} validation tasks of the same victim"
-        + (
-            ", and make as many queries in all, from zero or the transfer start, with directions that all images share"
-            if directions
-            else ""
-        )
-        + "; the oracle sees all "
-        'training images. "Steps" are those until a method\'s mean ASR reaches the final one of tuned PGD; "gap '
-        'closed" is the part of the way from the best tuned baseline to the oracle'
-        + (
-            ', "augmented" that from the best of these and of two that augment too'
-            + (", and search and ask as the learned methods do" if directions else "")
-            + (", with the second loss or without" if two else "")
-            + ": what was best on the validation tasks without and the transfer start fine-tuned by it, tuned again"
-            if _augmented(rows)
-            else ""
-        )
-        + f". {origin(results, path)}"
-    )
     unseen = [row for row in rows if not row["seen_victim"]]
     seen = [row for row in rows if row["seen_victim"]]
-    setting = f"{tasks['ways']} classes, {tasks['shots']} image{'s' if tasks['shots'] > 1 else ''} of each, {gradients}"
-    setting += " of two losses" if two else ""
-    if _along_the_gradient(results):
-        setting += ", rules that start along the gradient"
-    title = f"## Attacks on {' and '.join(dict.fromkeys(row['source'] for row in rows))}: {setting}"
-    parts = [title, "", about, "", comparison_table(unseen, penalised)]
+    about = [
+        f"Attack success rate (ASR, %) on query images after K fine-tuning steps on {_images(tasks)} of "
+        f"{tasks['ways']} classes: mean ± 95% interval over {protocol['num_tasks']} tasks. A learner with several "
+        "meta-training seeds has the mean over seeds, and in brackets the range of their final ASR.",
+        "",
+        f"- Gradients: {_gradients(tasks)}.",
+        f"- Bound: {_bound(tasks, rows)}.",
+        f"- Meta-training: {_meta_trained(results['meta_training'], tasks)}.",
+        f"- Baselines: {_baselines(tasks, protocol, rows)}.",
+        "- Oracle: a perturbation optimized on all training images of the same victim.",
+        f"- Columns: {_columns(rows, penalised)}.",
+        f"- {origin(results, path)}",
+        "",
+    ]
+    victims = dict.fromkeys(row["victim"] for row in rows)
+    named = (
+        [f"`{victim}`" for victim in victims] if len(victims) < 3 else list(dict.fromkeys(r["source"] for r in rows))
+    )
+    title = f"## Attacks on {' and '.join(named)}: {_setting(results)}"
+    parts = [title, "", *about, comparison_table(unseen, penalised)]
     if seen:
         parts += ["Victims that were in meta-training (unseen images only):", "", comparison_table(seen, penalised)]
     parts += [
-        f"![success against the step]({figures}.png)",
+        f"![ASR against the fine-tuning step]({figures}.png)",
         "",
-        f"![steps to reach tuned PGD]({figures}_steps.png)",
+        f"![steps to reach the final ASR of tuned PGD]({figures}_steps.png)",
         "",
     ]
     for victim in dict.fromkeys(row["victim"] for row in unseen):
@@ -220,8 +231,83 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join(parts)
 
 
+def _images(tasks):
+    return f"{tasks['shots']} support image{'s' if tasks['shots'] > 1 else ''} per class"
+
+
+def _setting(results):
+    tasks = results["tasks"]
+    parts = [f"{tasks['ways']} classes, {tasks['shots']} image{'s' if tasks['shots'] > 1 else ''} per class"]
+    parts.append("queries only" if tasks.get("num_directions") else "exact gradients")
+    if tasks.get("penalty"):
+        parts.append(f"{tasks['norm']} penalty")
+    elif tasks["norm"] != "linf":
+        parts.append(f"{tasks['norm']} ball")
+    if _two_losses(tasks):
+        parts.append("two losses")
+    if _along_the_gradient(results):
+        parts.append("base update along the gradient")
+    return ", ".join(parts)
+
+
+def _gradients(tasks):
+    directions, waves = tasks.get("num_directions"), tasks.get("waves")
+    found = f"zeroth-order estimates from {directions} directions per step" if directions else "exact"
+    if waves:
+        found += f"; the start is the best of plane waves, searched with {waves} evaluations of every support image"
+    if _two_losses(tasks):
+        found += f", of {tasks['support_loss']} and {tasks['second_loss']} added up on the support images"
+    return found
+
+
+def _bound(tasks, rows):
+    if tasks.get("penalty"):
+        bound = (
+            f"none; the loss has a penalty of {tasks['penalty']} times the {tasks['norm']} norm. Settings and oracles "
+            "are chosen by the loss, of which success is only a part"
+        )
+    else:
+        known = {**DEFAULT_EPSILON.get(tasks["norm"], {}), **tasks["epsilon"]}
+        radii = ", ".join(f"{s} {known[s]}" for s in dict.fromkeys(row["source"] for row in rows) if s in known)
+        bound = f"{tasks['norm']} ball{f', radius {radii}' if radii else ''}"
+    if tasks.get("loss") == "hinge":
+        bound += f"; the loss is the hinge with a confidence (kappa) of {tasks.get('kappa', 0.0):g}"
+    return bound
+
+
+def _baselines(tasks, protocol, rows):
+    directions = tasks.get("num_directions")
+    about = (
+        "tuned over grids of 24 to 48 settings (step, momentum, schedule, loss) on "
+        f"{protocol['num_validation']} validation tasks of the same victim"
+    )
+    if directions:
+        about += (
+            "; they make as many queries in total, start from zero or the transfer start, and share each direction "
+            "among all images"
+        )
+    if _augmented(rows):
+        about += (
+            '. Two of them ("augmented") have the same augmentation of the support images as the learned methods'
+            + (", the same search for a start and the same directions" if directions else "")
+            + (", with or without the second loss" if _two_losses(tasks) else "")
+            + ": the best one on validation tasks, and the transfer start fine-tuned by it, both tuned again"
+        )
+    return about
+
+
+def _columns(rows, penalised):
+    about = (
+        '"steps" is the first judged step at which a method\'s mean ASR reaches the final one of tuned PGD; "gap '
+        'closed" is the share of the distance from the best tuned baseline to the oracle'
+    )
+    if _augmented(rows):
+        about += '; "augmented" is the same with the augmented baselines among them'
+    return about + ('; "loss" is the mean query loss, penalty included' if penalised else "")
+
+
 def _meta_trained(runs, tasks):
-    """Learners, with how many seeds and victims of which sources, and where the tasks that they had differ."""
+    """Learners, their seeds, numbers of victims and sources, and how their own tasks differ from those judged."""
     seeds, shots = {}, tasks["shots"]
     for run in runs:
         seeds.setdefault((run["learner"], tuple(run["victims"])), []).append(run["seed"])
@@ -241,8 +327,8 @@ def _meta_trained(runs, tasks):
             asking.setdefault(run["num_directions"], {})[run["learner"]] = None
     return (
         "; ".join(parts)
-        + (f", with {' or '.join(other)} image(s) of each class" if other else "")
-        + "".join(f"; {' and '.join(of)} without that search, with {n} directions" for n, of in asking.items())
+        + (f", with {' or '.join(other)} support image(s) per class" if other else "")
+        + "".join(f"; {' and '.join(of)} without that search, with {n} directions per step" for n, of in asking.items())
     )
 
 
@@ -252,9 +338,16 @@ def _augmented(rows):
 
 
 def origin(results: Mapping[str, Any], path: str) -> str:
-    """Where a results file came from."""
-    made = results["provenance"]
-    return f"From `{path}`: `{made['command']}`, commit {made['commit']}, {made['device']}."
+    """Where a results file came from: the file, the command as it was at its commit, and the device."""
+    made = results.get("provenance", results)
+    return f"From `{path}`: `{made['command']}`{_now(made['command'])}, commit {made['commit']}, {made['device']}."
+
+
+def _now(command):
+    """What a command's module is named now, if it has moved since."""
+    module = command.split()[2] if len(command.split()) > 2 else ""
+    moved = f"experiments.studies.{module.rpartition('.')[2]}"
+    return f" (now `{moved}`)" if module not in ("", moved) and importlib.util.find_spec(moved) else ""
 
 
 def _target_table(target, rows, penalised):

@@ -1,4 +1,6 @@
-"""Drawing a task's images inside jit, from a padded class table."""
+"""Sampling a task's images inside jit, from a padded class table."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +9,52 @@ import numpy as np
 from lft_jax import base
 
 
-def draw_rows(key: jax.Array, table: jax.Array, counts: jax.Array, ways: int, per_class: int) -> jax.Array:
-    """`[ways, per_class]`: classes drawn at random, in random order, and different images of each.
+@dataclasses.dataclass(frozen=True)
+class TaskSize:
+    """How many images a task has: N-way, M-shot.
+
+    Attributes:
+      ways: classes of a task, at least 1.
+      shots: support images per class, at least 1.
+      query_shots: query images per class, disjoint from the support images, at least 1.
+
+    Examples:
+      >>> TaskSize(ways=10, shots=1, query_shots=5).per_class
+      6
+    """
+
+    ways: int
+    shots: int
+    query_shots: int
+
+    def __post_init__(self):
+        for name in ("ways", "shots", "query_shots"):
+            base.check_at_least(name, getattr(self, name), 1)
+
+    @property
+    def per_class(self) -> int:
+        """Images of one class that a task needs."""
+        return self.shots + self.query_shots
+
+
+def draw_rows(key: jax.Array, table: jax.Array, counts: jax.Array, size: TaskSize) -> tuple[jax.Array, jax.Array]:
+    """Support rows `[ways, shots]` and query rows `[ways, query_shots]`: random classes, distinct images of each.
 
     Args:
-      key: of the draw.
-      table: `[classes, most]`, see `class_table`.
-      counts: `[classes]`; a class of fewer than `per_class` images is not drawn.
-      ways: classes.
-      per_class: images of each.
+      key: PRNG key.
+      table: `[classes, most]` int32, see `class_table`.
+      counts: `[classes]` int32; a class of fewer than `size.per_class` images is not drawn.
+      size: of the task.
     """
     key_classes, key_images = jax.random.split(key)
-    # The largest of uniform scores are a sample without replacement, also where some entries are barred.
-    scores = jnp.where(counts >= per_class, jax.random.uniform(key_classes, counts.shape), -1)
-    classes = jax.lax.top_k(scores, ways)[1]
+    # The largest of uniform scores are a sample without replacement, even where some entries are excluded.
+    scores = jnp.where(counts >= size.per_class, jax.random.uniform(key_classes, counts.shape), -1)
+    classes = jax.lax.top_k(scores, size.ways)[1]
     real = jnp.arange(table.shape[1])[None] < counts[classes][:, None]
     scores = jnp.where(real, jax.random.uniform(key_images, real.shape), -1)
-    columns = jax.lax.top_k(scores, per_class)[1]
-    return jnp.take_along_axis(table[classes], columns, axis=1)
+    columns = jax.lax.top_k(scores, size.per_class)[1]
+    rows = jnp.take_along_axis(table[classes], columns, axis=1)
+    return rows[:, : size.shots], rows[:, size.shots :]
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:

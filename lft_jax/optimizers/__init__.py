@@ -15,7 +15,7 @@ Anything that steps is an `optax.GradientTransformation`, so nothing downstream 
 from lft_jax.optimizers.fine_tuning import Paused, fine_tune, fine_tune_step
 from lft_jax.optimizers.hand_designed import adam, adamm, normalized_gradient, projected_gradient, sgd
 from lft_jax.optimizers.rules import (
-    MomentumStart,
+    MomentumUpdate,
     Rule,
     coordinate_lstm,
     rule_from_dict,
@@ -27,7 +27,7 @@ from lft_jax.optimizers.transform import LearnedFineTunerState, learned_fine_tun
 
 __all__ = [
     "LearnedFineTunerState",
-    "MomentumStart",
+    "MomentumUpdate",
     "Paused",
     "Rule",
     "adam",

@@ -17,13 +17,13 @@ from lft_jax.optimizers.features import FEATURES, Signal, root_mean_square
 
 PyTree = Any
 
-#: What a hand-made update may go along.
-STARTS = ("sign", "gradient")
+#: What the base update may go along.
+ALONG = ("sign", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
-class MomentumStart:
-    """A strong hand-made update for the network to start from.
+class MomentumUpdate:
+    """A strong hand-designed update that the output of the network is added to: momentum PGD, or gradient descent.
 
     The rule's update of a leaf is `scale * (size * direction + b)`, where `size` is `step` and `b` is 0 before
     meta-training, up to a network's outputs `a` and `b` near 0. The direction is, along
@@ -49,13 +49,13 @@ class MomentumStart:
     along: str = "sign"
 
     def __post_init__(self):
-        base.check_name("MomentumStart.along", self.along, STARTS)
+        base.check_name("MomentumUpdate.along", self.along, ALONG)
         if self.along == "gradient":
-            base.check_positive("MomentumStart.step", self.step)
+            base.check_positive("MomentumUpdate.step", self.step)
         elif not 0 < self.step < 1:
-            raise ValueError(f"MomentumStart.step must be in (0, 1), got {self.step!r}.")
+            raise ValueError(f"MomentumUpdate.step must be in (0, 1), got {self.step!r}.")
         if not 0 <= self.decay < 1:
-            raise ValueError(f"MomentumStart.decay must be in [0, 1), got {self.decay!r}.")
+            raise ValueError(f"MomentumUpdate.decay must be in [0, 1), got {self.decay!r}.")
 
     def init(self, leaf: jax.Array) -> PyTree:
         """The state for one leaf: the momentum, and the unit of the steps where there is one."""
@@ -86,7 +86,7 @@ class Rule:
       layers: number of LSTM layers.
       features: names from `lft_jax.optimizers.features.FEATURES`.
       output_scale: factor on the network's output.
-      start: the hand-made update that the output is added to, or None: the output is the update.
+      base_update: the hand-designed update that the output is added to, or None: the output is the update.
       maps: feature maps of each convolution; empty for a coordinatewise rule.
     """
 
@@ -94,7 +94,7 @@ class Rule:
     layers: int
     features: tuple[str, ...]
     output_scale: float
-    start: MomentumStart | None = None
+    base_update: MomentumUpdate | None = None
     maps: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -132,7 +132,7 @@ class Rule:
             cell["bias"] = cell["bias"].at[self.hidden : 2 * self.hidden].set(1.0)
             params["cells"].append(cell)
             inputs = self.hidden
-        params["head"] = dense(2 if self.start else 1, self.hidden, gain=0.1)
+        params["head"] = dense(2 if self.base_update else 1, self.hidden, gain=0.1)
         return params
 
     def init_state(self, leaf: jax.Array) -> PyTree:
@@ -144,7 +144,7 @@ class Rule:
         return {
             "features": tuple(FEATURES[name].init(leaf) for name in self.features),
             "cells": tuple((hidden(), hidden()) for _ in range(self.layers)),
-            "start": self.start.init(leaf) if self.start else (),
+            "base_update": self.base_update.init(leaf) if self.base_update else (),
         }
 
     def apply(self, params: PyTree, signal: Signal, state: PyTree) -> tuple[jax.Array, PyTree]:
@@ -167,11 +167,11 @@ class Rule:
             cells.append(carry)
         output = self.output_scale * _affine(params["head"], inputs)
         output = output.reshape(output.shape[0], *signal.grad.shape)
-        state = {"features": tuple(feature_states), "cells": tuple(cells), "start": state["start"]}
-        if self.start is None:
+        state = {"features": tuple(feature_states), "cells": tuple(cells), "base_update": state["base_update"]}
+        if self.base_update is None:
             return output[0], state
-        step, start = self.start.apply(output[0], signal.grad, state["start"])
-        return signal.scale * (step + output[1]), {**state, "start": start}
+        step, base_state = self.base_update.apply(output[0], signal.grad, state["base_update"])
+        return signal.scale * (step + output[1]), {**state, "base_update": base_state}
 
 
 def coordinate_lstm(
@@ -180,7 +180,7 @@ def coordinate_lstm(
     *,
     features: str | tuple[str, ...] = "log_sign",
     output_scale: float = 0.1,
-    start: MomentumStart | None = None,
+    base_update: MomentumUpdate | None = None,
 ) -> Rule:
     """The paper's coordinatewise recurrent rule (Andrychowicz et al. 2016: two LSTM layers of 20 units).
 
@@ -190,13 +190,13 @@ def coordinate_lstm(
       features: one name or several of `lft_jax.optimizers.features.FEATURES`; "log_sign" is the paper's, "raw" that of
         ZO-L2L, "adam" that of RNNProp.
       output_scale: factor on the network's output (0.1 in the paper's appendix).
-      start: a hand-made update to start from; the output is then in units of the feasible set's scale.
+      base_update: a hand-designed update to add the output to, which is then in units of the feasible set's scale.
 
     Raises:
       ValueError: for sizes below 1 or an unknown feature name.
     """
     names = (features,) if isinstance(features, str) else tuple(features)
-    return Rule(hidden, layers, names, output_scale, start)
+    return Rule(hidden, layers, names, output_scale, base_update)
 
 
 def spatial_lstm(
@@ -206,7 +206,7 @@ def spatial_lstm(
     maps: tuple[int, ...] = (16, 16),
     features: str | tuple[str, ...] = ("momentum", "spread", "constraint", "progress", "context"),
     output_scale: float = 1.0,
-    start: MomentumStart | None = MomentumStart(),
+    base_update: MomentumUpdate | None = MomentumUpdate(),
 ) -> Rule:
     """A rule for images that sees each coordinate's neighbourhood: 3x3 convolutions, then LSTM layers (ours).
 
@@ -215,7 +215,7 @@ def spatial_lstm(
     each convolution.
     """
     names = (features,) if isinstance(features, str) else tuple(features)
-    return Rule(hidden, layers, names, output_scale, start, tuple(maps))
+    return Rule(hidden, layers, names, output_scale, base_update, tuple(maps))
 
 
 RULES = {"coordinate_lstm": coordinate_lstm, "spatial_lstm": spatial_lstm}
@@ -227,22 +227,25 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
 
 
 def rule_from_dict(description: dict[str, Any]) -> Rule:
-    """The rule that `rule_to_dict` described, a start along the sign if it does not say along what.
+    """The rule that `rule_to_dict` described; rules that were stored before version 0.2 say "start" for "base_update".
 
     Raises:
       ValueError: for unknown or missing entries.
     """
+    described = dict(description)
+    if "start" in described:
+        described["base_update"] = described.pop("start")
     known = {field.name for field in dataclasses.fields(Rule)}
-    if description.keys() != known:
+    if described.keys() != known:
         raise ValueError(f"a rule is described by {sorted(known)}, got {sorted(description)}.")
-    start = description["start"]
-    if start:
-        known = {field.name for field in dataclasses.fields(MomentumStart)}
-        if not start.keys() <= known:
-            raise ValueError(f"start: a start is described by {sorted(known)}, got {sorted(start)}.")
-        start = MomentumStart(**start)
-    lists = {name: tuple(description[name]) for name in ("features", "maps")}
-    return Rule(**{**description, **lists, "start": start})
+    base_update = described["base_update"]
+    if base_update:
+        known = {field.name for field in dataclasses.fields(MomentumUpdate)}
+        if not base_update.keys() <= known:
+            raise ValueError(f"base_update: described by {sorted(known)}, got {sorted(base_update)}.")
+        base_update = MomentumUpdate(**base_update)
+    lists = {name: tuple(described[name]) for name in ("features", "maps")}
+    return Rule(**{**described, **lists, "base_update": base_update})
 
 
 def _affine(layer, x):

@@ -61,8 +61,10 @@ def learned_sampler(
     References:
       Ruan et al. 2020, Learning to learn by zeroth-order oracle, arXiv 1910.09464.
     """
-    if rule.start is not None:
-        raise ValueError(f"rule: a sampler's output is no step, it has no start to be added to; got {rule.start!r}.")
+    if rule.base_update is not None:
+        raise ValueError(
+            f"rule: a sampler's output is no step, it has no start to be added to; got {rule.base_update!r}."
+        )
     weights = params
     optimizer = optax.with_extra_args_support(optimizer)
 

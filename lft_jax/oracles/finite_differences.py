@@ -206,9 +206,10 @@ def per_example_zeroth_order(
 
 @dataclasses.dataclass(frozen=True)
 class ZerothOrder:
-    """Zeroth-order oracles with their settings, as an estimator for `lft_jax.uap_family`.
+    """Zeroth-order oracles with their settings: how a model that can only be evaluated is reached.
 
-    Two of equal settings are equal, so families that differ only in their victim's weights share a compilation.
+    The `estimator` of `lft_jax.uap_family`, and the `oracle` of `lft_jax.universal_perturbation`. Two of equal
+    settings are equal, so families that differ only in their victim's weights share a compilation.
 
     Attributes:
       num_directions, smoothing, directions, antithetic, resolution, basis: as for `zeroth_order`.
@@ -228,12 +229,26 @@ class ZerothOrder:
         """Of each example's loss, for one answer."""
         return _evaluations(self.num_directions, self.antithetic)
 
-    def __call__(self, example_losses: Callable[[PyTree], jax.Array], *, num_examples: int) -> Oracle:
-        """The oracle of the mean of `example_losses`, `theta -> [S]` of one for all examples or of a copy for each."""
-        options = dataclasses.asdict(self)
+    def __call__(self, example_losses: Callable[[PyTree], Any], *, num_examples: int, opaque: bool = False) -> Oracle:
+        """The oracle of the mean of `example_losses`, `theta -> [S]` of one for all examples or of a copy for each.
+
+        With `opaque` JAX does not trace `example_losses`: it is given NumPy arrays, and the oracle runs eagerly.
+        """
+        options = {**dataclasses.asdict(self), "opaque": opaque}
         if options.pop("per_example"):
             return per_example_zeroth_order(example_losses, num_examples=num_examples, **options)
-        return zeroth_order(lambda theta: jnp.mean(example_losses(theta)), evaluations=num_examples, **options)
+
+        def mean_loss(theta):
+            return jnp.mean(jnp.asarray(example_losses(theta)))
+
+        def mean_losses(thetas):  # an opaque loss takes its points as a batch
+            return jnp.stack([mean_loss(jax.tree.map(lambda x, i=i: x[i], thetas)) for i in range(_length(thetas))])
+
+        return zeroth_order(mean_losses if opaque else mean_loss, evaluations=num_examples, **options)
+
+
+def _length(batch):
+    return len(jax.tree.leaves(batch)[0])
 
 
 def zeroth_order_value_and_grad(

@@ -10,7 +10,7 @@ import optax
 
 from lft_jax import base, oracles
 from lft_jax.base import Episode, Oracle, PyTree, TaskFamily
-from lft_jax.data import check_images_labels, class_table, draw_rows, resized, unit_range
+from lft_jax.data import TaskSize, check_images_labels, class_table, draw_rows, resized, unit_range
 from lft_jax.tasks.networks import apply_network, check_network, init_network
 from lft_jax.tasks.perturbation import Batch
 
@@ -29,9 +29,7 @@ class ClassificationFamily(TaskFamily):
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       table: `[classes, most]` int32, the rows of `images` of each class, padded.
       counts: `[classes]` int32, how many entries of each row of `table` count.
-      ways: classes of a task.
-      shots: support images a class.
-      queries: query images a class.
+      size: classes, support and query images of a task.
       architecture: "linear", "mlp" or "conv4".
       width: of its layers.
     """
@@ -39,26 +37,24 @@ class ClassificationFamily(TaskFamily):
     images: jax.Array
     table: jax.Array
     counts: jax.Array
-    ways: int = dataclasses.field(metadata=_STATIC)
-    shots: int = dataclasses.field(metadata=_STATIC)
-    queries: int = dataclasses.field(metadata=_STATIC)
+    size: TaskSize = dataclasses.field(metadata=_STATIC)
     architecture: str = dataclasses.field(metadata=_STATIC)
     width: int = dataclasses.field(metadata=_STATIC)
 
     def sample(self, key: jax.Array) -> Episode:
-        """Draws classes, then disjoint support and query images of each: `Batch`es of ways * shots, ways * queries."""
-        rows = draw_rows(key, self.table, self.counts, self.ways, self.shots + self.queries)
+        """Draws classes, then disjoint support and query images of each: a `Batch` of each set."""
+        support, query = draw_rows(key, self.table, self.counts, self.size)
 
         def batch(rows):
-            labels = jnp.repeat(jnp.arange(self.ways, dtype=jnp.int32), rows.shape[1])
+            labels = jnp.repeat(jnp.arange(self.size.ways, dtype=jnp.int32), rows.shape[1])
             return Batch(unit_range(self.images[rows.ravel()]), labels)
 
-        return Episode(batch(rows[:, : self.shots]), batch(rows[:, self.shots :]))
+        return Episode(batch(support), batch(query))
 
     def init(self, key: jax.Array) -> PyTree:
         """Random weights, see `init_network`."""
         dtype = self.images.dtype if jnp.issubdtype(self.images.dtype, jnp.floating) else jnp.float32
-        return init_network(self.architecture, self.width, self.images.shape[1:], self.ways, key, dtype)
+        return init_network(self.architecture, self.width, self.images.shape[1:], self.size.ways, key, dtype)
 
     def oracle(self, support: Batch) -> Oracle:
         """The exact gradient; a query is an image."""
@@ -91,31 +87,31 @@ def classification_family(
     *,
     ways: int = 5,
     shots: int = 1,
-    queries: int = 15,
+    query_shots: int = 15,
     architecture: str = "conv4",
     width: int | None = None,
     size: int | None = None,
     classes: Sequence[int] | None = None,
 ) -> ClassificationFamily:
-    """A family of N-way M-shot tasks: `ways` classes, `shots` support and `queries` query images of each.
+    """A family of N-way M-shot tasks: `ways` classes, `shots` support and `query_shots` query images of each.
 
     Args:
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       labels: `[N]` integers from 0; a label without images is no class.
       ways: classes of a task, at least 2.
-      shots: support images a class.
-      queries: query images a class, disjoint from the support images.
+      shots: support images per class.
+      query_shots: query images per class, disjoint from the support images.
       architecture: of the network, "linear", "mlp" or "conv4".
       width: of its layers; None for the customary one, see `lft_jax.tasks.networks`.
       size: height and width that images are scaled to; None for their own.
       classes: those that tasks are drawn from, for meta-training and meta-test on different ones; None for all.
 
     Raises:
-      ValueError: for images outside [0, 1], labels or classes out of range, a class with fewer than shots + queries
-        images, fewer than `ways` classes, and names or numbers out of range.
+      ValueError: for images outside [0, 1], labels or classes out of range, a class with fewer than
+        `shots + query_shots` images, fewer than `ways` classes, and names or numbers out of range.
     """
-    for name, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
-        base.check_at_least(name, value, least)
+    base.check_at_least("ways", ways, 2)
+    task_size = TaskSize(ways, shots, query_shots)
     width = check_network(architecture, width)
     check_images_labels(images, labels)
     images, labels = np.asarray(images), np.asarray(labels)
@@ -124,14 +120,16 @@ def classification_family(
     if not np.isin(classes, present).all():
         raise ValueError(f"classes must be labels of images, got {np.setdiff1d(classes, present).tolist()} besides.")
     if len(classes) < ways:
-        raise ValueError(f"ways: {ways} classes a task were asked for, but there are only {len(classes)}.")
+        raise ValueError(f"ways: {ways} classes per task were asked for, but there are only {len(classes)}.")
     kept = np.flatnonzero(np.isin(labels, classes))
     images, labels = images[kept], np.searchsorted(classes, labels[kept])
     table, counts = class_table(labels, len(classes))
-    if counts.min() < shots + queries:
-        few = f"class {classes[counts.argmin()]} has {counts.min()} images, fewer than the {shots + queries} asked for"
-        raise ValueError(f"shots + queries: {few}.")
+    if counts.min() < task_size.per_class:
+        raise ValueError(
+            f"shots + query_shots: class {classes[counts.argmin()]} has {counts.min()} images, fewer than the "
+            f"{task_size.per_class} asked for."
+        )
     if size is not None:
         images = resized(images, size)
     arrays = (jnp.asarray(x) for x in (images, table, counts))
-    return ClassificationFamily(*arrays, ways, shots, queries, architecture, width)
+    return ClassificationFamily(*arrays, task_size, architecture, width)

@@ -188,3 +188,16 @@ class Constraint:
             return jnp.full((), 0.1, theta.dtype)
         epsilon = jnp.asarray(self.epsilon, theta.dtype)
         return epsilon if self.norm == "linf" else epsilon / theta.size**0.5
+
+
+def as_constraint(norm: str, epsilon: float | None, constraint: Constraint | None) -> Constraint:
+    """The constraint that is given, or a ball of the norm and radius, checked.
+
+    Raises:
+      ValueError: if both are given, or a field is out of range.
+    """
+    if constraint is None:
+        return Constraint(norm, epsilon).check()
+    if epsilon is not None or norm not in ("linf", constraint.norm):
+        raise ValueError(f"constraint: leave norm and epsilon out, got {constraint} with {norm!r} and {epsilon!r}.")
+    return constraint.check()

@@ -30,7 +30,7 @@ class SineFamily(TaskFamily):
       x: `[2]`, the same of the points.
       widths: of the hidden layers.
       shots: support points.
-      queries: query points.
+      query_shots: query points.
     """
 
     amplitude: jax.Array
@@ -39,7 +39,7 @@ class SineFamily(TaskFamily):
     x: jax.Array
     widths: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     shots: int = dataclasses.field(metadata=_STATIC)
-    queries: int = dataclasses.field(metadata=_STATIC)
+    query_shots: int = dataclasses.field(metadata=_STATIC)
 
     def sample(self, key: jax.Array) -> Episode:
         """Points of one curve."""
@@ -48,7 +48,7 @@ class SineFamily(TaskFamily):
         def uniform(key, ends, shape=()):
             return jax.random.uniform(key, shape, dtype, ends[0], ends[1])
 
-        x = uniform(keys[2], self.x, (self.shots + self.queries,))
+        x = uniform(keys[2], self.x, (self.shots + self.query_shots,))
         angle = uniform(keys[3], self.frequency) * x - uniform(keys[1], self.phase)
         y = uniform(keys[0], self.amplitude) * jnp.sin(angle)
         return Episode((x[: self.shots], y[: self.shots]), (x[self.shots :], y[self.shots :]))
@@ -90,7 +90,7 @@ def sine_family(
     *,
     widths: tuple[int, ...] = (40, 40),
     shots: int = 10,
-    queries: int = 10,
+    query_shots: int = 10,
     amplitude: tuple[float, float] = (0.1, 5.0),
     frequency: tuple[float, float] = (1.0, 1.0),
     phase: tuple[float, float] = (0.0, math.pi),
@@ -106,7 +106,7 @@ def sine_family(
         constant = name == "frequency" and len(ends) == 2 and ends[0] == ends[1]
         if not constant and (len(ends) != 2 or not ends[0] < ends[1]):
             raise ValueError(f"{name} must be two ascending numbers, got {ends!r}.")
-    for name, value in (("shots", shots), ("queries", queries), *(("widths", width) for width in widths)):
+    for name, value in (("shots", shots), ("query_shots", query_shots), *(("widths", width) for width in widths)):
         base.check_at_least(name, value, 1)
     arrays = {name: jnp.asarray(ends, jnp.result_type(float)) for name, ends in ranges.items()}
-    return SineFamily(**arrays, widths=tuple(widths), shots=shots, queries=queries)
+    return SineFamily(**arrays, widths=tuple(widths), shots=shots, query_shots=query_shots)

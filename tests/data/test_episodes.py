@@ -1,4 +1,4 @@
-"""Drawing rows from a class table, and scaling images."""
+"""Sampling rows from a class table, and scaling images."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lft_jax.data import class_table, draw_rows, resized
+from lft_jax.data import TaskSize, class_table, draw_rows, resized
 
 
-@given(st.integers(0, 1000), st.lists(st.integers(0, 6), min_size=7, max_size=7))
-def test_rows_are_different_ones_of_classes_that_have_enough(seed, counts):
+@given(st.integers(0, 1000), st.lists(st.integers(0, 6), min_size=7, max_size=7), st.integers(1, 2))
+def test_rows_are_different_ones_of_classes_that_have_enough(seed, counts, shots):
     labels = np.repeat(np.arange(8), [*counts, 6])
     table, sizes = class_table(labels, 8)
-    ways, per_class = min(3, int(np.sum(sizes >= 3))), 3
-    rows = np.asarray(draw_rows(jax.random.key(seed), jnp.asarray(table), jnp.asarray(sizes), ways, per_class))
-    assert rows.shape == (ways, per_class)
+    size = TaskSize(min(3, int(np.sum(sizes >= 3))), shots, 3 - shots)
+    parts = draw_rows(jax.random.key(seed), jnp.asarray(table), jnp.asarray(sizes), size)
+    assert [part.shape for part in parts] == [(size.ways, size.shots), (size.ways, size.query_shots)]
+    rows = np.concatenate(parts, axis=1)
     assert len(set(rows.ravel())) == rows.size
     found = labels[rows]
     assert np.all(found == found[:, :1])
-    assert np.all(sizes[found[:, 0]] >= per_class)
+    assert np.all(sizes[found[:, 0]] >= 3)
 
 
 def test_scaling_down_by_a_whole_number_loses_no_light():
@@ -42,3 +43,9 @@ def test_images_of_the_size_are_left_alone():
     assert resized(images, 5) is images
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         resized(images, 0)
+
+
+@pytest.mark.parametrize("size", [(0, 1, 1), (2, 0, 1), (2, 1, 0)])
+def test_sizes_below_one_are_refused(size):
+    with pytest.raises(ValueError, match=r"(ways|shots|query_shots) must be at least 1, got 0"):
+        TaskSize(*size)

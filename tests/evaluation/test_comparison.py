@@ -12,7 +12,7 @@ from lft_jax import Augmentation, WaveSearch, evaluation, learners, oracles
 from lft_jax.evaluation import comparison, metrics
 from lft_jax.evaluation.baselines import Setting, make_baselines
 from lft_jax.evaluation.comparison import Learned, Protocol, Target, compare
-from lft_jax.optimizers.rules import MomentumStart, coordinate_lstm
+from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.tasks.uap import uap_family
 
@@ -23,7 +23,7 @@ PROTOCOL = Protocol(
     num_steps=2, at=(2,), num_tasks=4, num_validation=4, methods=("uap_sgd",), oracle_steps=15, batch_size=2, seed=7
 )
 OPTIONS = {"num_steps": 2, "at": (2,), "batch_size": 2}
-RULE = coordinate_lstm(2, 1, features=("momentum", "spread"), start=MomentumStart(0.3))
+RULE = coordinate_lstm(2, 1, features=("momentum", "spread"), base_update=MomentumUpdate(0.3))
 LOSS, SETTING = AttackLoss("cross_entropy"), {"step": 0.3, "decay": 0.5, "final": 1.0}
 SEEDS = [RULE.init(jax.random.key(seed)) for seed in (0, 1)]
 

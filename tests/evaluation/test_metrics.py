@@ -219,7 +219,7 @@ def test_the_full_data_perturbation_minimises_the_hinge_of_its_judge(monkeypatch
         tried.append((loss.kind, loss.kappa))
         return theta
 
-    monkeypatch.setattr(evaluation, "_full_data_run", run)
+    monkeypatch.setattr(metrics, "_full_data_run", run)
     full_data(judge=family(loss=AttackLoss("hinge", kappa=4.0)))
     assert tried == [("cross_entropy", 4.0), ("hinge", 4.0)]
 

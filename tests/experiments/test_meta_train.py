@@ -13,9 +13,9 @@ def flags(**changes):
 
 
 def test_flags_describe_rules():
-    assert meta_train.rule_of(flags()) == rules.spatial_lstm(start=rules.MomentumStart(0.8, 0.5))
+    assert meta_train.rule_of(flags()) == rules.spatial_lstm(base_update=rules.MomentumUpdate(0.8, 0.5))
     descent = flags(start="gradient", start_step=1.0, start_decay=0.9)
-    assert meta_train.rule_of(descent) == rules.spatial_lstm(start=rules.MomentumStart(1.0, 0.9, "gradient"))
+    assert meta_train.rule_of(descent) == rules.spatial_lstm(base_update=rules.MomentumUpdate(1.0, 0.9, "gradient"))
     described = flags(rule="coordinate_lstm", features=("adam",), hidden=5, layers=2, start="none", output_scale=0.01)
     assert meta_train.rule_of(described) == rules.coordinate_lstm(5, 2, features="adam", output_scale=0.01)
 

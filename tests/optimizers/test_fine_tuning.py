@@ -9,14 +9,14 @@ from jax.test_util import check_grads
 
 from lft_jax.base import Estimate
 from lft_jax.optimizers.fine_tuning import Paused, fine_tune, fine_tune_step
-from lft_jax.optimizers.rules import MomentumStart, coordinate_lstm
+from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.optimizers.transform import learned_fine_tuner
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 KEY = jax.random.key(7)
 THETA = {"image": np.array([[0.5, -1.0], [0.2, 0.7]]), "none": None}
-RULE = coordinate_lstm(4, 1, features=("spread", "constraint", "progress"), start=MomentumStart(0.3))
+RULE = coordinate_lstm(4, 1, features=("spread", "constraint", "progress"), base_update=MomentumUpdate(0.3))
 
 
 def smooth_loss(theta):

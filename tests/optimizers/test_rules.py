@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from lft_jax.optimizers import rules
 from lft_jax.optimizers.features import FEATURES, Signal
-from lft_jax.optimizers.rules import MomentumStart, coordinate_lstm, spatial_lstm
+from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm, spatial_lstm
 
 KEY = jax.random.key(5)
 EVERYTHING = tuple(FEATURES)
-START = MomentumStart(step=0.4, decay=0.7)
-DESCENT = MomentumStart(step=1.5, decay=0.9, along="gradient")
-BOTH_STARTS = pytest.mark.parametrize("start", [START, DESCENT], ids=["sign", "gradient"])
+SIGN = MomentumUpdate(step=0.4, decay=0.7)
+DESCENT = MomentumUpdate(step=1.5, decay=0.9, along="gradient")
+BOTH_UPDATES = pytest.mark.parametrize("base_update", [SIGN, DESCENT], ids=["sign", "gradient"])
 BOTH_KINDS = pytest.mark.parametrize("build", [coordinate_lstm, functools.partial(spatial_lstm, maps=(3,))])
 
 
@@ -105,7 +105,7 @@ def test_gradients_of_convolution_and_cell_equal_finite_differences(shape):
 
 @pytest.mark.usefixtures("x64")
 def test_spatial_lstm_feeds_its_features_and_maps_to_the_lstm():
-    rule = spatial_lstm(4, 1, maps=(3, 2), features="raw", output_scale=0.3, start=None)
+    rule = spatial_lstm(4, 1, maps=(3, 2), features="raw", output_scale=0.3, base_update=None)
     params, grads = weights(rule), random(1, 3, 4, 5)
     maps = grads[:, None, None]  # [T, channels, batch, H, W]
     for layer in params["convolutions"]:
@@ -121,8 +121,8 @@ def test_spatial_lstm_feeds_its_features_and_maps_to_the_lstm():
 
 
 @BOTH_KINDS
-def test_a_start_with_a_silent_network_is_a_sign_step(build):
-    rule = build(4, 1, features="raw", start=START)
+def test_a_base_update_with_a_silent_network_is_a_sign_step(build):
+    rule = build(4, 1, features="raw", base_update=SIGN)
     params = weights(rule)
     params["head"] = jax.tree.map(np.zeros_like, params["head"])
     grads, momentum = random(0, 4, 3, 2).astype(np.float32), 0.0
@@ -132,8 +132,8 @@ def test_a_start_with_a_silent_network_is_a_sign_step(build):
         np.testing.assert_allclose(step, expected, rtol=1e-5)
 
 
-def test_a_network_stretches_and_shifts_its_start():
-    rule = coordinate_lstm(4, 1, features="raw", start=START, output_scale=0.1)
+def test_a_network_stretches_and_shifts_its_base_update():
+    rule = coordinate_lstm(4, 1, features="raw", base_update=SIGN, output_scale=0.1)
     params, grads = weights(rule), random(0, 2, 3)
     a, b = np.moveaxis(
         [0.1 * textbook_lstm(jax.tree.map(np.float64, params), grads[:, i, None]) for i in range(3)], (0, 2), (2, 0)
@@ -146,7 +146,7 @@ def test_a_network_stretches_and_shifts_its_start():
 
 @BOTH_KINDS
 def test_along_the_gradient_a_silent_network_is_sgd_whose_rate_the_first_gradient_sets(build):
-    rule = build(4, 1, features="raw", start=DESCENT)
+    rule = build(4, 1, features="raw", base_update=DESCENT)
     params = weights(rule)
     params["head"] = jax.tree.map(np.zeros_like, params["head"])
     grads = random(0, 5, 3, 2).astype(np.float32)
@@ -163,7 +163,7 @@ def test_along_the_gradient_a_silent_network_is_sgd_whose_rate_the_first_gradien
 
 
 def test_a_network_stretches_and_shifts_steps_along_the_gradient():
-    rule = coordinate_lstm(4, 1, features="raw", start=DESCENT, output_scale=0.1)
+    rule = coordinate_lstm(4, 1, features="raw", base_update=DESCENT, output_scale=0.1)
     params, grads = weights(rule), random(0, 2, 3)
     a, b = np.moveaxis(
         [0.1 * textbook_lstm(jax.tree.map(np.float64, params), grads[:, i, None]) for i in range(3)], (0, 2), (2, 0)
@@ -176,10 +176,10 @@ def test_a_network_stretches_and_shifts_steps_along_the_gradient():
 # ---- Symmetries ----
 
 
-@BOTH_STARTS
+@BOTH_UPDATES
 @given(order=st.permutations(range(6)))
-def test_coordinatewise_rules_commute_with_permutations(start, order):
-    rule = coordinate_lstm(4, 1, features=sorted({*EVERYTHING} - {"position"}), start=start)
+def test_coordinatewise_rules_commute_with_permutations(base_update, order):
+    rule = coordinate_lstm(4, 1, features=sorted({*EVERYTHING} - {"position"}), base_update=base_update)
     params, grads = weights(rule, 0.3), random(0, 2, 6).astype(np.float32)
     permuted = history(rule, params, grads[:, order])
     np.testing.assert_allclose(permuted, history(rule, params, grads)[:, order], rtol=1e-4, atol=1e-6)
@@ -187,14 +187,14 @@ def test_coordinatewise_rules_commute_with_permutations(start, order):
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (2, 4, 2, 4)])
 def test_coordinatewise_rules_do_not_see_the_shape(shape):
-    rule = coordinate_lstm(4, 1, features=("log_sign", "momentum"), start=START)
+    rule = coordinate_lstm(4, 1, features=("log_sign", "momentum"), base_update=SIGN)
     params, grads = weights(rule, 0.3), random(0, 2, 64).astype(np.float32)
     shaped = history(rule, params, grads.reshape(2, *shape))
     np.testing.assert_allclose(shaped.reshape(2, 64), history(rule, params, grads), rtol=1e-4, atol=1e-6)
 
 
 def test_spatial_rules_see_a_neighbourhood_and_commute_with_translations():
-    rule = spatial_lstm(4, maps=(3, 3), features="raw", start=None)
+    rule = spatial_lstm(4, maps=(3, 3), features="raw", base_update=None)
     params, grads = weights(rule), random(0, 2, 12, 10, 2).astype(np.float32)
     steps = history(rule, params, grads)
     shifted = history(rule, params, np.roll(grads, (2, 1), axis=(1, 2)))
@@ -212,10 +212,10 @@ def test_spatial_rules_see_a_neighbourhood_and_commute_with_translations():
 
 
 @BOTH_KINDS
-@BOTH_STARTS
+@BOTH_UPDATES
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (4, 3), (4, 3, 2), (2, 0, 3), (2, 3, 1, 2)], ids=str)
-def test_any_shape_will_do(build, start, shape):
-    rule = build(4, 1, features=EVERYTHING, start=start)
+def test_any_shape_will_do(build, base_update, shape):
+    rule = build(4, 1, features=EVERYTHING, base_update=base_update)
     steps = jax.eval_shape(
         functools.partial(history, rule), weights(rule), jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     )
@@ -223,9 +223,9 @@ def test_any_shape_will_do(build, start, shape):
 
 
 @BOTH_KINDS
-@BOTH_STARTS
-def test_derivatives_are_finite_even_at_zero_gradients(build, start):
-    rule = build(4, 1, features=("log_sign", "adam", "momentum", "spread"), start=start)
+@BOTH_UPDATES
+def test_derivatives_are_finite_even_at_zero_gradients(build, base_update):
+    rule = build(4, 1, features=("log_sign", "adam", "momentum", "spread"), base_update=base_update)
     params, grads = weights(rule, 0.1), random(0, 2, 3, 2).astype(np.float32)
 
     def objective(params, grads):
@@ -240,9 +240,9 @@ def test_derivatives_are_finite_even_at_zero_gradients(build, start):
         assert all(np.any(x != 0) for x in jax.tree.leaves(slopes[0]["head"])), unit
 
 
-@BOTH_STARTS
-def test_no_output_of_the_network_makes_a_step_infinite(start):
-    rule = coordinate_lstm(4, 1, features="raw", start=start)
+@BOTH_UPDATES
+def test_no_output_of_the_network_makes_a_step_infinite(base_update):
+    rule = coordinate_lstm(4, 1, features="raw", base_update=base_update)
     params = weights(rule, 1e6)
     for grads in (np.zeros((2, 3), np.float32), random(0, 2, 3).astype(np.float32)):
         assert np.all(np.isfinite(history(rule, params, grads)))
@@ -276,14 +276,14 @@ def test_initial_weights():
         (lambda: coordinate_lstm(output_scale=-0.1), "output_scale must be"),
         (lambda: coordinate_lstm(output_scale=float("nan")), "output_scale must be"),
         (lambda: coordinate_lstm(output_scale=float("inf")), "output_scale must be"),
-        (lambda: MomentumStart(step=0), r"MomentumStart.step must be in \(0, 1\), got 0"),
-        (lambda: MomentumStart(step=1.0), r"MomentumStart.step must be in \(0, 1\), got 1.0"),
-        (lambda: MomentumStart(step=0, along="gradient"), r"MomentumStart.step must be a finite number above 0"),
-        (lambda: MomentumStart(along="descent"), "MomentumStart.along"),
-        (lambda: MomentumStart(decay=1.0), r"MomentumStart.decay must be in \[0, 1\), got 1.0"),
-        (lambda: MomentumStart(decay=-0.1), "MomentumStart.decay"),
-        (lambda: MomentumStart(decay=float("nan")), "MomentumStart.decay"),
-        (lambda: rules.rule_from_dict({"hidden": 4}), r"a rule is described by \['features', 'hidden'"),
+        (lambda: MomentumUpdate(step=0), r"MomentumUpdate.step must be in \(0, 1\), got 0"),
+        (lambda: MomentumUpdate(step=1.0), r"MomentumUpdate.step must be in \(0, 1\), got 1.0"),
+        (lambda: MomentumUpdate(step=0, along="gradient"), r"MomentumUpdate.step must be a finite number above 0"),
+        (lambda: MomentumUpdate(along="descent"), "MomentumUpdate.along"),
+        (lambda: MomentumUpdate(decay=1.0), r"MomentumUpdate.decay must be in \[0, 1\), got 1.0"),
+        (lambda: MomentumUpdate(decay=-0.1), "MomentumUpdate.decay"),
+        (lambda: MomentumUpdate(decay=float("nan")), "MomentumUpdate.decay"),
+        (lambda: rules.rule_from_dict({"hidden": 4}), r"a rule is described by \['base_update', 'features', 'hidden'"),
     ],
 )
 def test_bad_arguments_are_refused(build, message):
@@ -292,7 +292,8 @@ def test_bad_arguments_are_refused(build, message):
 
 
 @pytest.mark.parametrize(
-    "rule", [coordinate_lstm(4), spatial_lstm(4, maps=(3,)), spatial_lstm(start=START), spatial_lstm(start=DESCENT)]
+    "rule",
+    [coordinate_lstm(4), spatial_lstm(4, maps=(3,)), spatial_lstm(base_update=SIGN), spatial_lstm(base_update=DESCENT)],
 )
 def test_descriptions_survive_json(rule):
     again = rules.rule_from_dict(json.loads(json.dumps(rules.rule_to_dict(rule))))
@@ -300,11 +301,11 @@ def test_descriptions_survive_json(rule):
     assert hash(again) == hash(rule)
 
 
-def test_a_start_that_does_not_say_along_what_is_along_the_sign():
-    rule = coordinate_lstm(4, start=START)
+def test_a_base_update_that_does_not_say_along_what_is_along_the_sign():
+    rule = coordinate_lstm(4, base_update=SIGN)
     description = rules.rule_to_dict(rule)
     assert rules.rule_from_dict({**description, "start": {"step": 0.4, "decay": 0.7}}) == coordinate_lstm(
-        4, start=START
+        4, base_update=SIGN
     )
-    with pytest.raises(ValueError, match=r"start: .* got \['stride'\]"):
+    with pytest.raises(ValueError, match=r"base_update: .* got \['stride'\]"):
         rules.rule_from_dict({**description, "start": {"stride": 0.4}})

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lft_jax import learners, oracles
+from lft_jax.base import Estimate
 from lft_jax.meta.trainer import meta_trainer
 from lft_jax.optimizers.fine_tuning import fine_tune, fine_tune_step
-from lft_jax.optimizers.rules import MomentumStart, coordinate_lstm
+from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.optimizers.sampling import guided, learned_sampler
 from lft_jax.optimizers.transform import leaf_signals, learned_fine_tuner
 from lft_jax.oracles import covariance
@@ -193,7 +194,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(x64):
 
     def oracle(theta, key, deviation):
         grads = deviation * jax.random.normal(key, theta.shape, theta.dtype)
-        return oracles.Estimate(jnp.sum(theta), grads, jnp.asarray(1, jnp.int32), {})
+        return Estimate(jnp.sum(theta), grads, jnp.asarray(1, jnp.int32), {})
 
     sampler = coordinate_lstm(2, 1, features=("position", "progress"), output_scale=1.0)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), sampler.init(KEY))
@@ -270,7 +271,7 @@ def test_guided_remembers_the_last_estimates():
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="rule: a sampler's output is no step"):
-        learned_sampler({}, coordinate_lstm(start=MomentumStart()), optax.sgd(1.0))
+        learned_sampler({}, coordinate_lstm(base_update=MomentumUpdate()), optax.sgd(1.0))
     with pytest.raises(ValueError, match="size must be at least 1"):
         guided(optax.sgd(1.0), size=0)
     tx = guided(optax.sgd(1.0))
@@ -320,7 +321,7 @@ def test_universal_perturbations_can_be_sought_by_learned_sampling(per_example):
     estimator = oracles.ZerothOrder(4, per_example=per_example)
     family = uap_family(images, labels, victim, ways=2, shots=2, queries=2, epsilon=0.1, estimator=estimator)
     sampler = coordinate_lstm(2, 1, features=("raw", "update"), output_scale=1.0)
-    learner = learners.lft(coordinate_lstm(2, 1, start=MomentumStart(0.3)), sampler=sampler)
+    learner = learners.lft(coordinate_lstm(2, 1, base_update=MomentumUpdate(0.3)), sampler=sampler)
     trainer = meta_trainer(learner, [family], num_steps=3, tasks_per_family=2, meta_optimizer=optax.sgd(1.0))
     state = trainer.init(jax.random.key(0))
     moved, metrics = trainer.step(state)

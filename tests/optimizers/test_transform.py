@@ -11,13 +11,13 @@ from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
 from lft_jax.optimizers.features import FEATURES
-from lft_jax.optimizers.rules import MomentumStart, coordinate_lstm, spatial_lstm
+from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm, spatial_lstm
 from lft_jax.optimizers.transform import learned_fine_tuner
 
 KEY = jax.random.key(2)
 RULES = {
     "coordinate": coordinate_lstm(3, 1, features=("log_sign", "constraint")),
-    "spatial": spatial_lstm(3, 1, maps=(2,), features=("momentum", "spread"), start=MomentumStart(0.3)),
+    "spatial": spatial_lstm(3, 1, maps=(2,), features=("momentum", "spread"), base_update=MomentumUpdate(0.3)),
 }
 DTYPES = {"image": "float32", "list": ["bfloat16", None], "empty": "float16"}
 SHAPES = {"image": (2, 2, 1), "list": [(), None], "empty": (0, 2)}
@@ -232,7 +232,7 @@ def test_derivatives_by_the_weights_are_finite_differences(name):
 # ---- What it is told, and what it answers ----
 
 
-SPY = {"features": tuple(FEATURES), "start": MomentumStart(0.3)}
+SPY = {"features": tuple(FEATURES), "base_update": MomentumUpdate(0.3)}
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -292,7 +292,7 @@ def test_descends_a_quadratic(target):
 @jax.jit
 def descend(target):
     """The end of 100 steps of at most 0.05 from 0 towards `target`."""
-    rule = coordinate_lstm(3, 1, start=MomentumStart(0.5, decay=0.0))
+    rule = coordinate_lstm(3, 1, base_update=MomentumUpdate(0.5, decay=0.0))
     tx = learned_fine_tuner(jax.tree.map(jnp.zeros_like, weights(rule)), rule, scale=0.1)
 
     def step(carry, _):

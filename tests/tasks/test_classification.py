@@ -9,8 +9,8 @@ import pytest
 from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
-from lft_jax.victims.layers import conv_by_patches
 
+from lft_jax._layers import conv_by_patches
 from lft_jax.evaluation.metrics import evaluate
 from lft_jax.meta import learners
 from lft_jax.meta.trainer import meta_trainer

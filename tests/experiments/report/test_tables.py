@@ -1,12 +1,15 @@
-"""Rendered results: the numbers of a file stand in its tables, and its figures exist."""
+"""Rendered results: pages hold the numbers of their files, and the committed pages are up to date."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from experiments.report import render, tables
 from experiments.studies import breadth
 
+ROOT = Path(__file__).parents[3]
 SEEDS = {"seeds": 1, "seed_asr": [0.5]}
 
 
@@ -125,7 +128,11 @@ def rendered(tmp_path):
     ("tasks", "start", "kind"),
     [
         ({"shots": 1}, "momentum", "l2 ball"),
-        ({"shots": 5, "second_loss": "dominant"}, "gradient", "l2 ball, 5 images, two losses, along the gradient"),
+        (
+            {"shots": 5, "second_loss": "dominant"},
+            "gradient",
+            "l2 ball, 5 images per class, two losses, base update along the gradient",
+        ),
         ({"penalty": 0.01, "kappa": 5.0}, "gradient", "penalty, kappa 5"),
         ({"num_directions": 3, "second_loss": "hinge"}, "momentum", "queries only"),
     ],
@@ -138,7 +145,7 @@ def test_comparisons_of_one_victim_are_told_apart(tasks, start, kind):
 
 def test_what_is_around_the_marks_stays(rendered):
     text, _ = rendered
-    assert text.startswith(f"Before.\n{render.BEGIN}\n## The LFT against each kind of rival")
+    assert text.startswith(f"Before.\n{render.BEGIN}\n## The LFT against each kind of method")
     assert text.endswith(f"{render.END}\nAfter.\n")
     assert "old" not in text
 
@@ -146,22 +153,25 @@ def test_what_is_around_the_marks_stays(rendered):
 @pytest.mark.parametrize(
     "line",
     [
-        "## Attacks on toy: 3 classes, 2 images of each, zeroth-order gradients of 10 directions a step from a start",
+        "## Attacks on `toy_small_cnn_1000` and `toy_lenet_1001`: 3 classes, 2 images per class, queries only, l1 penal",
+        "- Gradients: zeroth-order estimates from 10 directions per step; the start is the best of plane waves, ",
+        "searched with 40 evaluations of every support image.",
         # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
         "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never |  | 75% |",
-        "a penalty of 0.01 on the l1 norm",
+        "a penalty of 0.01 times the l1 norm",
         "lft (2 seeds) on 2 victims of toy and big_toy; maml (1 seed) on 1 victim of toy; joint (1 seed) on ",
-        "with 1 image(s) of each class; maml and joint without that search, with 12 directions. Baselines",
+        "with 1 support image(s) per class; maml and joint without that search, with 12 directions per step.\n",
         "on 4 validation tasks of the same victim",
-        " from a start that 40 evaluations searched plane waves for, rules that start along the gradient\n",
+        "queries only, l1 penalty, base update along the gradient\n",
         "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| toy_lenet_1001 | 8x9x3 | 4 | 2 | x 0.5 | 6 | 30.0 ± 2.0 | 41.0 ± 3.0 | +11.0 ± 4.0 |",
         "3 meta-steps on victims of all the study's architectures, mean over 2 meta-training seeds. In brackets",
-        "and that of each seed. Radii by default, but toy=0.3. What the variants are",
+        "paired by task, then that of each seed. Radii are the defaults, except toy=0.3. Variants",
+        "## Ablation of the study `hard`: no spread\n",
         "| no spread | 20 | 200 | 10.0 | 46.0 (-4.0 ± 3.0: -3.0, -5.0) |",
         "| base | 20 | 200 | 10.0 | 50.0 |",
-        "![success against the step](../compare.png)",
+        "![ASR against the fine-tuning step](../compare.png)",
         "![perturbations of toy_lenet_1001](../compare_toy_lenet_1001.png)",
     ],
 )
@@ -169,15 +179,38 @@ def test_numbers_and_figures_are_those_of_the_files(rendered, line):
     assert line in rendered[0]
 
 
-def test_a_summary_has_a_line_a_victim(tmp_path):
+def of_one_victim():
     rows = [r for r in COMPARISON["rows"] if r["victim"] == "toy_small_cnn_1000"]
-    (tmp_path / "mine.json").write_text(json.dumps({**COMPARISON, "rows": rows}))
+    return {**COMPARISON, "rows": rows}
+
+
+def test_a_summary_has_a_row_per_victim():
+    cells = ["40.0 ± ?", "40.0 ± ? (pgd)", "45.0 ± ? (pgd)", "", "55.0 ± ?", "60.0 ± ?", "+15.0 ± 2.0", "+10.0 ± 9.8"]
+    assert tables.summary([of_one_victim()]).endswith(f"| `toy_small_cnn_1000` | {' | '.join(cells)} | 75% |\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (0.0, "ahead of that baseline (+10.0 ± 9.8)"),
+        (-0.1, "level with that baseline (+0.0 ± 9.8)"),
+        (-0.3, "behind that baseline (-20.0 ± 9.8)"),
+    ],
+)
+def test_a_short_summary_says_who_is_ahead(tmp_path, change, verdict):
+    results = of_one_victim()
+    rows = [
+        {**r, "task_asr": [x + change for x in r["task_asr"]]} if r["method"] == "lft" else r for r in results["rows"]
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps({**results, "rows": rows}))
     document = tmp_path / "README.md"
     document.write_text(f"{render.BEGIN}{render.END}")
     files = (str(tmp_path / "mine.json"),)
+    assert verdict in tables.brief([{**results, "rows": rows}])
+    assert verdict in tables.brief([{**results, "rows": rows}], ("toy_small_cnn_1000",))
+    assert verdict not in tables.brief([{**results, "rows": rows}], ("another",))
     render.render(render.Config(results=files, document=str(document), summary=True))
-    cells = ["40.0 ± ?", "40.0 ± ? (pgd)", "45.0 ± ? (pgd)", "", "55.0 ± ?", "60.0 ± ?", "+15.0 ± 2.0", "75%"]
-    assert f"| `toy_small_cnn_1000` | {' | '.join(cells)} |" in document.read_text()
+    assert document.read_text().startswith(f"{render.BEGIN}\n| unseen victim | tuned PGD |")
     assert not (tmp_path / "mine.png").exists()
 
 
@@ -192,13 +225,66 @@ def test_what_cannot_be_rendered_is_refused_by_name(tmp_path):
     document = tmp_path / "README.md"
     document.write_text(f"{render.BEGIN}{render.END}")
     options = {"results": (str(tmp_path / "mine.json"),), "document": str(document)}
-    with pytest.raises(ValueError, match="results: toy_small_cnn_1000 was not attacked by an lft"):
-        render.render(render.Config(summary=True, **options))
+    for summary in (tables.summary, tables.brief):
+        with pytest.raises(ValueError, match="results: toy_small_cnn_1000 was not attacked by an lft"):
+            summary([{**COMPARISON, "rows": rows}])
+    with pytest.raises(ValueError, match="results: without --document all results files are rendered"):
+        render.render(render.Config(results=options["results"]))
+    with pytest.raises(ValueError, match="has no marks"):
+        render.render(render.Config(results=options["results"], document=options["results"][0]))
     seen = [{**row, "seen_victim": True} for row in rows]
     (tmp_path / "mine.json").write_text(json.dumps({**COMPARISON, "rows": seen}))
     render.render(render.Config(**options))
     assert "Victims that were in meta-training" in document.read_text()
-    assert "each kind of rival" not in document.read_text()
+    assert "each kind of method" not in document.read_text()
+
+
+def test_results_of_an_unknown_program_are_refused_by_name(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"provenance": {"command": "python -m experiments.other"}}))
+    document = tmp_path / "notes.md"
+    document.write_text(f"{render.BEGIN}{render.END}")
+    with pytest.raises(ValueError, match=r"mine\.json was made by other, which has no section"):
+        render.render(render.Config(results=(str(tmp_path / "mine.json"),), document=str(document)))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("results/hard/mnist.json", "hard-mnist"),
+        ("results/l2/results.json", "l2"),
+        ("results/sine.json", "sine"),
+        ("elsewhere/mine.json", "mine"),
+    ],
+)
+def test_a_page_is_named_after_its_file(path, name):
+    assert render.page_name(path) == name
+
+
+def documents():
+    paths = render.all_results(ROOT)
+    return render.all_documents(ROOT, {path: json.loads((ROOT / path).read_text()) for path in paths})
+
+
+def test_committed_pages_are_those_of_the_results_files():
+    rendered = documents()
+    stale = [
+        path for path, text in rendered.items() if not (ROOT / path).is_file() or (ROOT / path).read_text() != text
+    ]
+    assert not stale, "run `python -m experiments.report.render --nodraw`"
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / render.PAGES).glob("*.md")}
+    assert pages == {path for path in rendered if path.startswith(render.PAGES)}
+
+
+def links(document):
+    """The files that a Markdown document links to, without anchors and addresses."""
+    found = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    return [target.partition("#")[0] for target in found if "://" not in target and not target.startswith("#")]
+
+
+def test_links_of_the_documents_lead_to_files():
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        missing = [target for target in links(document) if not (document.parent / target).exists()]
+        assert not missing, document.relative_to(ROOT)
 
 
 def test_cases_fit_their_victims():

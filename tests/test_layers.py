@@ -7,7 +7,9 @@ import pytest
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lft_jax.victims.layers import Conv, conv, max_pool
+
+from lft_jax._layers import conv, max_pool
+from lft_jax.victims.models import Conv
 
 
 def reference(images, kernel, stride):

@@ -18,15 +18,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import lft_jax
 from benchmarks import timing, w1
 from experiments import common, config
 from lft_jax import _memory, meta
 
 #: Name -> what `meta_trainer` is told about memory.
 MEMORY = {
-    "all stored, one part": {"remat": False, "memory_mib": 1e9},
-    "chosen by the budget": {},
-    "remat": {"remat": True},
+    "all stored, one part": lft_jax.Unroll(remat=False, memory_mib=1e9),
+    "chosen by the budget": lft_jax.Unroll(),
+    "remat": lft_jax.Unroll(remat=True),
 }
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (2, 2))  # devices in all, processes
 
@@ -40,7 +41,7 @@ class Config:
     smoke: bool = config.option(False, "Tiny sizes, on a machine that need not be quiet: whether it runs at all.")
 
 
-def measure(work, repeats, options, cache, devices=1, coordinator=None, processes=1, process=0):
+def measure(work, repeats, unroll, cache, devices=1, coordinator=None, processes=1, process=0):
     """Meta-steps of W1 in this process, which must be fresh. Seconds, peak MiB before and after, the parameters."""
     config.tune_process()
     if cache:
@@ -48,7 +49,7 @@ def measure(work, repeats, options, cache, devices=1, coordinator=None, processe
     if processes > 1:
         jax.distributed.initialize(coordinator, processes, process)
     mesh = meta.task_mesh(devices) if devices > 1 else None
-    run = w1.ours(work, w1.make_family(work, w1.lenet_variables(work.side)), mesh=mesh, **options)
+    run = w1.ours(work, w1.make_family(work, w1.lenet_variables(work.side)), mesh=mesh, unroll=unroll)
     before, seconds = timing.peak_memory(), []
     for _ in range(1 + repeats):
         began = time.perf_counter()
@@ -66,7 +67,7 @@ def measure(work, repeats, options, cache, devices=1, coordinator=None, processe
     }
 
 
-def fresh(work, repeats, options=None, cache=None, layout=(1, 1)):
+def fresh(work, repeats, unroll=MEMORY["chosen by the budget"], cache=None, layout=(1, 1)):
     """`measure` in one or more new processes; what the first of them found, but for its parameters, and these."""
     devices, processes = layout
     with socket.socket() as free:
@@ -77,7 +78,7 @@ def fresh(work, repeats, options=None, cache=None, layout=(1, 1)):
     try:
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
-            arguments = (work, repeats, options or {}, cache, devices, coordinator, processes)
+            arguments = (work, repeats, unroll, cache, devices, coordinator, processes)
             found = [pool.submit(measure, *arguments, process) for process in range(processes)]
             result, *_ = (future.result() for future in found)
     finally:
@@ -93,9 +94,9 @@ def bench(flags: Config) -> dict:
 
     results["memory"] = {}
     for num_steps in (2,) if flags.smoke else (20, 100, 500):
-        for name, options in list(MEMORY.items())[: 1 if flags.smoke else None]:
+        for name, unroll in list(MEMORY.items())[: 1 if flags.smoke else None]:
             work = dataclasses.replace(base, num_steps=num_steps)
-            case, _ = fresh(work, 1, options)
+            case, _ = fresh(work, 1, unroll)
             results["memory"].setdefault(f"K = {num_steps}", {})[name] = case
             added = case["peak_mib"] - case["peak_mib_before"]
             print(f"K = {num_steps}, {name}: peak {case['peak_mib']:.0f} MiB, {added:.0f} of them the meta-step's")

@@ -69,7 +69,7 @@ def whole_step(optimizer: optax.GradientTransformation, architecture: str, shape
     labels = np.arange(len(images)) % 10
     variables = build_model(architecture, 10).init(jax.random.key(0), jnp.zeros((1, *shape)))
     logits_fn = functools.partial(apply_function(architecture, 10), variables)
-    family = lft_jax.uap_family(images, labels, logits_fn, ways=10, shots=count // 10, queries=1, epsilon=0.1)
+    family = lft_jax.uap_family(images, labels, logits_fn, ways=10, shots=count // 10, query_shots=1, epsilon=0.1)
     oracle = family.oracle(family.sample(jax.random.key(1)).support)
 
     @jax.jit

@@ -16,7 +16,7 @@ from lft_jax import oracles
 from lft_jax.meta.outer_loss import outer_losses
 from lft_jax.tasks import UapFamily
 from lft_jax.tasks.perturbation import AttackLoss
-from lft_jax.tasks.uap import constrained_oracle
+from lft_jax.tasks.recipe import constrained_oracle
 from lft_jax.victims import apply_function, build_model
 
 EPSILON = 0.3
@@ -52,14 +52,14 @@ class Unclipped(UapFamily):
     def oracle(self, support):
         def attack(images):
             def losses(theta):
-                return self.support_loss(self.logits_fn(images + theta), support.labels)
+                return self.recipe.loss(self.logits_fn(images + theta), support.labels)
 
             return oracles.per_example_gradient(losses, num_examples=len(support.labels))
 
         return constrained_oracle(attack, self.constraint, support.images)
 
     def loss(self, theta, data):
-        return jnp.mean(self.attack_loss(self.logits_fn(data.images + theta[None]), data.labels))
+        return jnp.mean(self.objective(self.logits_fn(data.images + theta[None]), data.labels))
 
 
 def lenet_variables(side: int, seed: int = 0) -> dict:
@@ -69,13 +69,15 @@ def lenet_variables(side: int, seed: int = 0) -> dict:
 
 
 def make_family(work: Work, variables: dict, dtype=np.float32) -> UapFamily:
-    """The library's tasks: 400 random images, ten classes, one support and one query image a class."""
+    """The library's tasks: 400 random images, ten classes, one support and one query image per class."""
     generator = np.random.default_rng(0)
     images = generator.uniform(size=(400, work.side, work.side, 1)).astype(dtype)
     labels = np.arange(400) % CLASSES
     logits_fn = functools.partial(apply_function("lenet", CLASSES), variables)
     loss = AttackLoss("hinge", KAPPA)
-    family = lft_jax.uap_family(images, labels, logits_fn, ways=CLASSES, shots=1, queries=1, epsilon=EPSILON, loss=loss)
+    family = lft_jax.uap_family(
+        images, labels, logits_fn, ways=CLASSES, shots=1, query_shots=1, epsilon=EPSILON, loss=loss
+    )
     if work.clip:
         return family
     return Unclipped(**{field.name: getattr(family, field.name) for field in dataclasses.fields(family)})

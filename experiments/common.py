@@ -21,8 +21,6 @@ from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.data import load_source
 from lft_jax.evaluation import comparison
 from lft_jax.meta import checkpoints
-from lft_jax.tasks.augmentation import Augmentation
-from lft_jax.tasks.perturbation import AttackLoss
 from lft_jax.victims import Victim, load_victim
 
 #: Radii of balls by norm and source, in units of the image range: near where a full-data UAP fools four in five images
@@ -40,7 +38,7 @@ class TaskConfig:
     """The tasks of a run, whatever the source.
 
     Attributes:
-      ways, shots, queries: see `lft_jax.uap_family`.
+      ways, shots, query_shots: see `lft_jax.uap_family`.
       norm: "linf" or "l2" (balls), "l1" or "l2" (penalties).
       epsilon: radius by source; sources that it does not name take `DEFAULT_EPSILON`.
       penalty: weight of the norm in the loss, instead of a ball; or None.
@@ -60,7 +58,7 @@ class TaskConfig:
 
     ways: int = 10
     shots: int = 1
-    queries: int = 5
+    query_shots: int = 5
     norm: str = "linf"
     epsilon: Mapping[str, float] = dataclasses.field(default_factory=dict)
     penalty: float | None = None
@@ -88,35 +86,50 @@ def default_epsilon(norm: str, source: str) -> float:
     return known[source]
 
 
-def asking(config: TaskConfig) -> dict[str, Any]:
-    """How tasks spend their queries, as fields of `lft_jax.tasks.UapFamily`."""
-    estimator = oracles.ZerothOrder(**{name: getattr(config, name) for name in _DIRECTIONS})
-    return {
-        "waves": tasks.WaveSearch.within(config.waves) if config.waves else None,
-        "estimator": estimator if estimator.num_directions else None,
-    }
+def reach(config: TaskConfig) -> tuple[tasks.WaveSearch | None, oracles.ZerothOrder | None]:
+    """How tasks spend their queries: the search for a start, and the estimator of gradients."""
+    waves = tasks.WaveSearch.within(config.waves) if config.waves else None
+    if not config.num_directions:
+        return waves, None
+    return waves, oracles.ZerothOrder(**{name: getattr(config, name) for name in _DIRECTIONS})
 
 
 def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
     """The UAP tasks of a stored victim on one split of its source."""
     name = victim.card["source"]
     source = load_source(name, split, data_dir=data_dir)
-    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    options["augmentation"] = Augmentation() if options.pop("augment") else None
-    kappa = options.pop("kappa")
-    for name_of_loss in ("loss", "support_loss", "second_loss"):
-        kind = options[name_of_loss]
-        options[name_of_loss] = None if kind == "none" else AttackLoss(kind, kappa=kappa)
-    for asked in ("waves", *_DIRECTIONS):
-        del options[asked]
-    options |= asking(config)
+    waves, estimator = reach(config)
+
+    def loss(kind):
+        return None if kind == "none" else tasks.AttackLoss(kind, kappa=config.kappa)
+
+    return tasks.uap_family(
+        source.images,
+        source.labels,
+        victim.logits_fn,
+        ways=config.ways,
+        shots=config.shots,
+        query_shots=config.query_shots,
+        constraint=_constraint(config, name),
+        loss=loss(config.loss),
+        recipe=tasks.AttackRecipe(
+            loss=loss(config.support_loss),
+            second_loss=loss(config.second_loss),
+            augmentation=tasks.Augmentation() if config.augment else None,
+            start=config.start,
+            waves=waves,
+        ),
+        estimator=estimator,
+    )
+
+
+def _constraint(config, source):
     if config.penalty is None:
-        options["epsilon"] = config.epsilon[name] if name in config.epsilon else default_epsilon(config.norm, name)
-    elif config.epsilon:
+        radius = config.epsilon[source] if source in config.epsilon else default_epsilon(config.norm, source)
+        return tasks.Constraint(config.norm, radius)
+    if config.epsilon:
         raise ValueError(f"penalty: give a penalty or radii of balls, got {config.penalty} and {dict(config.epsilon)}.")
-    else:
-        options["epsilon"] = None
-    return tasks.uap_family(source.images, source.labels, victim.logits_fn, **options)
+    return tasks.Constraint(config.norm, penalty=config.penalty)
 
 
 def make_target(path: str, seen: bool, config: TaskConfig, data_dir: str | None = None) -> comparison.Target:

@@ -1,15 +1,48 @@
-"""Learned fine-tuners for incongruous few-shot learning, and the universal perturbations that they craft."""
+"""Learned fine-tuners for incongruous few-shot learning, and the universal perturbations that they make.
+
+How the packages compose::
+
+    optimizers   what steps: learned rules as optax transformations, hand-designed ones, the fine-tuning loop
+    oracles      gradients of a loss, exact or from evaluations alone, and what they cost
+    data, tasks  image sources; task families, above all universal perturbations
+    meta         what is meta-learned, from which outer loss, by which meta-gradient; runs on disk
+    evaluation   metrics over tasks, baselines, the comparison table
+    victims      classifiers to meta-train against
+    pretrained   shipped rules
+    attack       `universal_perturbation` of your own model
+    cli          the console script `lft-attack`
+
+What is listed in an `__all__` is public, all else is private.
+"""
+
+import warnings
+from typing import Any
 
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
-from lft_jax.meta import learners
-from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
-from lft_jax.meta.imitation import Imitation
-from lft_jax.meta.trainer import MetaState, MetaTrainer, clipped_adam, meta_trainer
-from lft_jax.optimizers.fine_tuning import fine_tune, fine_tune_step
-from lft_jax.optimizers.rules import MomentumUpdate, Rule, coordinate_lstm, spatial_lstm
-from lft_jax.optimizers.transform import LearnedFineTunerState, learned_fine_tuner
-from lft_jax.oracles import zeroth_order_value_and_grad
+from lft_jax.meta import (
+    EvolutionStrategies,
+    Imitation,
+    MetaState,
+    MetaTrainer,
+    PersistentEvolutionStrategies,
+    Schedule,
+    Unroll,
+    clipped_adam,
+    learners,
+    meta_trainer,
+)
+from lft_jax.optimizers import (
+    LearnedFineTunerState,
+    MomentumUpdate,
+    Rule,
+    coordinate_lstm,
+    fine_tune,
+    fine_tune_step,
+    learned_fine_tuner,
+    spatial_lstm,
+)
+from lft_jax.oracles import ZerothOrder, zeroth_order_value_and_grad
 from lft_jax.pretrained import list_pretrained, load_pretrained
 from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, Constraint, UapFamily, WaveSearch, uap_family
 
@@ -30,11 +63,14 @@ __all__ = [
     "Oracle",
     "PersistentEvolutionStrategies",
     "Rule",
+    "Schedule",
     "TaskFamily",
     "Trajectory",
     "UapFamily",
     "UniversalPerturbation",
+    "Unroll",
     "WaveSearch",
+    "ZerothOrder",
     "attack_success_rate",
     "clipped_adam",
     "coordinate_lstm",
@@ -50,3 +86,12 @@ __all__ = [
     "universal_perturbation",
     "zeroth_order_value_and_grad",
 ]
+
+_RENAMED = {"MomentumStart": "MomentumUpdate"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(f"lft_jax.{name} is now lft_jax.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+        return globals()[_RENAMED[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

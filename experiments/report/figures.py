@@ -16,7 +16,7 @@ from experiments.report import tables
 from lft_jax.data import ImageSource, unit_range
 from lft_jax.tasks.perturbation import perturb
 
-#: Methods drawn, in order, with their colours; the rest are in the table.
+#: Methods that are drawn, in order, with their colours. Others are only in the table.
 COLOURS = {
     "pgd (untuned)": "#bbbbbb",
     "pgd": "#4477aa",
@@ -41,14 +41,14 @@ COLOURS = {
 
 
 def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel a target: mean query ASR against the fine-tuning step, with 95% bands.
+    """One panel per victim: mean query ASR against the fine-tuning step, with 95% bands.
 
-    Where methods differ in what a step costs, it is against the image evaluations made so far.
+    Where the cost of a step differs between methods, the x axis has the image evaluations so far.
     """
     targets = list(dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows))
     columns = min(3, len(targets))
     lines = -(-len(targets) // columns)
-    labels = 2 + columns  # abreast, in the legend below
+    labels = 2 + columns  # columns of the legend below the panels
     legend = 0.22 * -(-len({row["method"] for row in rows}) // labels)
     size = (max(7.4, 4.2 * columns), 3 * lines + legend)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
@@ -56,8 +56,8 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.axis("off")
     for axis, (source, victim, seen) in zip(axes.flat, targets, strict=False):
         of_target = {row["method"]: row for row in rows if (row["source"], row["victim"]) == (source, victim)}
-        # In the order of the colours, the learned ones on top; what is augmented, and runs of one learner on other
-        # sources, by their lines.
+        # In the order of the colours, with the learned methods on top. Augmented variants, and runs of one learner on
+        # different sources, have different line styles.
         spent = _spent(of_target)
         variants = [(n, m) for n in COLOURS for m in of_target if m == n or _plain(m) == n]
         for name, method in variants:
@@ -92,20 +92,20 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _spent(rows):
-    """`{method: image evaluations after each judged step}`, if they are not the same for all; else empty."""
+    """`{method: image evaluations after each judged step}` if they differ between methods, else empty."""
     spent = {method: tuple(row["queries"]) for method, row in rows.items() if row.get("queries")}
     return spent if len(set(spent.values())) > 1 else {}
 
 
 def _plain(method):
-    """The method without its augmentation and the sources that it was trained on; untuned ones are their own."""
+    """The method's name without its augmentation and sources; untuned methods keep their names."""
     return method if method.endswith("(untuned)") else method.removesuffix(tables.AUGMENTED).split(" (")[0]
 
 
 def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a target: bars of the steps until each method's mean success is the final one of tuned PGD.
+    """One panel per victim: bars of the steps until a method's mean ASR reaches the final one of tuned PGD.
 
-    Of the image evaluations until then, where methods differ in what a step costs.
+    Bars of image evaluations, where the cost of a step differs between methods.
     """
     targets = list(dict.fromkeys(row["victim"] for row in rows))
     shown = [row for row in rows if row["method"] not in ("oracle", "transfer") and "(untuned)" not in row["method"]]
@@ -143,9 +143,9 @@ def attack(
     path: Path,
     num_images: int = 6,
 ) -> None:
-    """A line a perturbation: the perturbation, then perturbed images with the victim's answers.
+    """One row per perturbation: the perturbation, then perturbed images with the victim's predictions.
 
-    Titles are "label -> answer", red where the answer is wrong; the first line is clean.
+    Titles are "label -> prediction", red where the prediction is wrong. The first row has clean images.
     """
     labels = np.asarray(source.labels)
     picked = np.asarray([np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:num_images]])
@@ -167,7 +167,7 @@ def attack(
 
 
 def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a network: mean squared error against the fine-tuning step, with 95% bands."""
+    """One panel per network: mean squared error against the fine-tuning step, with 95% bands."""
     panels: dict[str, list] = {}
     for row in rows:
         panels.setdefault(f"network of two layers of {row['width']}", []).append(row)
@@ -175,7 +175,7 @@ def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def classification(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a kind of tasks: accuracy against the fine-tuning step, with 95% bands."""
+    """One panel per kind of task: accuracy against the fine-tuning step, with 95% bands."""
     panels: dict[str, list] = {}
     for row in rows:
         panels.setdefault(f"{row['case']} ({row['part']})", []).append(row)
@@ -183,7 +183,7 @@ def classification(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _curves(panels, metric, label, path, log=False):
-    """A panel of rows' means after each step, with 95% bands."""
+    """Panels of mean curves over the steps, with 95% bands."""
     size = (3.8 * len(panels), 3.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
@@ -197,13 +197,13 @@ def _curves(panels, metric, label, path, log=False):
         axis.legend(fontsize=7, frameon=False)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(label)
-    if log:  # what diverges leaves by the top
+    if log:  # diverging curves leave the axes at the top
         errors = np.asarray([row[metric] for rows in panels.values() for row in rows], float)
         axes[0, 0].set_ylim(0.7 * np.nanmin(errors), 1.5 * np.nanmax(errors[:, 0]))
     _save(figure, path)
 
 
-#: Of the attacks on single images; tuned baselines are dashed in the colour of the published ones.
+#: Colours of the attacks on single images. Tuned baselines have the colour of the published ones, dashed.
 ZO_COLOURS = {
     "zo_sgd": "#ee8866",
     "zo_signsgd": "#4477aa",
@@ -215,7 +215,7 @@ ZO_COLOURS = {
 
 
 def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
-    """Loss of attacks on single images against the step, with 95% bands over the runs; beside it, the success."""
+    """Loss of attacks on single images against the step, with 95% bands over runs, and their success rate."""
     rows = {row["method"]: row for row in results["rows"]}
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
     for name, colour in ZO_COLOURS.items():
@@ -241,7 +241,7 @@ def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
 
 
 def theory_gap(results: Mapping[str, Any], path: Path) -> None:
-    """The gap of the meta-gradients, and the standard deviations that bound it, against the number of images."""
+    """Gap between the meta-gradients, and standard deviations that bound it, against the number of images."""
     rows = results["rows"]
     figure, axes = plt.subplots(1, len(rows), figsize=(4.6 * len(rows), 3.8), squeeze=False, layout="constrained")
     drawn = (
@@ -268,7 +268,7 @@ def theory_gap(results: Mapping[str, Any], path: Path) -> None:
 
 
 def show(axis, image: np.ndarray) -> None:
-    """Draws one image `[H, W, C]` in [0, 1] without ticks."""
+    """Draws one image `[H, W, C]` in [0, 1], without ticks."""
     axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])

@@ -44,7 +44,7 @@ def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
 _VARIANTS = {
     "no start": "a rule without a base update",
     "no features but momenta": "a rule that sees the momenta of the gradient only",
-    "momenta alone": "the same without convolutions and without a base update",
+    "momenta alone": "a rule that sees the momenta only, without convolutions and without a base update",
     "coordinatewise": "a rule without convolutions",
     "one victim a source": "meta-training on one victim per source instead of six",
     "learned on support images": "L2O, whose outer loss is that of the support images",

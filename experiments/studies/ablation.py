@@ -173,7 +173,7 @@ def _settings(name: str, variant: Variant, seed: int, flags: Config) -> meta_tra
 def _families(settings: meta_train.Config, flags: Config) -> dict[str, tasks.UapFamily]:
     """The validation victims' tasks as a variant sees them."""
     radii = config.pairs("epsilon", _epsilon(flags))
-    seen = dataclasses.replace(meta_train.tasks_of(settings), queries=5, epsilon=radii)
+    seen = dataclasses.replace(meta_train.tasks_of(settings), query_shots=5, epsilon=radii)
     paths = [path for s in flags.sources for path in victims.paths(s, "validation", flags.victims)]
     return {Path(p).name: common.make_family(load_victim(p), "validation", seen, flags.data_dir) for p in paths}
 

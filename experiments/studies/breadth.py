@@ -20,7 +20,6 @@ from lft_jax.attack import stored_second_loss
 from lft_jax.data import load_source, unit_range
 from lft_jax.evaluation import baselines, metrics
 from lft_jax.pretrained import load_pretrained
-from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.victims import load_victim
 
 #: Those of the studies.
@@ -107,11 +106,11 @@ def _row(case, learner, params, second_loss, flags):
     validation, test = (make_family(case, path, split, flags.data_dir) for split in ("validation", "test"))
     key_test, key_validation = jax.random.split(jax.random.key(0))
     keys = jax.random.split(key_test, flags.num_tasks)
-    plain = dataclasses.replace(test, augmentation=None)
+    plain = test.with_recipe(augmentation=None)
     pgd = baselines.make_baselines("linf")["pgd"]
     tuned = evaluation.tune(
         pgd,
-        dataclasses.replace(validation, augmentation=None),
+        validation.with_recipe(augmentation=None),
         jax.random.split(key_validation, flags.num_validation),
         num_steps=case.num_steps,
     ).setting
@@ -120,12 +119,12 @@ def _row(case, learner, params, second_loss, flags):
         options = {"num_steps": case.num_steps, "at": (case.num_steps,)}
         return np.asarray(evaluation.evaluate(learner, params, family, keys, **options)["asr"][:, -1], np.float64)
 
-    given = dataclasses.replace(test, second_loss=second_loss)
+    given = test.with_recipe(second_loss=second_loss)
     silent = {**params, "head": jax.tree.map(np.zeros_like, params["head"])}
     asr = {
         "pgd (untuned)": success(pgd.learner, pgd.default.params, metrics.minimising(plain, pgd.default.support_loss)),
         "pgd": success(pgd.learner, tuned.params, metrics.minimising(plain, tuned.support_loss)),
-        "the rule's start, augmented": success(learner, silent, given),
+        "the rule's base update, augmented": success(learner, silent, given),
         flags.optimizer: success(learner, params, given),
     }
     methods = {
@@ -155,10 +154,10 @@ def make_family(case: Case, path: str, split: str, data_dir: str | None) -> task
         jax.tree_util.Partial(_Shrunk(side, case.classes), victim.logits_fn),
         ways=case.classes,
         shots=case.shots,
-        queries=5,
+        query_shots=5,
         epsilon=case.factor * RADII[case.source],
         loss="cross_entropy",
-        augmentation=Augmentation(),
+        recipe=tasks.AttackRecipe(),
     )
 
 

@@ -135,7 +135,7 @@ def make_families(case: str, flags: Config) -> tuple[ClassificationFamily, ...]:
         # Equally many images of each class, so that validation and test share a program where there are enough.
         rows = [np.flatnonzero(source.labels == label)[:_MOST_IMAGES] for label in classes]
         rows = np.concatenate([of_class[: min(map(len, rows))] for of_class in rows])
-        options = {"ways": flags.ways, "shots": flags.shots, "queries": queries, "size": int(size)}
+        options = {"ways": flags.ways, "shots": flags.shots, "query_shots": queries, "size": int(size)}
         options |= {"architecture": architecture, "width": width and int(width)}
         families.append(classification_family(source.images[rows], source.labels[rows], **options))
     return tuple(families)

@@ -58,7 +58,7 @@ def measure(flags: Config) -> None:
         raise ValueError(f"learned: {flags.learned} was meta-trained on exact gradients, not on estimates.")
     tasks_config = meta_train.tasks_of(of)
     radii = {**tasks_config.epsilon, **config.pairs("epsilon", flags.epsilon)}
-    tasks_config = dataclasses.replace(tasks_config, queries=5, epsilon=radii)
+    tasks_config = dataclasses.replace(tasks_config, query_shots=5, epsilon=radii)
     seen = {Path(path).resolve() for path in of.victims}
     described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("output", "data_dir")}
     described |= {"meta_trained_at": of.num_directions, "smoothing": of.smoothing}
@@ -76,7 +76,8 @@ def measure(flags: Config) -> None:
 
 def num_steps(family: UapFamily, evaluations: int) -> int:
     """The steps that so many evaluations are enough for; raises a ValueError if some would be left over."""
-    spared, each = family.waves.evaluations if family.waves else 0, family.estimator.evaluations
+    waves, each = family.recipe.waves, family.estimator.evaluations
+    spared = waves.evaluations if waves else 0
     steps, left = divmod(evaluations - spared, each)
     if steps < 1 or left:
         raise ValueError(

@@ -53,7 +53,7 @@ def check(params: Any, rule: Any, card: dict[str, Any]) -> dict[str, float]:
     """Mean success and norms on 20 tasks of digits, K = 10, with the losses and the bound of its meta-training."""
     flags = dataclasses.replace(meta_train.flags_of(card["meta_training"]), epsilon=())
     victim = load_victim(_ROOT / "victims" / "digits_small_cnn_1000")
-    tasks = dataclasses.replace(meta_train.tasks_of(flags), queries=5)
+    tasks = dataclasses.replace(meta_train.tasks_of(flags), query_shots=5)
     family = common.make_family(victim, "test", tasks)
     keys = jax.random.split(jax.random.key(0), 20)
     metrics = evaluation.evaluate(learners.lft(rule), params, family, keys, num_steps=10, at=(10,))

@@ -68,7 +68,7 @@ def sine(flags: Config) -> dict[str, Any]:
     train = common.meta_training(lambda: lft, families.values(), **options)
     rule = [train(seed, flags.lft_steps) for seed in flags.seeds]
     for width, family in families.items():
-        test = dataclasses.replace(family, queries=100)
+        test = dataclasses.replace(family, query_shots=100)
         errors = {"lft": _errors(lft, rule, test, flags)}
         settings = {}
         for name, grid in GRIDS.items():
@@ -89,7 +89,7 @@ def sine(flags: Config) -> dict[str, Any]:
             )
         common.write_json(flags.output, results)
     published = sine_family(widths=(flags.widths[0],) * 2, frequency=PUBLISHED_FREQUENCY)
-    test = dataclasses.replace(published, queries=100)
+    test = dataclasses.replace(published, query_shots=100)
     for learner, params in _initializations(published, 4, flags.published_steps, flags, "published"):
         if learner.name not in PUBLISHED:
             continue

@@ -51,9 +51,9 @@ def measure(flags: Config) -> dict:
     rows: dict[str, list[dict]] = {name: [] for name in weights}
     gaps: dict[str, list[np.ndarray]] = {name: [] for name in weights}
     for shots in flags.shots:
-        tasks = common.TaskConfig(ways=flags.ways, shots=shots, queries=shots, augment=False)
+        tasks = common.TaskConfig(ways=flags.ways, shots=shots, query_shots=shots, augment=False)
         family = common.make_family(victim, "train", tasks, flags.data_dir)
-        family = dataclasses.replace(family, second_loss=second_loss)
+        family = family.with_recipe(second_loss=second_loss)
         for name, params in weights.items():
             found = theory.meta_gradient_gap(learner, params, family, keys, num_steps=flags.num_steps, batch_size=5)
             found = jax.tree.map(np.asarray, found)
@@ -67,7 +67,7 @@ def measure(flags: Config) -> dict:
                     "mean_norm": float(found.mean_norm),
                 }
             )
-            print(f"{shots} a class, {name}: gap {found.gaps.mean():.3g}, of the mean {found.mean_gap:.3g}")
+            print(f"{shots} per class, {name}: gap {found.gaps.mean():.3g}, of the mean {found.mean_gap:.3g}")
         results["rows"] = rows  # after each number of images: nothing done is lost
         if len(gaps["untrained"]) > 1:
             results["decay"] = {

@@ -127,8 +127,7 @@ def _meta_trained(learner: Learner, optimizer, family, flags, meta_steps, rule=N
         num_steps=flags.num_steps,
         tasks_per_family=1,
         meta_optimizer=optax.chain(optax.clip(1.0), optimizer),
-        weights="linear",
-        window=flags.window,
+        unroll=lft_jax.Unroll("linear", flags.window),
     )
     state = trainer.init(jax.random.key(flags.seed))
     if rule is not None:

@@ -174,8 +174,8 @@ def compare(
         run_tuned(TRANSFER, strongest[TRANSFER], plain, by=best)
     if _ours(plain.test) != _ours(target.test):
         given = [target]
-        if target.test.second_loss is not None:
-            given.append(_changed(target, lambda family: dataclasses.replace(family, second_loss=None)))
+        if target.test.recipe.second_loss is not None:
+            given.append(_changed(target, lambda family: family.with_recipe(second_loss=None)))
         for name, baseline in strongest.items():
             run_tuned(name + AUGMENTED, baseline, *given, by=best)
 
@@ -199,7 +199,8 @@ def compare(
 
 
 def _ours(family):
-    return family.augmentation, family.estimator, family.waves, family.second_loss
+    recipe = family.recipe
+    return recipe.augmentation, family.estimator, recipe.waves, recipe.second_loss
 
 
 def as_published(family: UapFamily, num_directions: int) -> UapFamily:
@@ -214,14 +215,15 @@ def as_published(family: UapFamily, num_directions: int) -> UapFamily:
     if isinstance(estimator, ZerothOrder):
         options = {"resolution": None, "basis": "tiles", "per_example": False}
         estimator = dataclasses.replace(estimator, num_directions=num_directions, **options)
-    return dataclasses.replace(family, augmentation=None, estimator=estimator, waves=None, second_loss=None)
+    family = family.with_recipe(augmentation=None, waves=None, second_loss=None)
+    return dataclasses.replace(family, estimator=estimator)
 
 
 def _as_published(target, num_steps):
     def plain(family):
         if not isinstance(family.estimator, ZerothOrder):
             return as_published(family, 0)
-        spared = family.waves.evaluations if family.waves else 0
+        spared = family.recipe.waves.evaluations if family.recipe.waves else 0
         each = 2 if family.estimator.antithetic else 1  # evaluations that one more direction takes
         return as_published(family, family.estimator.num_directions + math.ceil(spared / (num_steps * each)))
 
@@ -233,7 +235,7 @@ def _changed(target, change):
 
 
 def _setting(setting, family):
-    second = {} if family.second_loss is None else {"second_loss": family.second_loss.kind}
+    second = {} if family.recipe.second_loss is None else {"second_loss": family.recipe.second_loss.kind}
     return {**setting.params, **dataclasses.asdict(setting.support_loss), **second}
 
 

@@ -111,7 +111,7 @@ def merit(family: UapFamily, metrics: dict[str, jax.Array]) -> jax.Array:
 
 def minimising(family: UapFamily, loss: AttackLoss) -> UapFamily:
     """The family with another loss of the support images, which keeps to the objective's target, if it has one."""
-    return dataclasses.replace(family, support_loss=dataclasses.replace(loss, target=family.attack_loss.target))
+    return family.with_recipe(loss=dataclasses.replace(loss, target=family.objective.target))
 
 
 def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: int, batch_size: int = 10) -> Tuned:
@@ -201,7 +201,7 @@ def full_data_uap(
       judge's images.
     """
     families = tuple(families)
-    goal = judge.attack_loss.target
+    goal = judge.objective.target
     classes = range(len(families[0].counts)) if targeted and goal is None else ()
     runs = [(kind, goal, step) for kind in ("cross_entropy", "hinge") for step in steps]
     runs += [("cross_entropy", target, steps[0]) for target in classes]
@@ -210,7 +210,7 @@ def full_data_uap(
     theta0 = jnp.zeros_like(families[0].init(key))
     best, records = (-math.inf, theta0), []
     for kind, target, step in runs:
-        loss = AttackLoss(kind, kappa=judge.attack_loss.kappa, target=target)
+        loss = AttackLoss(kind, kappa=judge.objective.kappa, target=target)
         theta = _full_data_run(families, theta0, key, step, loss, num_steps=num_steps, batch_size=batch_size)
         metrics = _judged(judge, theta, batch)
         records.append({"loss": kind, "target": target, "step": step, "asr": float(metrics["asr"])})

@@ -14,8 +14,8 @@ and L2O are apart. `run` and `checkpoints` are imported by name, since they load
 from lft_jax.meta import learners
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta.imitation import Imitation
-from lft_jax.meta.outer_loss import run_task, step_weights
-from lft_jax.meta.trainer import MetaState, MetaTrainer, clipped_adam, init_state, meta_trainer, task_mesh
+from lft_jax.meta.outer_loss import Unroll, run_task, step_weights
+from lft_jax.meta.trainer import MetaState, MetaTrainer, Schedule, clipped_adam, init_state, meta_trainer, task_mesh
 
 __all__ = [
     "EvolutionStrategies",
@@ -23,6 +23,8 @@ __all__ = [
     "MetaState",
     "MetaTrainer",
     "PersistentEvolutionStrategies",
+    "Schedule",
+    "Unroll",
     "clipped_adam",
     "init_state",
     "learners",

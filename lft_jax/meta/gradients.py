@@ -1,5 +1,6 @@
 """The meta-gradient of one family's tasks: by backpropagation within a memory budget, or by trying changes."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import numpy as np
 from lft_jax import _memory
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.meta.evolution import EvolutionStrategies, Particles, PersistentEvolutionStrategies
-from lft_jax.meta.outer_loss import losses_of_part, outer_losses, run_task
-from lft_jax.optimizers.fine_tuning import Paused, block_length
+from lft_jax.meta.outer_loss import UNROLL, Scored, Unroll, losses_of_part, outer_losses, run_task, step_weights
+from lft_jax.optimizers.fine_tuning import Part, Paused, block_length
 
 #: `(params, family, keys [T], particles, window) -> ((loss, last step's loss), grads), particles`; `window` is `[]`
 #: int32, the place of an episode's window among its windows, 0 where there is but one.
@@ -44,11 +45,9 @@ def memory_plan(
     *,
     num_steps: int,
     steps: int,
-    window: int | None = None,
-    remat: bool | None = None,
-    mib: float = _memory.DEFAULT_MIB,
+    unroll: Unroll = UNROLL,
 ) -> MemoryPlan:
-    """The plan of fewest parts of which neither the recurrence nor the query losses store more than `mib` MiB.
+    """The plan of fewest parts of which neither the recurrence nor the query losses store more than the budget.
 
     That is what can be told without compiling; a compiled meta-step has been seen to take up to twice as much.
 
@@ -57,9 +56,7 @@ def memory_plan(
       num_tasks: tasks of the family on one device.
       num_steps: K.
       steps: how many of the steps have a weight in the outer loss.
-      window: of truncated backpropagation, or None.
-      remat: None to choose it here: only if one task does not fit without.
-      mib: the budget.
+      unroll: the budget, the window, and whether to rematerialise.
     """
 
     def one_step(params, key):
@@ -72,37 +69,35 @@ def memory_plan(
     step_bytes = _memory.stored_bytes(lambda params: one_step(params, jax.random.key(0))[1].thetas, params)
     scored = learner.objective != "teacher"
     loss_bytes = _memory.stored_bytes(family.loss, theta, data) if scored else 0
+    remat = unroll.remat
     if remat is None:  # not before one task alone is too much: to take fewer at a time costs no computing
-        remat = num_steps * step_bytes > mib * 2**20
-    span = min(window or num_steps, num_steps)  # cut up on its own
+        remat = num_steps * step_bytes > unroll.memory_mib * 2**20
+    span = min(unroll.window or num_steps, num_steps)  # cut up on its own
     block = block_length(span)
     stored_steps = block + math.ceil(num_steps / span) * math.ceil(span / block) if remat else num_steps
-    tasks = _memory.fitting(num_tasks, max(stored_steps * step_bytes, loss_bytes), mib)
+    tasks = _memory.fitting(num_tasks, max(stored_steps * step_bytes, loss_bytes), unroll.memory_mib)
     tasks = max(n for n in range(1, tasks + 1) if num_tasks % n == 0)
-    return MemoryPlan(remat, tasks, _memory.fitting(steps, tasks * loss_bytes, mib))
+    return MemoryPlan(remat, tasks, _memory.fitting(steps, tasks * loss_bytes, unroll.memory_mib))
 
 
 def family_gradient(
     learner: Learner,
     *,
     num_steps: int,
-    weights: np.ndarray,
-    estimator: EvolutionStrategies | PersistentEvolutionStrategies | None,
-    window: int | None,
-    remat: bool | None,
-    mib: float,
+    unroll: Unroll,
+    meta_gradient: EvolutionStrategies | PersistentEvolutionStrategies | None,
 ) -> FamilyGradient:
-    """The meta-gradient of the mean loss over tasks of one family, by the estimator, or by backpropagation if None.
+    """The gradient of the mean outer loss over tasks of one family.
 
     Args:
       learner: what is meta-trained.
       num_steps: K.
-      weights: `[K]`, of the steps in the outer loss.
-      estimator, window, remat: as of `meta_trainer`.
-      mib: its memory budget.
+      unroll: weights of the steps, window, memory.
+      meta_gradient: evolution strategies, or None for backpropagation.
     """
-    if isinstance(estimator, PersistentEvolutionStrategies):
-        return _persistent(learner, num_steps, weights, estimator)
+    weights = step_weights(unroll.step_weights, num_steps)
+    if isinstance(meta_gradient, PersistentEvolutionStrategies):
+        return _persistent(learner, num_steps, weights, meta_gradient)
     steps = np.flatnonzero(weights)
 
     def mean_losses(params, family, keys, **options):
@@ -112,14 +107,13 @@ def family_gradient(
     def evolved(params, family, keys, particles, _):
         # Nothing is stored: one step's query losses at a time.
         loss = functools.partial(mean_losses, family=family, keys=keys, steps_at_once=1, differentiable=False)
-        return estimator(loss, params, jax.random.fold_in(keys[0], _BESIDE_TASKS)), particles
+        return meta_gradient(loss, params, jax.random.fold_in(keys[0], _BESIDE_TASKS)), particles
 
     def backpropagated(params, family, keys, particles, _):
-        options = {"num_steps": num_steps, "steps": len(steps), "window": window, "remat": remat, "mib": mib}
-        plan = memory_plan(learner, params, family, len(keys), **options)
+        plan = memory_plan(learner, params, family, len(keys), num_steps=num_steps, steps=len(steps), unroll=unroll)
+        options = {"unroll": dataclasses.replace(unroll, remat=plan.remat), "steps_at_once": plan.steps}
 
         def gradient(keys):
-            options = {"remat": plan.remat, "window": window, "steps_at_once": plan.steps}
             loss = functools.partial(mean_losses, family=family, keys=keys, **options)
             return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -128,7 +122,7 @@ def family_gradient(
         parts = jax.lax.map(gradient, keys.reshape(-1, plan.tasks))
         return jax.tree.map(lambda x: jnp.mean(x, 0), parts), particles
 
-    return backpropagated if estimator is None else evolved
+    return backpropagated if meta_gradient is None else evolved
 
 
 def first_particles(
@@ -136,7 +130,7 @@ def first_particles(
     params: PyTree,
     family: TaskFamily,
     shape: tuple[int, int],
-    estimator: PersistentEvolutionStrategies,
+    strategies: PersistentEvolutionStrategies,
 ) -> Particles:
     """Particles before the first episode of so many families like this one, of so many tasks each.
 
@@ -149,12 +143,12 @@ def first_particles(
 
     num_families, num_tasks = shape
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_tasks))
-    particles = estimator.init(params, jax.eval_shape(jax.vmap(begun, in_axes=(None, 0)), params, keys))
+    particles = strategies.init(params, jax.eval_shape(jax.vmap(begun, in_axes=(None, 0)), params, keys))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_families, *x.shape)), particles)
 
 
-def _persistent(learner, num_steps, weights, estimator):
-    length, windows = estimator.window, num_steps // estimator.window
+def _persistent(learner, num_steps, weights, strategies):
+    length, windows = strategies.window, num_steps // strategies.window
     # Each window's loss on the scale of the episode's, so that the mean of the windows' gradients is its gradient.
     weights = windows * weights.reshape(windows, length)
 
@@ -166,16 +160,13 @@ def _persistent(learner, num_steps, weights, estimator):
                 family,
                 keys,
                 num_steps=num_steps,
-                steps=np.arange(length),
-                paused=Paused(*carried, window * length),
-                length=length,
-                steps_at_once=1,
-                differentiable=False,
+                scored=Scored(np.arange(length), at_once=1, differentiable=False),
+                part=Part(length, Paused(*carried, window * length)),
             )
             return _weighted(losses, jnp.asarray(weights)[window]), carried
 
         key = jax.random.fold_in(jax.random.fold_in(keys[0], _BESIDE_TASKS), window)
-        return estimator(loss, params, particles, key, begins=window == 0)
+        return strategies(loss, params, particles, key, begins=window == 0)
 
     return gradient
 

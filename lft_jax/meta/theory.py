@@ -21,7 +21,8 @@ import optax
 
 from lft_jax import base
 from lft_jax.base import Learner, PyTree, TaskFamily
-from lft_jax.meta.outer_loss import run_task, step_weights
+from lft_jax.meta import outer_loss
+from lft_jax.meta.outer_loss import run_task
 
 
 class MetaGradientGap(NamedTuple):
@@ -52,7 +53,7 @@ def meta_gradient_gap(
     keys: jax.Array,
     *,
     num_steps: int,
-    weights: str = "uniform",
+    step_weights: str = "uniform",
     batch_size: int = 10,
 ) -> MetaGradientGap:
     """Compares the meta-gradients of LFT and L2O at the same meta-parameters, on the same tasks.
@@ -63,25 +64,25 @@ def meta_gradient_gap(
       family: the tasks. Their loss must be a mean over examples.
       keys: `[T]`, one a task.
       num_steps: K.
-      weights: of the steps in the outer loss, one of `lft_jax.meta.outer_loss.STEP_WEIGHTS`.
+      step_weights: of the steps in the outer loss, see `lft_jax.Unroll`.
       batch_size: tasks side by side.
 
     Raises:
-      ValueError: for `num_steps` below 1, or unknown weights.
+      ValueError: for `num_steps` below 1, or unknown step weights.
     """
-    step_weights(weights, num_steps)  # so that bad ones are refused before anything is compiled
-    return _gap(learner, params, family, keys, num_steps, weights, min(batch_size, len(keys)))
+    outer_loss.step_weights(step_weights, num_steps)  # so that a bad one is refused before anything is compiled
+    return _gap(learner, params, family, keys, num_steps, step_weights, min(batch_size, len(keys)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _gap(learner, params, family, keys, num_steps, weights, batch_size):
+def _gap(learner, params, family, keys, num_steps, step_weights, batch_size):
     def task(key):
         def optimizees(params):
             episode, trajectory = run_task(learner, params, family, key, num_steps=num_steps)
             return trajectory.thetas, episode
 
         thetas, pull_back, episode = jax.vjp(optimizees, params, has_aux=True)
-        w = step_weights(weights, num_steps)
+        w = outer_loss.step_weights(step_weights, num_steps)
 
         def meta_gradient(data):
             # The optimizees one by one, so that only one has its examples' activations in memory.

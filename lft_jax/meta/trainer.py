@@ -8,6 +8,7 @@ On several devices, of one or of many hosts, each runs its share of every family
 split over the mesh axis `task`, all else is replicated, and the meta-gradients are averaged.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lft_jax import _memory, base
+from lft_jax import base
+from lft_jax._deprecation import old_keywords
 from lft_jax.base import Learner, TaskFamily
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta.gradients import family_gradient, first_particles
 from lft_jax.meta.imitation import Imitation, imitating
-from lft_jax.meta.outer_loss import step_weights
+from lft_jax.meta.outer_loss import UNROLL, Unroll, step_weights
 
 PyTree = Any
 
@@ -31,7 +33,7 @@ TASK_AXIS = "task"
 
 
 class MetaState(NamedTuple):
-    """All that a run is, besides its configuration: resuming from it continues with the same numbers.
+    """The complete state of a run, except its configuration: resuming from it continues with the same numbers.
 
     Attributes:
       params: the meta-parameters.
@@ -71,6 +73,50 @@ def init_state(
     return MetaState(params, _skipping(meta_optimizer).init(params), key_run, jnp.zeros((), jnp.int32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What the first meta-steps of a run do differently.
+
+    Attributes:
+      curriculum: `((steps, meta_steps), ...)`: the first meta-steps fine-tune for fewer steps, in ascending order; K of
+        them follow. An update rule sees its progress through the shorter unroll. All lengths are compiled at first.
+      imitation: the outer loss of the first meta-steps, always by backpropagation, for learners of update rules; the
+        steps have equal weights in it. None for none.
+
+    Examples:
+      >>> Schedule(curriculum=((5, 100), (10, 100))).curriculum[0]
+      (5, 100)
+    """
+
+    curriculum: Sequence[tuple[int, int]] = ()
+    imitation: Imitation | None = None
+
+
+_PLAIN = Schedule()
+
+
+def _present_keywords(old, kwargs):
+    if "estimator" in old:
+        kwargs["meta_gradient"] = old.pop("estimator")
+    scheduled = {name: old.pop(name) for name in ("curriculum", "imitation") if name in old}
+    if scheduled:
+        kwargs["schedule"] = Schedule(**scheduled)
+    if old:
+        old = {"step_weights" if name == "weights" else name: value for name, value in old.items()}
+        kwargs["unroll"] = Unroll(**old)
+    return kwargs
+
+
+@old_keywords(
+    _present_keywords,
+    weights="unroll=Unroll(step_weights=...)",
+    window="unroll=Unroll(window=...)",
+    remat="unroll=Unroll(remat=...)",
+    memory_mib="unroll=Unroll(memory_mib=...)",
+    estimator="meta_gradient=",
+    curriculum="schedule=Schedule(curriculum=...)",
+    imitation="schedule=Schedule(imitation=...)",
+)
 def meta_trainer(
     learner: Learner,
     families: Sequence[TaskFamily],
@@ -78,13 +124,9 @@ def meta_trainer(
     num_steps: int = 20,
     tasks_per_family: int = 8,
     meta_optimizer: optax.GradientTransformation,
-    weights: str = "uniform",
-    window: int | None = None,
-    estimator: EvolutionStrategies | PersistentEvolutionStrategies | None = None,
-    curriculum: Sequence[tuple[int, int]] = (),
-    imitation: Imitation | None = None,
-    remat: bool | None = None,
-    memory_mib: float = _memory.DEFAULT_MIB,
+    unroll: Unroll = UNROLL,
+    meta_gradient: EvolutionStrategies | PersistentEvolutionStrategies | None = None,
+    schedule: Schedule = _PLAIN,
     mesh: jax.sharding.Mesh | None = None,
 ) -> MetaTrainer:
     """Meta-trains a learner across families, which need not share shapes (incongruous tasks).
@@ -95,132 +137,66 @@ def meta_trainer(
       num_steps: K, fine-tuning steps of a task.
       tasks_per_family: tasks of each family in a meta-step.
       meta_optimizer: updates the meta-parameters; see `clipped_adam`.
-      weights: of the fine-tuning steps in the outer loss, see `step_weights`.
-      window: of truncated backpropagation, see `fine_tune`; None for none.
-      estimator: of the meta-gradient; None for backpropagation through the steps. A meta-step of
+      unroll: how the steps weigh in the outer loss, and how they are differentiated.
+      meta_gradient: evolution strategies, or None for backpropagation through the steps. A meta-step of
         `PersistentEvolutionStrategies` is one window of an episode, whose particles wait in the state for the next.
-      curriculum: `((steps, meta_steps), ...)`: the first meta-steps fine-tune for fewer steps, in ascending order; K of
-        them follow. An update rule sees its progress through the shorter unroll. All lengths are compiled at first.
-      imitation: the outer loss of the first meta-steps, always by backpropagation, for learners of update rules; the
-        steps weigh alike in it. None for none.
-      remat: trade time for memory, see `fine_tune`; None: only if one task does not fit into `memory_mib` without.
-      memory_mib: MiB that a device may store for a backward pass, see `memory_plan`. Tasks and query passes are run in
-        as few parts as it allows (at least one task, and one of its steps, at a time).
+      schedule: a curriculum, and imitation of another optimizer, for the first meta-steps.
       mesh: devices that share the tasks, see `task_mesh`; None for the default device. The numbers are those of one
         device up to the order of summation.
 
+    Returns:
+      The trainer: its `init` and its `step`.
+
     Raises:
       ValueError: for no families, numbers below 1, tasks that the mesh cannot share evenly, families that the
-        learner cannot serve together, an estimator with a window, a second-order learner, Reptile or several devices,
-        Reptile with a window or imitation, a curriculum that does not ascend to K, and an estimator's window that does
-        not divide K, is one of a curriculum, or leaves no weight for some windows.
+        learner cannot serve together, evolution strategies with a window, a second-order learner, Reptile or several
+        devices, Reptile with a window or imitation, a curriculum that does not ascend to K, and persistent evolution
+        strategies whose window does not divide K, is one of a curriculum, or leaves no weight for some windows.
       TypeError: for a family that is not a registered pytree.
+
+    Examples:
+      >>> from lft_jax.meta import learners
+      >>> from lft_jax.optimizers import coordinate_lstm
+      >>> from lft_jax.tasks.quadratic import QuadraticFamily
+      >>> family = QuadraticFamily(jnp.ones(3), support=2, query=2)
+      >>> rule = coordinate_lstm(hidden=4)
+      >>> trainer = meta_trainer(learners.lft(rule), [family], num_steps=3, meta_optimizer=clipped_adam(1e-2, 10))
+      >>> state, metrics = trainer.step(trainer.init(jax.random.key(0)))
+      >>> int(state.step), sorted(metrics)[:2]
+      (1, ['family_loss', 'final_loss'])
     """
     families = tuple(families)
-    if not families:
-        raise ValueError("families must hold at least one TaskFamily, got none.")
-    for family in families:
-        if not jax.tree.leaves(family) or jax.tree.structure(family).num_nodes == 1:
-            raise TypeError(
-                f"families: {type(family).__name__} is not a registered pytree with arrays; decorate it with "
-                "jax.tree_util.register_dataclass."
-            )
+    _check_families(families)
     base.check_at_least("tasks_per_family", tasks_per_family, 1)
-    if window is not None:
-        base.check_at_least("window", window, 1)
-    base.check_positive("memory_mib", memory_mib)
-    if estimator is not None and (window is not None or learner.second_order):
-        raise ValueError("estimator: it differentiates nothing; leave window out, and take a first-order learner.")
-    if estimator is not None and mesh is not None and mesh.size > 1:
-        raise ValueError(f"estimator: it draws its changes for one device, got a mesh of {mesh.size}.")
-    if learner.objective == "end" and window is not None:
-        raise ValueError(f"window: {learner.name} differentiates nothing through its steps; leave it out.")
-    if estimator is not None and learner.objective == "end":
-        raise ValueError(f"estimator: {learner.name} has no outer loss to try changes at, only a meta-gradient.")
-    persistent = isinstance(estimator, PersistentEvolutionStrategies)
-    if persistent:
-        _check_windows(estimator.window, num_steps, step_weights(weights, num_steps), curriculum)
+    _check_meta_gradient(meta_gradient, learner, unroll, mesh)
+    if isinstance(meta_gradient, PersistentEvolutionStrategies):
+        _check_windows(meta_gradient.window, num_steps, unroll, schedule)
     groups, order = _group(families)
+    stages = _stages(num_steps, schedule)
+    gradients = [_stage_gradient(s, learner, unroll, meta_gradient, tasks_per_family, mesh) for s in stages]
+    begins = jnp.asarray([stage.first for stage in stages[1:]], jnp.int32)
     optimizer = _skipping(meta_optimizer)
-
-    stages = _stages(num_steps, curriculum, imitation)
-    gradients = [
-        family_gradient(
-            imitating(learner, imitation.teacher) if stage.imitates else learner,
-            num_steps=stage.num_steps,
-            weights=step_weights("uniform" if stage.imitates else weights, stage.num_steps),
-            # Imitation differentiates no model, so there is no call for trying changes.
-            estimator=None if stage.imitates else estimator,
-            window=window,
-            remat=remat,
-            mib=memory_mib,
-        )
-        for stage in stages
-    ]
-
-    def mean_gradient(of_family, params, groups, keys, particles, window):
-        """Losses `[families]` and last-step losses of the tasks that `keys` stand for, mean gradient, particles."""
-        losses, finals, after, total = [], [], [], jax.tree.map(jnp.zeros_like, params)
-        for group, *inputs in zip(groups, keys, particles, strict=True):
-
-            def member_gradient(inputs, group=group):
-                member, member_keys, member_particles = inputs
-                return of_family(params, group.member(member), member_keys, member_particles, window)
-
-            ((of_group, of_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
-            total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
-            losses.append(of_group)
-            finals.append(of_last)
-            after.append(carried)
-        mean = jax.tree.map(lambda t: t / len(families), total)
-        return jnp.concatenate(losses)[order], jnp.concatenate(finals)[order], mean, tuple(after)
-
-    def stage_gradient(stage, of_family):
-        gradient = functools.partial(mean_gradient, of_family)
-        if mesh is not None:
-            gradient = _shared(gradient, mesh, tasks_per_family)
-        windows = stage.num_steps // estimator.window if persistent and not stage.imitates else 1
-
-        def of_state(state, groups):
-            since = state.step - stage.first
-            # The windows of an episode have its tasks.
-            key = jax.random.fold_in(state.key, stage.first + since // windows)
-            keys = [
-                jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
-                for number, group in enumerate(groups)
-            ]
-            return gradient(state.params, groups, keys, state.particles or ((),) * len(groups), since % windows)
-
-        return of_state
-
-    of_stages = [stage_gradient(stage, of_family) for stage, of_family in zip(stages, gradients, strict=True)]
-    begun = jnp.asarray([stage.first for stage in stages[1:]], jnp.int32)
 
     @jax.jit
     def step(state, groups):
-        losses, finals, mean, particles = jax.lax.switch(jnp.sum(state.step >= begun), of_stages, state, groups)
-        updates, optimizer_state = optimizer.update(mean, state.optimizer_state, state.params)
+        # Each of these samples tasks, fine-tunes, takes outer losses and their gradient (`family_gradient`).
+        (losses, last), grads, particles = jax.lax.switch(jnp.sum(state.step >= begins), gradients, state, groups)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": jnp.mean(losses),
-            "family_loss": losses,
-            "final_loss": finals,
-            "grad_norm": optax.tree.norm(mean),
+            "loss": jnp.mean(losses[order]),
+            "family_loss": losses[order],
+            "final_loss": last[order],
+            "grad_norm": optax.tree.norm(grads),
             "skipped": optimizer_state.total_notfinite,
             "skipped_in_a_row": optimizer_state.notfinite_count,
         }
-        after = MetaState(params, optimizer_state, state.key, state.step + 1, particles if state.particles else ())
-        return after, metrics
+        particles = particles if state.particles else ()
+        return MetaState(params, optimizer_state, state.key, state.step + 1, particles), metrics
 
     def init(key):
         state = init_state(learner, families, meta_optimizer, key)
-        if not persistent:
-            return state
-        particles = [
-            first_particles(learner, state.params, group.first(), (group.size, tasks_per_family), estimator)
-            for group in groups
-        ]
-        return state._replace(particles=tuple(particles))
+        return state._replace(particles=_particles(learner, state.params, groups, tasks_per_family, meta_gradient))
 
     if mesh is None:
         return MetaTrainer(init, lambda state: step(state, groups))
@@ -230,16 +206,112 @@ def meta_trainer(
     return MetaTrainer(lambda key: replicate(init(key)), lambda state: step(replicate(state), groups))
 
 
+def _check_families(families):
+    if not families:
+        raise ValueError("families must hold at least one TaskFamily, got none.")
+    for family in families:
+        if not jax.tree.leaves(family) or jax.tree.structure(family).num_nodes == 1:
+            raise TypeError(
+                f"families: {type(family).__name__} is not a registered pytree with arrays; decorate it with "
+                "jax.tree_util.register_dataclass."
+            )
+
+
+def _check_meta_gradient(meta_gradient, learner, unroll, mesh):
+    if learner.objective == "end" and unroll.window is not None:
+        raise ValueError(f"window: {learner.name} differentiates nothing through its steps; leave it out.")
+    if meta_gradient is None:
+        return
+    if unroll.window is not None or learner.second_order:
+        raise ValueError(
+            "meta_gradient: evolution strategies differentiate nothing; leave window out, and take a first-order "
+            "learner."
+        )
+    if mesh is not None and mesh.size > 1:
+        raise ValueError(f"meta_gradient: evolution strategies run on one device, got a mesh of {mesh.size}.")
+    if learner.objective == "end":
+        raise ValueError(
+            f"meta_gradient: {learner.name} has no outer loss for evolution strategies, only a meta-gradient."
+        )
+
+
+def _check_windows(window, num_steps, unroll, schedule):
+    if num_steps % window or schedule.curriculum:
+        raise ValueError(
+            f"meta_gradient: its window of {window} must divide num_steps = {num_steps}, and a curriculum has no use."
+        )
+    if not np.all(step_weights(unroll.step_weights, num_steps).reshape(-1, window).any(axis=1)):
+        raise ValueError("step_weights: they leave some windows of the meta-gradient without a loss; choose others.")
+
+
+def _particles(learner, params, groups, tasks_per_family, meta_gradient):
+    if not isinstance(meta_gradient, PersistentEvolutionStrategies):
+        return ()
+    return tuple(
+        first_particles(learner, params, group.first(), (group.size, tasks_per_family), meta_gradient)
+        for group in groups
+    )
+
+
+def _stage_gradient(stage, learner, unroll, meta_gradient, tasks_per_family, mesh):
+    """`(state, groups) -> (losses [families], last step's losses), mean meta-gradient, particles` of one stage."""
+    if stage.imitation is not None:
+        # Imitation differentiates no model, so there is no call for evolution strategies.
+        learner, unroll = (
+            imitating(learner, stage.imitation.teacher),
+            dataclasses.replace(unroll, step_weights="uniform"),
+        )
+        meta_gradient = None
+    of_family = family_gradient(learner, num_steps=stage.num_steps, unroll=unroll, meta_gradient=meta_gradient)
+    gradient = functools.partial(_mean_gradient, of_family)
+    if mesh is not None:
+        gradient = _shared(gradient, mesh, tasks_per_family)
+    persistent = isinstance(meta_gradient, PersistentEvolutionStrategies)
+    windows = stage.num_steps // meta_gradient.window if persistent else 1
+
+    def of_state(state, groups):
+        since = state.step - stage.first
+        # All windows of an episode have the same tasks.
+        key = jax.random.fold_in(state.key, stage.first + since // windows)
+        keys = [
+            jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
+            for number, group in enumerate(groups)
+        ]
+        return gradient(state.params, groups, keys, state.particles or ((),) * len(groups), since % windows)
+
+    return of_state
+
+
+def _mean_gradient(of_family, params, groups, keys, particles, window):
+    """The mean of all families' meta-gradients; losses are in the order of the groups' members."""
+    losses, last, after, total = [], [], [], jax.tree.map(jnp.zeros_like, params)
+    for group, *inputs in zip(groups, keys, particles, strict=True):
+
+        def member_gradient(inputs, group=group):
+            member, member_keys, member_particles = inputs
+            return of_family(params, group.member(member), member_keys, member_particles, window)
+
+        ((of_group, of_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
+        total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
+        losses.append(of_group)
+        last.append(of_last)
+        after.append(carried)
+    num_families = sum(group.size for group in groups)
+    mean = jax.tree.map(lambda t: t / num_families, total)
+    return (jnp.concatenate(losses), jnp.concatenate(last)), mean, tuple(after)
+
+
 class _Stage(NamedTuple):
-    """Meta-steps that are alike, from the `first` on."""
+    """Meta-steps that are alike, from the `first` on: their K, and what they imitate, if anything."""
 
     first: int
     num_steps: int
-    imitates: bool
+    imitation: Imitation | None
 
 
-def _stages(num_steps, curriculum, imitation):
+def _stages(num_steps, schedule):
     """The stages of a run, in order."""
+    curriculum, imitation = schedule.curriculum, schedule.imitation
     lengths = [*(length for length, _ in curriculum), num_steps]
     for number, (length, meta_steps) in enumerate(curriculum):
         if not 1 <= length < lengths[number + 1] or not meta_steps >= 1:
@@ -250,16 +322,12 @@ def _stages(num_steps, curriculum, imitation):
     begins = np.cumsum([0, *(meta_steps for _, meta_steps in curriculum)])
     imitated = imitation.meta_steps if imitation else 0
     firsts = sorted({*begins.tolist(), imitated})
-    return [_Stage(f, lengths[np.searchsorted(begins, f, side="right") - 1], f < imitated) for f in firsts]
-
-
-def _check_windows(window, num_steps, weights, curriculum):
-    if num_steps % window or curriculum:
-        raise ValueError(
-            f"estimator: its window of {window} must divide num_steps = {num_steps}, and leaves a curriculum no use."
+    return [
+        _Stage(
+            first, lengths[np.searchsorted(begins, first, side="right") - 1], imitation if first < imitated else None
         )
-    if not np.all(weights.reshape(-1, window).any(axis=1)):
-        raise ValueError("weights: they leave some of the estimator's windows without a loss; choose others.")
+        for first in firsts
+    ]
 
 
 def task_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:

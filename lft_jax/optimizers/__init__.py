@@ -12,7 +12,7 @@ How the pieces compose::
 Anything that steps is an `optax.GradientTransformation`, so nothing downstream knows whether it was learned.
 """
 
-from lft_jax.optimizers.fine_tuning import Paused, fine_tune, fine_tune_step
+from lft_jax.optimizers.fine_tuning import Part, Paused, fine_tune, fine_tune_step
 from lft_jax.optimizers.hand_designed import adam, adamm, normalized_gradient, projected_gradient, sgd
 from lft_jax.optimizers.rules import (
     MomentumUpdate,
@@ -28,6 +28,7 @@ from lft_jax.optimizers.transform import LearnedFineTunerState, learned_fine_tun
 __all__ = [
     "LearnedFineTunerState",
     "MomentumUpdate",
+    "Part",
     "Paused",
     "Rule",
     "adam",

@@ -16,17 +16,29 @@ PyTree = Any
 
 
 class Paused(NamedTuple):
-    """Where a run stands that is made in parts.
+    """Where a run that is made in parts stopped.
 
     Attributes:
       theta: the optimizee.
       state: of the optimizer.
-      done: `[]` int32, steps done, below K; at 0 the run begins, and `theta` and `state` are of no account.
+      done: `[]` int32, steps done, below K; at 0 the run begins, and `theta` and `state` are ignored.
     """
 
     theta: PyTree
     state: PyTree
     done: jax.Array
+
+
+class Part(NamedTuple):
+    """A part of a run: together, the parts of a run give what it gives in one go.
+
+    Attributes:
+      length: steps of the part, from 1, which must not lead beyond K; static.
+      paused: where the part before, of equal arguments, stopped; None to begin.
+    """
+
+    length: int
+    paused: Paused | None = None
 
 
 def fine_tune_step(
@@ -70,8 +82,7 @@ def fine_tune(
     second_order: bool = False,
     remat: bool = False,
     window: int | None = None,
-    paused: Paused | None = None,
-    length: int | None = None,
+    part: Part | None = None,
     watch: Callable[[PyTree], PyTree] = lambda state: (),
 ) -> Trajectory:
     """Fine-tunes `theta` for `num_steps` (K) steps in one `jax.lax.scan` (PAPER "The method").
@@ -92,25 +103,20 @@ def fine_tune(
         memory grows with sqrt(K) instead of K, for one more forward pass.
       window: T, of truncated backpropagation: after every T-th step `theta` and the optimizer's state go on as
         constants, so that no derivative spans more than T steps. None for K.
-      paused: where an earlier part of the same run, of equal arguments, stopped; None to begin.
-      length: steps of this part, which must not lead beyond K. The parts of a run are together what it is in one go.
-        None for all K.
+      part: the part of the run to make; None for all K steps.
       watch: `optimizer state -> tree of arrays`, called after each step.
 
     Returns:
       The trajectory, of this part alone.
 
     Raises:
-      ValueError: if `num_steps`, `window` or `length` is below 1, `length` is above `num_steps`, or it is not given for
-        a paused run.
+      ValueError: if `num_steps`, `window` or the length of the part is below 1, or that length is above `num_steps`.
     """
     base.check_at_least("num_steps", num_steps, 1)
     if window is not None:
         base.check_at_least("window", window, 1)
-    if length is not None:
-        base.check_at_least("length", length, 1)
-    if (paused is not None) if length is None else (length > num_steps):
-        raise ValueError(f"length must be from 1 to num_steps = {num_steps}, and given with paused, got {length!r}.")
+    if part is not None and not 1 <= part.length <= num_steps:
+        raise ValueError(f"part: its length must be from 1 to num_steps = {num_steps}, got {part.length!r}.")
 
     def step(carry, xs):
         theta, state = carry
@@ -129,13 +135,12 @@ def fine_tune(
 
     xs = (jnp.arange(num_steps, dtype=jnp.float32), jax.random.split(key, num_steps))
     state = optimizer.init(theta)
-    if paused is not None:
-        theta, state = jax.tree.map(
-            lambda stopped, begun: jnp.where(paused.done > 0, stopped, begun), paused[:2], (theta, state)
-        )
-        xs = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, paused.done, length), xs)
-    elif length is not None:
-        xs = jax.tree.map(lambda x: x[:length], xs)
+    if part is not None and part.paused is not None:
+        *stopped, done = part.paused
+        theta, state = jax.tree.map(lambda s, begun: jnp.where(done > 0, s, begun), tuple(stopped), (theta, state))
+        xs = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, done, part.length), xs)
+    elif part is not None:
+        xs = jax.tree.map(lambda x: x[: part.length], xs)
     scan = _nested_scan if remat else jax.lax.scan
     if window is not None and window < len(xs[0]):
         scan = functools.partial(_truncated_scan, scan, window)

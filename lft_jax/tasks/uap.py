@@ -5,6 +5,7 @@ Task, losses and metrics follow arXiv 2009.13714; UAPs are from arXiv 1610.08401
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ PLAIN = AttackRecipe(augmentation=None)
 class UapFamily(TaskFamily):
     """UAP tasks on one image source against one victim. Build it with `uap_family`, which checks its arguments.
 
-    Losses, oracle and start can be changed with `dataclasses.replace`; the arrays are then shared.
+    Losses, oracle and start can be changed with `dataclasses.replace` and `with_recipe`; the arrays are then shared.
 
     Attributes:
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
@@ -59,6 +60,10 @@ class UapFamily(TaskFamily):
     recipe: AttackRecipe
     size: TaskSize = dataclasses.field(metadata=_STATIC)
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
+
+    def with_recipe(self, **changes: Any) -> "UapFamily":
+        """The family with other fields of its recipe, losses among them given as `AttackLoss`."""
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes))
 
     def sample(self, key: jax.Array) -> Episode:
         """Draws classes, then disjoint support and query images of each: a `Batch` of each set."""

@@ -14,6 +14,7 @@ from lft_jax.evaluation.baselines import Setting, make_baselines
 from lft_jax.evaluation.comparison import Learned, Protocol, Target, compare
 from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.tasks.perturbation import AttackLoss
+from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.uap import uap_family
 
 RNG = np.random.default_rng(0)
@@ -37,8 +38,8 @@ def family(weights=WEIGHTS):
     labels = ((images - 0.5).reshape(40, -1) @ WEIGHTS).argmax(1)
     labels[::10] = (labels[::10] + 1) % 3
     victim = jax.tree_util.Partial(linear, jnp.asarray(weights))
-    augmentation = Augmentation(shift=0.25)
-    return uap_family(images, labels, victim, ways=2, shots=2, queries=3, epsilon=0.1, augmentation=augmentation)
+    recipe = AttackRecipe(augmentation=Augmentation(shift=0.25))
+    return uap_family(images, labels, victim, ways=2, shots=2, query_shots=3, epsilon=0.1, recipe=recipe)
 
 
 TARGET = Target("toy", "linear", False, *(family() for _ in range(3)))
@@ -96,20 +97,20 @@ def test_what_is_tuned_with_the_learned_methods_losses_may_leave_out_the_second(
     table = {"pgd": make_baselines("linf")["pgd"]._replace(grid=(Setting(SETTING, LOSS),))}
     monkeypatch.setattr(comparison.baselines, "make_baselines", lambda norm: table)
     both = {
-        name: dataclasses.replace(getattr(TARGET, name), second_loss=AttackLoss("dominant"))
+        name: getattr(TARGET, name).with_recipe(second_loss=AttackLoss("dominant"))
         for name in ("train", "validation", "test")
     }
-    pgd, plain = table["pgd"].learner, {"second_loss": None, "augmentation": None, "support_loss": LOSS}
-    learned = {"learned": Learned(pgd, [SETTING], lambda family: dataclasses.replace(family, **plain))}
+    pgd, plain = table["pgd"].learner, {"second_loss": None, "augmentation": None, "loss": LOSS}
+    learned = {"learned": Learned(pgd, [SETTING], lambda family: family.with_recipe(**plain))}
     rows, _ = compare(TARGET._replace(**both), learned, dataclasses.replace(PROTOCOL, methods=("pgd",)))
     rows = {row["method"]: row for row in rows}
 
     def asr(family, keys, second, augmentation):
-        family = dataclasses.replace(family, second_loss=second, support_loss=LOSS, augmentation=augmentation)
+        family = family.with_recipe(second_loss=second, loss=LOSS, augmentation=augmentation)
         return np.asarray(evaluation.evaluate(pgd, SETTING, family, keys, **OPTIONS)["asr"])[:, -1]
 
     test, validation = keys()
-    augmentation, given = TARGET.test.augmentation, (AttackLoss("dominant"), None)
+    augmentation, given = TARGET.test.recipe.augmentation, (AttackLoss("dominant"), None)
     scores = [asr(TARGET.validation, validation, second, augmentation).mean() for second in given]
     chosen = given[int(np.argmax(scores))]
     row = rows["pgd, augmented"]
@@ -131,7 +132,7 @@ def test_learned_rows_are_means_over_seeds_and_paired_with_tuned_pgd(compared):
     setting = rows["pgd"]["setting"]
     tuned = next(s for s in table["pgd"].grid if s.params["step"] == setting["step"])
     assert setting == {**tuned.params, "kind": tuned.support_loss.kind, "kappa": 0.0, "beta": 12.0, "target": None}
-    judged = metrics.minimising(dataclasses.replace(TARGET.test, augmentation=None), tuned.support_loss)
+    judged = metrics.minimising(TARGET.test.with_recipe(augmentation=None), tuned.support_loss)
     pgd = np.float64(evaluation.evaluate(table["pgd"].learner, tuned.params, judged, keys()[0], **OPTIONS)["asr"])
     seeds = [evaluation.evaluate(learners.lft(RULE), p, TARGET.test, keys()[0], **OPTIONS) for p in SEEDS]
     lft = np.mean([np.float64(metrics["asr"]) for metrics in seeds], axis=0)
@@ -150,7 +151,7 @@ def test_learned_rows_are_means_over_seeds_and_paired_with_tuned_pgd(compared):
 
 def test_baselines_are_tuned_on_validation_tasks(compared):
     rows, _, _, table = compared
-    plain = dataclasses.replace(TARGET.validation, augmentation=None)
+    plain = TARGET.validation.with_recipe(augmentation=None)
     best = rows["transfer, fine-tuned"]["by"]
     tried = {name: (baseline, plain) for name, baseline in table.items()}
     for name, (baseline, family) in {**tried, f"{best}, augmented": (table[best], TARGET.validation)}.items():
@@ -210,10 +211,10 @@ def test_baselines_are_run_as_published():
     for antithetic, more in ((True, 3), (False, 5)):  # 25 evaluations in 5 steps
         plain = oracles.ZerothOrder(3, 0.1, antithetic=antithetic)
         estimator = dataclasses.replace(plain, resolution=2, basis="dct", per_example=True)
-        ours = [dataclasses.replace(f, estimator=estimator, waves=WaveSearch(10, 14)) for f in TARGET[3:]]
+        ours = [dataclasses.replace(f.with_recipe(waves=WaveSearch(10, 14)), estimator=estimator) for f in TARGET[3:]]
         target = TARGET._replace(train=ours[0], validation=ours[1], test=ours[2])
         for family in comparison._as_published(target, 5)[3:]:
-            assert (family.augmentation, family.waves) == (None, None)
+            assert (family.recipe.augmentation, family.recipe.waves) == (None, None)
             assert family.estimator == dataclasses.replace(plain, num_directions=3 + more)
 
 

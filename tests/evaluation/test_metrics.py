@@ -32,7 +32,7 @@ def linear(weights, images):
 
 def family(**options):
     victim = jax.tree_util.Partial(linear, jnp.asarray(WEIGHTS))
-    options = {"ways": 2, "shots": 2, "queries": 4, "epsilon": 0.1, **options}
+    options = {"ways": 2, "shots": 2, "query_shots": 4, "epsilon": 0.1, **options}
     return uap_family(IMAGES, LABELS, victim, **options)
 
 
@@ -128,7 +128,7 @@ def test_tuning_reports_all_settings_and_picks_the_best():
     for setting, score in tuned.scores:
         # Towards the family's target, though the grid knows none.
         loss = dataclasses.replace(setting.support_loss, target=0)
-        again = evaluate(params=setting.params, family=dataclasses.replace(judged, support_loss=loss), at=(STEPS,))
+        again = evaluate(params=setting.params, family=judged.with_recipe(loss=loss), at=(STEPS,))
         np.testing.assert_allclose(score, np.mean(again["asr"]), rtol=1e-6)
     scores = [score for _, score in tuned.scores]
     assert len(set(scores)) > 1
@@ -139,7 +139,7 @@ def test_tuning_reports_all_settings_and_picks_the_best():
 def test_under_a_penalty_settings_are_chosen_by_the_loss_that_holds_it():
     """The largest step has the most success and, with such a penalty, the largest loss."""
     penalised = dataclasses.replace(FAMILY, constraint=Constraint("l1", penalty=1.0))
-    grid = tuple(baselines.Setting({"learning_rate": r, "decay": 0.0}, FAMILY.support_loss) for r in (1e-3, 1.0))
+    grid = tuple(baselines.Setting({"learning_rate": r, "decay": 0.0}, FAMILY.recipe.loss) for r in (1e-3, 1.0))
     tuned = evaluation.tune(
         baselines.make_baselines("l1")["sgd"]._replace(grid=grid), penalised, KEYS, num_steps=STEPS, batch_size=2
     )
@@ -235,7 +235,7 @@ def test_the_full_data_perturbation_keeps_to_the_target_of_its_judge():
 def test_a_penalty_holds_the_full_data_perturbation_back():
     sizes = []
     for penalty in (1e-6, 100.0):
-        penalised = family(norm="l2", epsilon=None, penalty=penalty)
+        penalised = family(epsilon=None, constraint=Constraint("l2", penalty=penalty))
         sizes.append(np.abs(full_data([penalised], penalised)[0]).max())
     assert sizes[1] < sizes[0] / 2
 
@@ -249,7 +249,7 @@ def test_several_victims_are_attacked_at_once():
 
 def test_the_judges_images_are_spread_evenly():
     order = np.argsort(LABELS, kind="stable")
-    judge = uap_family(IMAGES[order], LABELS[order], FAMILY.logits_fn, ways=2, queries=4, epsilon=0.1)
+    judge = uap_family(IMAGES[order], LABELS[order], FAMILY.logits_fn, ways=2, query_shots=4, epsilon=0.1)
     theta, records = full_data(judge=judge, num_judged=20, num_steps=10)
     rows = order[np.linspace(0, 59, 20).astype(int)]
     expected = np.mean(predicted(theta, rows) != LABELS[rows])

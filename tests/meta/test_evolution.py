@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from lft_jax import Schedule, Unroll
 from lft_jax.evaluation import baselines
 from lft_jax.meta import learners
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
@@ -49,7 +50,7 @@ def test_in_meta_training_it_agrees_with_backpropagation(x64):
     families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.3, 0.2, 0.1])]
 
     def gradient(estimator):
-        options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0), "estimator": estimator}
+        options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0), "meta_gradient": estimator}
         trainer = meta_trainer(learners.lft(rule), families, **options)
         state = trainer.init(jax.random.key(0))
         after, metrics = trainer.step(state)
@@ -113,7 +114,7 @@ def gradients_of_an_episode(estimator, keys, num_steps=4):
         learners.fixed("momentum", baselines.sgd), init=lambda key, families: settings, second_order=estimator is None
     )
     options = {"num_steps": num_steps, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
-    trainer = meta_trainer(learner, families, estimator=estimator, **options)
+    trainer = meta_trainer(learner, families, meta_gradient=estimator, **options)
     windows = num_steps // getattr(estimator, "window", num_steps)
     first = trainer.init(jax.random.key(0))
 
@@ -167,7 +168,7 @@ def test_a_start_is_searched_once_an_episode():
     SearchingFamily.said.clear()
     options = {"num_steps": 6, "tasks_per_family": 1, "meta_optimizer": optax.sgd(0.0)}
     learner = learners.lft(coordinate_lstm(2, 1))
-    trainer = meta_trainer(learner, [family], estimator=PersistentEvolutionStrategies(2, 4, 1e-2), **options)
+    trainer = meta_trainer(learner, [family], meta_gradient=PersistentEvolutionStrategies(2, 4, 1e-2), **options)
     state = trainer.init(jax.random.key(0))
     losses = []
     for _ in range(6):
@@ -182,12 +183,12 @@ def test_a_start_is_searched_once_an_episode():
     ("options", "message"),
     [
         ({"num_steps": 5}, "its window of 2 must divide num_steps = 5"),
-        ({"num_steps": 4, "curriculum": [(2, 10)]}, "leaves a curriculum no use"),
-        ({"num_steps": 4, "weights": "final"}, "weights: they leave some of the estimator's windows without a loss"),
+        ({"num_steps": 4, "schedule": Schedule([(2, 10)])}, "a curriculum has no use"),
+        ({"num_steps": 4, "unroll": Unroll("final")}, "step_weights: they leave some windows .* without a loss"),
     ],
 )
 def test_windows_that_do_not_fit_are_refused(options, message):
-    options = {"estimator": PersistentEvolutionStrategies(2), "meta_optimizer": optax.sgd(1.0), **options}
+    options = {"meta_gradient": PersistentEvolutionStrategies(2), "meta_optimizer": optax.sgd(1.0), **options}
     with pytest.raises(ValueError, match=message):
         meta_trainer(learners.lft(coordinate_lstm(2, 1)), [quadratic_family(np.ones(2, np.float32))], **options)
 
@@ -197,7 +198,7 @@ def test_truncation_by_all_steps_is_none(window, same):
     options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
     trainers = [
         meta_trainer(learners.lft(coordinate_lstm(2, 1)), [quadratic_family(np.ones(2, np.float32))], **options, **more)
-        for more in ({}, {"window": window})
+        for more in ({}, {"unroll": Unroll(window=window)})
     ]
     full, cut = (trainer.step(trainer.init(jax.random.key(0)))[1] for trainer in trainers)
     np.testing.assert_allclose(cut["loss"], full["loss"], rtol=1e-6)
@@ -208,7 +209,7 @@ def test_an_opaque_model_can_be_meta_trained_on(opaque_family):
     family = opaque_family
     learner = learners.lft(coordinate_lstm(2, 1, features="raw"))
     options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
-    trainer = meta_trainer(learner, [family], estimator=EvolutionStrategies(2), **options)
+    trainer = meta_trainer(learner, [family], meta_gradient=EvolutionStrategies(2), **options)
     state = trainer.init(jax.random.key(0))
     after, metrics = trainer.step(state)
     assert np.isfinite(metrics["loss"])
@@ -222,8 +223,14 @@ def test_an_opaque_model_can_be_meta_trained_on(opaque_family):
 def test_what_only_derivatives_have_is_refused(window, second_order):
     learner = learners.lft(coordinate_lstm(2, 1), second_order=second_order)
     family = quadratic_family(np.ones(2, np.float32))
-    with pytest.raises(ValueError, match="estimator: it differentiates nothing"):
-        meta_trainer(learner, [family], meta_optimizer=optax.sgd(1.0), estimator=EvolutionStrategies(), window=window)
+    with pytest.raises(ValueError, match="meta_gradient: evolution strategies differentiate nothing"):
+        meta_trainer(
+            learner,
+            [family],
+            meta_optimizer=optax.sgd(1.0),
+            meta_gradient=EvolutionStrategies(),
+            unroll=Unroll(window=window),
+        )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from lft_jax import Schedule, Unroll
 from lft_jax.evaluation import baselines
 from lft_jax.meta import learners
 from lft_jax.meta.evolution import EvolutionStrategies
@@ -28,7 +29,7 @@ def test_the_distance_is_that_of_a_plain_loop():
     """On perturbations in a ball, whose oracle tells the scale, and whose projection is not part of an update."""
     images = RNG.uniform(size=(30, 4, 4, 1)).astype(np.float32)
     victim = lambda images: images.reshape(len(images), -1) @ WEIGHTS  # noqa: E731
-    family = uap_family(images, np.arange(30) % 3, victim, ways=2, queries=2, epsilon=EPSILON, loss="cross_entropy")
+    family = uap_family(images, np.arange(30) % 3, victim, ways=2, query_shots=2, epsilon=EPSILON, loss="cross_entropy")
     params = RULE.init(KEY)
     teacher = baselines.projected_gradient(0.8, 0.5)
     learner = imitating(learners.lft(RULE), teacher)
@@ -57,7 +58,7 @@ def test_the_teacher_is_a_constant(x64, window):
     """The learned rate r of descent beside a teacher of rate 1: the updates are 1 - r gradients apart."""
     family = quadratic_family(np.asarray([1.0, 0.5]), support=2, query=2)
     learner = imitating(learners.fixed("descent", optax.sgd), optax.sgd(1.0))
-    options = {"num_steps": STEPS, "steps": np.arange(STEPS), "window": window}
+    options = {"num_steps": STEPS, "steps": np.arange(STEPS), "unroll": Unroll(window=window)}
     support = family.sample(jax.random.split(KEY, 3)[0]).support
 
     def total(rate):
@@ -80,10 +81,9 @@ def test_a_rule_learns_its_teacher_on_a_model_that_can_only_be_called(opaque_fam
         num_steps=2,
         tasks_per_family=4,
         meta_optimizer=optax.rmsprop(0.03),
-        imitation=imitation,
-        estimator=EvolutionStrategies(1),
-        weights="final",
-        curriculum=[(1, 1)],
+        schedule=Schedule([(1, 1)], imitation),
+        meta_gradient=EvolutionStrategies(1),
+        unroll=Unroll("final"),
     )
     state, losses = trainer.init(KEY), []
     for _ in range(60):

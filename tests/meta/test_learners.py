@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import evaluation, learners
+from lft_jax import AttackRecipe, Unroll, evaluation, learners
 from lft_jax.meta.evolution import EvolutionStrategies
 from lft_jax.meta.outer_loss import outer_losses, run_task
 from lft_jax.meta.trainer import meta_trainer
@@ -32,7 +32,7 @@ def linear(images):
 
 def family(height=4, **options):
     images = RNG.uniform(size=(30, height, 4, 1)).astype(np.float32)
-    options = {"ways": 2, "queries": 2, "epsilon": EPSILON, "loss": "cross_entropy", **options}
+    options = {"ways": 2, "query_shots": 2, "epsilon": EPSILON, "loss": "cross_entropy", **options}
     return uap_family(images, np.arange(30) % 3, linear, **options)
 
 
@@ -99,7 +99,7 @@ def test_second_order_is_passed_on(make):
 
 def test_maml_starts_tasks_from_its_parameters_inside_the_ball():
     learner = learners.maml(optax.sgd(0.1))
-    random = family(start="random")
+    random = family(recipe=AttackRecipe(augmentation=None, start="random"))
     params = learner.init(jax.random.key(0), (random, FAMILY))
     np.testing.assert_array_equal(params, random.init(jax.random.key(0)))
     np.testing.assert_allclose(learner.start(9 * params, FAMILY, KEYS[0]), np.clip(9 * params, -EPSILON, EPSILON))
@@ -199,7 +199,7 @@ def test_the_full_meta_gradient_of_sign_maml_is_its_first_order_one():
 
 
 def test_anil_moves_the_head_alone():
-    family = sine_family(widths=(3,), shots=4, queries=5)
+    family = sine_family(widths=(3,), shots=4, query_shots=5)
     learner = learners.anil(optax.sgd(0.05), head=1)
     params = learner.init(jax.random.key(0), (family, family))
     episode, trajectory = run_task(learner, params, family, KEYS[0], num_steps=STEPS)
@@ -254,15 +254,15 @@ def test_reptile_goes_where_fine_tuning_ends(size):
     (grad,) = pull_back(jnp.zeros((2, STEPS)).at[:, -1].set(0.5))
     np.testing.assert_allclose(grad, start - np.mean(ends, axis=0), rtol=1e-3, atol=1e-6)
     with pytest.raises(ValueError, match="window: reptile differentiates nothing"):
-        meta_trainer(learner, [FAMILY], meta_optimizer=optax.sgd(0.1), window=2)
-    with pytest.raises(ValueError, match="estimator: reptile has no outer loss"):
-        meta_trainer(learner, [FAMILY], meta_optimizer=optax.sgd(0.1), estimator=EvolutionStrategies())
+        meta_trainer(learner, [FAMILY], meta_optimizer=optax.sgd(0.1), unroll=Unroll(window=2))
+    with pytest.raises(ValueError, match="meta_gradient: reptile has no outer loss"):
+        meta_trainer(learner, [FAMILY], meta_optimizer=optax.sgd(0.1), meta_gradient=EvolutionStrategies())
 
 
 def test_joint_is_the_rule_from_a_start_of_its_own(by_hand):
     _, weights = by_hand
     learner = learners.joint(RULE)
-    random = family(start="random")
+    random = family(recipe=AttackRecipe(augmentation=None, start="random"))
     params = learner.init(jax.random.key(0), (random, FAMILY))
     assert np.abs(params["start"]).max() > 0
     assert jax.tree.structure(params["rule"]) == jax.tree.structure(weights)

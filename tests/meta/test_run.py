@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from lft_jax import Schedule
 from lft_jax.evaluation import baselines
 from lft_jax.meta import learners
 from lft_jax.meta.checkpoints import save_tree
@@ -39,7 +40,7 @@ def trainer():
     def linear(images):
         return images.reshape(len(images), -1) @ WEIGHTS
 
-    family = uap_family(IMAGES, LABELS, linear, ways=2, queries=2, epsilon=0.3)
+    family = uap_family(IMAGES, LABELS, linear, ways=2, query_shots=2, epsilon=0.3)
     learner = learners.lft(rule())
     return meta_trainer(learner, [family], num_steps=2, tasks_per_family=2, meta_optimizer=OPTIMIZER)
 
@@ -154,8 +155,8 @@ def test_a_run_resumed_within_an_episode_is_the_uninterrupted_one(trainer, tmp_p
         num_steps=4,
         tasks_per_family=1,
         meta_optimizer=OPTIMIZER,
-        estimator=PersistentEvolutionStrategies(2, 2),
-        imitation=Imitation(optax.sgd(0.1), 1),
+        meta_gradient=PersistentEvolutionStrategies(2, 2),
+        schedule=Schedule(imitation=Imitation(optax.sgd(0.1), 1)),
     )
     state, states = windows.init(KEY), []
     for _ in range(6):
@@ -211,7 +212,7 @@ def test_nan_meta_gradients_stop_a_run(tmp_path):
     def broken(images):
         return images.reshape(len(images), -1) @ WEIGHTS * jnp.nan
 
-    family = uap_family(IMAGES, LABELS, broken, ways=2, queries=2, epsilon=0.3)
+    family = uap_family(IMAGES, LABELS, broken, ways=2, query_shots=2, epsilon=0.3)
     learner = learners.lft(rule())
     trainer = meta_trainer(learner, [family], num_steps=1, tasks_per_family=1, meta_optimizer=OPTIMIZER)
     with pytest.raises(MetaTrainingDiverged, match="4 meta-gradients in a row"):

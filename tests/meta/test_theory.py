@@ -58,21 +58,23 @@ def test_the_mean_gap_is_the_bias_of_the_support_gradient(x64):
         assert abs(found.mean_gap - expected) < 4 * sampling < 0.2 * expected
 
 
-@pytest.mark.parametrize("weights", ["uniform", "final"])
-def test_it_is_the_difference_of_the_meta_gradients_that_training_takes(x64, weights):
+@pytest.mark.parametrize("weighting", ["uniform", "final"])
+def test_it_is_the_difference_of_the_meta_gradients_that_training_takes(x64, weighting):
     rule, keys = coordinate_lstm(3, 1, features="raw", output_scale=0.5), jax.random.split(jax.random.key(2), 3)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), rule.init(jax.random.key(3)))
 
     def gradients(learner):
         def total(params, key):
             losses = outer_losses(learner, params, family(3), key[None], num_steps=4, steps=np.arange(4))
-            return losses[0] @ step_weights(weights, 4)
+            return losses[0] @ step_weights(weighting, 4)
 
         return [jax.grad(total)(params, key) for key in keys]
 
     lft, l2o = gradients(learners.lft(rule)), gradients(learners.l2o(rule))
     gaps = [jax.tree.map(jnp.subtract, a, b) for a, b in zip(lft, l2o, strict=True)]
-    found = theory.meta_gradient_gap(learners.l2o(rule), params, family(3), keys, num_steps=4, weights=weights)
+    found = theory.meta_gradient_gap(
+        learners.l2o(rule), params, family(3), keys, num_steps=4, step_weights=weighting
+    )
     np.testing.assert_allclose(found.gaps, [optax.tree.norm(g) for g in gaps], rtol=1e-9)
     np.testing.assert_allclose(found.norms, [optax.tree.norm(g) for g in lft], rtol=1e-9)
     np.testing.assert_allclose(found.mean_gap, optax.tree.norm(jax.tree.map(lambda *g: sum(g) / 3, *gaps)), rtol=1e-9)
@@ -118,9 +120,14 @@ def test_a_fit_needs_positive_values():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match=r"weights: unknown name 'unifrom'\. Did you mean 'uniform'"):
+    with pytest.raises(ValueError, match=r"step_weights: unknown name 'unifrom'\. Did you mean 'uniform'"):
         theory.meta_gradient_gap(
-            DESCENT, jnp.asarray(0.1), family(2), jax.random.split(jax.random.key(0), 2), num_steps=1, weights="unifrom"
+            DESCENT,
+            jnp.asarray(0.1),
+            family(2),
+            jax.random.split(jax.random.key(0), 2),
+            num_steps=1,
+            step_weights="unifrom",
         )
 
 

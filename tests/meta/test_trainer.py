@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import learners, oracles
+from lft_jax import Schedule, Unroll, learners, oracles
 from lft_jax.base import Episode, TaskFamily
 from lft_jax.evaluation import baselines
 from lft_jax.meta.gradients import MemoryPlan, memory_plan
@@ -158,7 +158,7 @@ def test_families_of_several_shapes_are_averaged():
 def test_the_outer_loss_weighs_the_steps(weights):
     learner = learners.maml(optax.sgd(RATE))
     family, params = quadratic(0), np.array([0.3, -0.2, 0.1], np.float32)
-    trainer = meta_trainer(learner, [family], num_steps=3, meta_optimizer=optax.sgd(1.0), weights=weights)
+    trainer = meta_trainer(learner, [family], num_steps=3, meta_optimizer=optax.sgd(1.0), unroll=Unroll(weights))
     _, metrics = trainer.step(trainer.init(KEY)._replace(params=jnp.asarray(params)))
     theta, losses = params, []
     for _ in range(3):
@@ -255,8 +255,8 @@ def test_a_curriculum_is_the_shorter_runs_one_after_the_other():
     # Steps that depend on the progress.
     settings = {"step": jnp.float32(0.3), "decay": jnp.float32(0.5), "final": jnp.float32(0.2)}
     learner = dataclasses.replace(learner, init=lambda key, families: settings)
-    options = {"tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1, momentum=0.9), "weights": "linear"}
-    trainer = meta_trainer(learner, [family], num_steps=3, curriculum=[(1, 2), (2, 1)], **options)
+    options = {"tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1, momentum=0.9), "unroll": Unroll("linear")}
+    trainer = meta_trainer(learner, [family], num_steps=3, schedule=Schedule([(1, 2), (2, 1)]), **options)
     plain = {k: meta_trainer(learner, [family], num_steps=k, **options) for k in (1, 2, 3)}
     state = trainer.init(KEY)
     for num_steps in (1, 1, 2, 3, 3):
@@ -274,7 +274,11 @@ def test_a_curriculum_is_the_shorter_runs_one_after_the_other():
 def test_curricula_that_do_not_ascend_are_refused(curriculum):
     with pytest.raises(ValueError, match="curriculum must be pairs of steps that ascend from at least 1 to num_steps"):
         meta_trainer(
-            learners.lft(RULE), [quadratic(0)], num_steps=3, curriculum=curriculum, meta_optimizer=optax.sgd(0.1)
+            learners.lft(RULE),
+            [quadratic(0)],
+            num_steps=3,
+            schedule=Schedule(curriculum),
+            meta_optimizer=optax.sgd(0.1),
         )
 
 
@@ -298,12 +302,37 @@ def test_families_must_be_pytrees_and_at_least_one():
     [
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"tasks_per_family": 0}, "tasks_per_family must be at least 1"),
-        ({"weights": "unifrom"}, "Did you mean 'uniform'"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         meta_trainer(learners.lft(RULE), [quadratic(0)], meta_optimizer=optax.sgd(0.1), **options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"step_weights": "unifrom"}, "step_weights: unknown name 'unifrom'. Did you mean 'uniform'"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"memory_mib": -1}, "memory_mib must be a finite number above 0, got -1"),
+    ],
+)
+def test_bad_unrolls_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Unroll(**fields)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_old_keywords_are_the_new_ones():
+    options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1)}
+    old = {"weights": "linear", "window": 1, "curriculum": [(1, 2)], "estimator": None}
+    new = {"unroll": Unroll("linear", window=1), "schedule": Schedule([(1, 2)])}
+    found, expected = (meta_trainer(learners.lft(RULE), [quadratic(0)], **options, **more) for more in (old, new))
+    for _ in range(3):
+        states = [trainer.step(trainer.init(KEY))[0] for trainer in (found, expected)]
+    jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
+    with pytest.warns(DeprecationWarning, match=r"meta_trainer: window= is deprecated, write unroll=Unroll\(window"):
+        meta_trainer(learners.lft(RULE), [quadratic(0)], window=1, **options)
 
 
 def test_maml_across_shapes_is_refused_when_the_run_begins():
@@ -341,10 +370,10 @@ def test_meshes_that_cannot_share_the_tasks_are_refused():
 @pytest.mark.parametrize("memory_mib", [1e-6, 2e-3, 8e-3])
 def test_a_memory_budget_changes_no_number(learner, memory_mib):
     families = [quadratic(0, noise=0.3), quadratic(1, size=4, noise=0.3)]
-    options = {"num_steps": 5, "tasks_per_family": 6, "meta_optimizer": optax.sgd(0.1), "weights": "linear"}
+    options = {"num_steps": 5, "tasks_per_family": 6, "meta_optimizer": optax.sgd(0.1)}
     after = []
-    for budget in ({"remat": False}, {"memory_mib": memory_mib}):
-        trainer = meta_trainer(learner, families, **budget, **options)
+    for budget in (Unroll("linear", remat=False), Unroll("linear", memory_mib=memory_mib)):
+        trainer = meta_trainer(learner, families, unroll=budget, **options)
         after.append(meta_gradient(trainer, trainer.init(KEY)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), *after)
 
@@ -352,7 +381,7 @@ def test_a_memory_budget_changes_no_number(learner, memory_mib):
 def plan(mib, **options):
     learner, family = learners.lft(RULE), quadratic(0)
     params = learner.init(KEY, (family,))
-    return memory_plan(learner, params, family, 12, num_steps=10, steps=8, mib=mib, **options)
+    return memory_plan(learner, params, family, 12, num_steps=10, steps=8, unroll=Unroll(memory_mib=mib, **options))
 
 
 def test_the_plan_fits_its_budget():
@@ -379,11 +408,6 @@ def test_windows_of_one_step_store_more_than_no_remat_does():
     assert cut != whole
 
 
-def test_budgets_must_be_positive():
-    with pytest.raises(ValueError, match="memory_mib must be a finite number above 0, got -1"):
-        meta_trainer(learners.lft(RULE), [quadratic(0)], meta_optimizer=optax.sgd(0.1), memory_mib=-1)
-
-
 def test_rematerialised_memory_grows_with_the_square_root_of_the_steps():
     rule = coordinate_lstm(20, 2)
     learner, family = learners.lft(rule), quadratic(0, size=500)
@@ -392,7 +416,12 @@ def test_rematerialised_memory_grows_with_the_square_root_of_the_steps():
 
     def temporaries(num_steps, remat):
         def total(params):
-            options = {"num_steps": num_steps, "steps": np.arange(num_steps), "remat": remat, "steps_at_once": 1}
+            options = {
+                "num_steps": num_steps,
+                "steps": np.arange(num_steps),
+                "unroll": Unroll(remat=remat),
+                "steps_at_once": 1,
+            }
             return jnp.sum(outer_losses(learner, params, family, keys, **options))
 
         return jax.jit(jax.grad(total)).lower(params).compile().memory_analysis().temp_size_in_bytes

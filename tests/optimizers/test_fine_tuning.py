@@ -8,6 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from lft_jax.base import Estimate
+from lft_jax.optimizers import Part
 from lft_jax.optimizers.fine_tuning import Paused, fine_tune, fine_tune_step
 from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.optimizers.transform import learned_fine_tuner
@@ -148,7 +149,7 @@ def test_parts_of_a_run_are_together_the_whole():
     optimizer, options = learned_fine_tuner(weights(), RULE), {"num_steps": 5, "project": project}
     run = functools.partial(fine_tune, optimizer, noisy_oracle(smooth_loss), watch=lambda state: state.count, **options)
     whole = jax.jit(run)(THETA, KEY)
-    part = jax.jit(lambda paused, length: run(THETA, KEY, paused=paused, length=length), static_argnums=1)
+    part = jax.jit(lambda paused, length: run(THETA, KEY, part=Part(length, paused)), static_argnums=1)
     other = jax.tree.map(lambda x: x + 3, (THETA, optimizer.init(THETA)))
     paused, parts = Paused(*other, 0), []
     for length in (2, 2, 1):
@@ -159,14 +160,14 @@ def test_parts_of_a_run_are_together_the_whole():
         assert_close(joined, getattr(whole, name))
     assert_close(parts[-1].state, whole.state)
     np.testing.assert_array_equal(whole.watched, np.arange(1, 6))
-    ends = [fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=3, length=n).thetas for n in (2, None)]
+    ends = [fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=3, part=part).thetas for part in (Part(2), None)]
     np.testing.assert_allclose(ends[0], ends[1][:2])
 
 
-@pytest.mark.parametrize(("paused", "length"), [(None, 0), (None, 4), (Paused(1.0, (), 2), None)])
+@pytest.mark.parametrize(("paused", "length"), [(None, 0), (None, 4), (Paused(1.0, (), 2), 4)])
 def test_parts_that_do_not_fit_are_refused(paused, length):
-    with pytest.raises(ValueError, match=f"length must be .*got {length}"):
-        fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=3, paused=paused, length=length)
+    with pytest.raises(ValueError, match=f"part: its length must be .*got {length}"):
+        fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=3, part=Part(length, paused))
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, float("nan")])

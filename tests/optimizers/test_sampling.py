@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lft_jax import learners, oracles
+from lft_jax import Unroll, learners, oracles
 from lft_jax.base import Estimate
 from lft_jax.meta.trainer import meta_trainer
 from lft_jax.optimizers.fine_tuning import fine_tune, fine_tune_step
@@ -296,7 +296,7 @@ def test_the_second_stage_trains_the_sampler_alone():
         [family],
         num_steps=4,
         tasks_per_family=2,
-        window=3,
+        unroll=Unroll(window=3),
         meta_optimizer=optax.partition(stages, {"rule": "hold", "sampler": "train"}),
     )
     state = trainer.init(KEY)
@@ -319,7 +319,7 @@ def test_universal_perturbations_can_be_sought_by_learned_sampling(per_example):
 
     labels = np.asarray(victim(images)).argmax(1)
     estimator = oracles.ZerothOrder(4, per_example=per_example)
-    family = uap_family(images, labels, victim, ways=2, shots=2, queries=2, epsilon=0.1, estimator=estimator)
+    family = uap_family(images, labels, victim, ways=2, shots=2, query_shots=2, epsilon=0.1, estimator=estimator)
     sampler = coordinate_lstm(2, 1, features=("raw", "update"), output_scale=1.0)
     learner = learners.lft(coordinate_lstm(2, 1, base_update=MomentumUpdate(0.3)), sampler=sampler)
     trainer = meta_trainer(learner, [family], num_steps=3, tasks_per_family=2, meta_optimizer=optax.sgd(1.0))

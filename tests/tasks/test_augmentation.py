@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lft_jax import Augmentation, oracles
 from lft_jax.tasks.perturbation import AttackLoss, Constraint, perturb
-from lft_jax.tasks.uap import constrained_oracle, uap_family
+from lft_jax.tasks.recipe import AttackRecipe, constrained_oracle
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(size=(6, 10, 7, 2)).astype(np.float32)
@@ -87,7 +87,7 @@ def test_dtypes_are_kept(dtype, x64):
 )
 def test_parts_out_of_range_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
-        uap_family(IMAGES, np.arange(6) % 3, linear, ways=3, queries=1, epsilon=0.1, augmentation=Augmentation(**parts))
+        AttackRecipe(augmentation=Augmentation(**parts)).check()
 
 
 def linear(images):

@@ -24,7 +24,7 @@ RNG = np.random.default_rng(0)
 NUMBERS = np.arange(60)
 LABELS = np.repeat([0, 2, 3, 7, 9], 12)
 IMAGES = np.broadcast_to(NUMBERS.astype(np.uint8)[:, None, None, None] * 4, (60, 4, 4, 1))
-OPTIONS = {"ways": 3, "shots": 2, "queries": 4, "architecture": "linear"}
+OPTIONS = {"ways": 3, "shots": 2, "query_shots": 4, "architecture": "linear"}
 BATCH = Batch(jnp.asarray(RNG.uniform(size=(6, 9, 8, 2)), jnp.float32), jnp.asarray([0, 1, 2, 0, 1, 2], jnp.int32))
 
 
@@ -173,7 +173,7 @@ def test_descent_learns_what_the_labels_tell():
     labels = np.arange(80) % 4
     for label in range(4):  # a bright row
         images[labels == label, label] += 0.6
-    family = classification_family(images, labels, ways=3, shots=3, queries=5, architecture="conv4", width=4)
+    family = classification_family(images, labels, ways=3, shots=3, query_shots=5, architecture="conv4", width=4)
     keys = jax.random.split(jax.random.key(1), 5)
     # Side by side, where NaNs came from an elementwise result that pooling did not find again.
     options = {"num_steps": 40, "at": (1, 40)}
@@ -200,10 +200,10 @@ def test_families_of_other_sizes_and_networks_are_meta_trained_together_but_not_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ways": 6}, "ways: 6 classes a task were asked for, but there are only 5"),
+        ({"ways": 6}, "ways: 6 classes per task were asked for, but there are only 5"),
         ({"ways": 1}, "ways must be at least 2, got 1"),
         ({"shots": 0}, "shots must be at least 1, got 0"),
-        ({"queries": 11}, r"shots \+ queries: class 0 has 12 images, fewer than the 13 asked for"),
+        ({"query_shots": 11}, r"shots \+ query_shots: class 0 has 12 images, fewer than the 13 asked for"),
         ({"architecture": "conv3"}, "architecture: unknown name 'conv3'. Did you mean 'conv4'"),
         ({"width": 3}, "width: 'linear' has no hidden layer to be 3 wide"),
         ({"architecture": "mlp", "width": 0}, "width must be at least 1, got 0"),

@@ -12,7 +12,7 @@ from lft_jax.tasks.regression import sine_family
 
 
 def test_points_lie_on_one_curve_of_the_ranges():
-    family = sine_family(shots=30, queries=20, amplitude=(0.5, 2.0), phase=(0.2, 0.4), x=(-1.0, 3.0))
+    family = sine_family(shots=30, query_shots=20, amplitude=(0.5, 2.0), phase=(0.2, 0.4), x=(-1.0, 3.0))
     for seed in range(5):
         (x, y), (x_query, y_query) = family.sample(jax.random.key(seed))
         assert (x.shape, x_query.shape) == ((30,), (20,))
@@ -26,7 +26,7 @@ def test_points_lie_on_one_curve_of_the_ranges():
 
 
 def test_curves_have_frequencies_of_the_range():
-    family = sine_family(shots=200, queries=1, frequency=(0.8, 1.2))
+    family = sine_family(shots=200, query_shots=1, frequency=(0.8, 1.2))
     found = []
     for seed in range(20):
         x, y = family.sample(jax.random.key(seed)).support
@@ -61,7 +61,7 @@ def test_weights_are_lecun_normal():
 
 
 def test_descent_fits_the_support_points():
-    family = sine_family(shots=10, queries=50)
+    family = sine_family(shots=10, query_shots=50)
     keys = jax.random.split(jax.random.key(1), 8)
     found = evaluate(
         learners.fixed("sgd", optax.sgd), {"learning_rate": 0.003}, family, keys, num_steps=300, at=(1, 300)

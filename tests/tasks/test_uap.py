@@ -12,6 +12,7 @@ import pytest
 
 from lft_jax import oracles
 from lft_jax.tasks.perturbation import AttackLoss, Constraint, perturb
+from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.uap import attack_metrics, uap_family
 
 CLASSES, SIZES = 3, (9, 7, 8)
@@ -32,7 +33,13 @@ VICTIM = jax.tree_util.Partial(linear, jnp.asarray(WEIGHTS))
 
 
 def build(images=IMAGES, labels=LABELS, victim=VICTIM, **options):
-    return uap_family(images, labels, victim, **{"ways": 2, "shots": 2, "queries": 3, "epsilon": 0.2, **options})
+    """A family; fields of the recipe and the penalty may be given as options."""
+    options = {"ways": 2, "shots": 2, "query_shots": 3, "epsilon": 0.2, **options}
+    parts = {name: options.pop(name) for name in ("second_loss", "start") if name in options}
+    recipe = AttackRecipe(loss=options.pop("support_loss", None), augmentation=None, **parts)
+    if "penalty" in options:
+        options["constraint"] = Constraint(options.pop("norm"), options.pop("epsilon"), options.pop("penalty"))
+    return uap_family(images, labels, victim, recipe=recipe, **options)
 
 
 def rows_of(batch):
@@ -106,7 +113,7 @@ def test_floating_images_are_kept(dtype):
     "options", [{"labels": np.where(LABELS == 1, 2, LABELS)}, {"loss": AttackLoss(target=1)}], ids=["absent", "target"]
 )
 def test_some_classes_are_never_drawn(options):
-    drawn = draw(dataclasses.replace(build(**options), attack_loss=AttackLoss(), support_loss=AttackLoss()))
+    drawn = draw(dataclasses.replace(build(**options), objective=AttackLoss()))
     assert set(np.unique(drawn.query.labels)) == {0, 2}
 
 
@@ -140,7 +147,7 @@ def image_loss(theta, image, label, loss):
 def test_the_oracle_knows_mean_and_spread_of_the_image_gradients(support, options):
     family = build(**options)
     estimate = jax.jit(family.oracle(support))(THETA, KEYS[0])
-    grad = jax.jit(jax.value_and_grad(functools.partial(image_loss, loss=family.support_loss)))
+    grad = jax.jit(jax.value_and_grad(functools.partial(image_loss, loss=family.recipe.loss)))
     values, grads = zip(*(grad(THETA, x, y) for x, y in zip(*support, strict=True)), strict=True)
     grads, theta = np.stack(grads), np.asarray(THETA)
     length = np.sqrt(np.sum(theta**2))
@@ -176,7 +183,7 @@ def test_two_losses_are_followed_and_the_second_told_apart(support):
         build(loss=AttackLoss("hinge", target=2), second_loss=AttackLoss("dominant"))
     with pytest.raises(ValueError, match="second_loss: a zeroth-order estimate is of one loss"):
         build(second_loss="dominant", estimator=oracles.ZerothOrder(2))
-    assert build(loss=AttackLoss("hinge", target=2), second_loss="dominant").second_loss.target == 2
+    assert build(loss=AttackLoss("hinge", target=2), second_loss="dominant").recipe.second_loss.target == 2
 
 
 @pytest.mark.parametrize("penalty", [None, 5.0])
@@ -273,12 +280,12 @@ def test_losses_radii_and_victims_share_a_compilation(support):
         ({"images": np.full(IMAGES.shape, np.nan, np.float32)}, r"images must lie in \[0, 1\]"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "no axis of length 0"),
         ({"images": IMAGES[..., 0]}, "images must be"),
-        ({"shots": 5}, "shots . queries: class 1 has 7 images, fewer than the 8 asked for"),
-        ({"ways": 4}, "ways: 4 classes a task were asked for, but the labels have only 3"),
-        ({"ways": 3, "loss": AttackLoss(target=0)}, "ways: 3 classes a task were asked for, but .* only 2"),
+        ({"shots": 5}, "shots . query_shots: class 1 has 7 images, fewer than the 8 asked for"),
+        ({"ways": 4}, "ways: 4 classes per task were asked for, but the labels have 3"),
+        ({"ways": 3, "loss": AttackLoss(target=0)}, "ways: 3 classes per task were asked for, but .* have 2"),
         ({"ways": 0}, "ways must be at least 1"),
         ({"shots": 0}, "shots must be at least 1"),
-        ({"queries": 0}, "queries must be at least 1"),
+        ({"query_shots": 0}, "query_shots must be at least 1"),
         ({"epsilon": 0}, "epsilon must be a finite number above 0"),
         ({"epsilon": math.nan}, "epsilon must be a finite number above 0"),
         ({"epsilon": None}, "exactly one of epsilon"),

@@ -1,7 +1,5 @@
 """The search for a plane wave to start from."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 from lft_jax import WaveSearch, evaluation, oracles, uap_family
 from lft_jax.evaluation.baselines import make_baselines
+from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.waves import _wave
 
 KEY = jax.random.key(0)
@@ -93,10 +92,10 @@ def test_attack_tasks_start_from_the_best_wave_on_their_support_images_and_pay_f
         victim,
         ways=2,
         shots=2,
-        queries=2,
+        query_shots=2,
         epsilon=0.1,
         estimator=oracles.ZerothOrder(3),
-        waves=WaveSearch(6, 5),
+        recipe=AttackRecipe(augmentation=None, waves=WaveSearch(6, 5)),
     )
     pgd = make_baselines("linf")["pgd"]
     options = {"num_steps": 2, "at": (1, 2)}
@@ -106,7 +105,7 @@ def test_attack_tasks_start_from_the_best_wave_on_their_support_images_and_pay_f
     np.testing.assert_array_equal(found["queries"], np.tile([[4 * 12 + 24, 4 * 12 + 48]], (8, 1)))
     np.testing.assert_allclose(found["linf"], 0.1, rtol=1e-6)
     np.testing.assert_allclose(found["l1"], 3.6, rtol=1e-5)
-    plain = evaluation.evaluate(pgd.learner, still, dataclasses.replace(family, waves=None), keys, **options)
+    plain = evaluation.evaluate(pgd.learner, still, family.with_recipe(waves=None), keys, **options)
     assert np.all(plain["linf"] == 0)
 
 

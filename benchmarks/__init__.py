@@ -1,1 +1,1 @@
-"""Side-by-side timings (PROTOCOL 8). Run one with `python -m benchmarks.NAME`, all with `make bench`."""
+"""Timings against other implementations: ratios within one process (docs/protocol.md)."""

@@ -20,8 +20,9 @@ import numpy as np
 
 import lft_jax
 from benchmarks import timing, w1
-from experiments import common, config
+from experiments import config
 from lft_jax import _memory, meta
+from lft_jax.cli import provenance
 
 #: Name -> what `meta_trainer` is told about memory.
 MEMORY = {
@@ -89,7 +90,7 @@ def fresh(work, repeats, unroll=MEMORY["chosen by the budget"], cache=None, layo
 def bench(flags: Config) -> dict:
     """Runs the benchmark and writes its results."""
     load = None if flags.smoke else timing.require_quiet()
-    results = {"provenance": common.provenance([0]), "load_of_others": load, "budget_mib": _memory.DEFAULT_MIB}
+    results = {"provenance": provenance.describe([0]), "load_of_others": load, "budget_mib": _memory.DEFAULT_MIB}
     base = w1.Work(tasks=2, num_steps=2, side=8, hidden=4) if flags.smoke else w1.Work()
 
     results["memory"] = {}
@@ -100,7 +101,7 @@ def bench(flags: Config) -> dict:
             results["memory"].setdefault(f"K = {num_steps}", {})[name] = case
             added = case["peak_mib"] - case["peak_mib_before"]
             print(f"K = {num_steps}, {name}: peak {case['peak_mib']:.0f} MiB, {added:.0f} of them the meta-step's")
-        common.write_json(Path(flags.output), results)
+        provenance.write_json(Path(flags.output), results)
 
     with tempfile.TemporaryDirectory() as cache:
         results["first_meta_step"] = {name: fresh(base, flags.repeats, cache=cache)[0] for name in ("cold", "warm")}
@@ -116,14 +117,14 @@ def bench(flags: Config) -> dict:
         name = "{} devices, {} processes".format(*layout)
         results["devices"][name] = case
         print(f"{name}: {case['tasks_per_second']:.1f} tasks/s, off by {case['largest_difference']:.0e}")
-    common.write_json(Path(flags.output), results)
+    provenance.write_json(Path(flags.output), results)
 
     results["tasks"] = {}
     for tasks in (1,) if flags.smoke else (1, 4, 16, 64, 256):
         case, _ = fresh(dataclasses.replace(base, tasks=tasks), 1 if tasks > 16 else flags.repeats)
         results["tasks"][f"{tasks}"] = case
         print(f"{tasks} tasks in a meta-step: {case['tasks_per_second']:.1f} a second")
-    common.write_json(Path(flags.output), results)
+    provenance.write_json(Path(flags.output), results)
     return results
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from benchmarks import plain_jax, timing, w1
-from experiments import common, config
+from experiments import config
 from lft_jax import learned_fine_tuner
+from lft_jax.cli import provenance
 
 try:
     from benchmarks import torch_w1
@@ -143,7 +144,7 @@ def bench(flags: Config) -> dict:
     if not (flags.smoke or torch_w1):
         raise ModuleNotFoundError("PyTorch is missing: pip install -r benchmarks/requirements.txt, or use make bench.")
     load = None if flags.smoke else timing.require_quiet()
-    results = {"provenance": common.provenance([0]), "load_of_others": load, "works": {}}
+    results = {"provenance": provenance.describe([0]), "load_of_others": load, "works": {}}
     if torch_w1:
         results["torch"] = torch_w1.versions()
     small = w1.Work(tasks=2, num_steps=3, side=8, hidden=4)
@@ -182,7 +183,7 @@ def bench(flags: Config) -> dict:
         print(f"{name}: {own / floor:.1f} times the floor of {floor:.3f} s at {rate:.0f} GFLOP/s")
         for part, t in alone.items():
             print(f"{name}: {part}: {t['seconds']:.3f} s, {counts[part] / t['seconds']:.0f} GFLOP/s")
-        common.write_json(Path(flags.output), results)
+        provenance.write_json(Path(flags.output), results)
     return results
 
 

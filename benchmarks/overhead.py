@@ -14,7 +14,8 @@ import optax
 
 import lft_jax
 from benchmarks import timing
-from experiments import common, config
+from experiments import config
+from lft_jax.cli import provenance
 from lft_jax.optimizers.fine_tuning import fine_tune_step
 from lft_jax.victims import apply_function, build_model
 
@@ -91,7 +92,7 @@ def whole_step(optimizer: optax.GradientTransformation, architecture: str, shape
 def bench(flags: Config) -> dict:
     """Runs the benchmark and writes its results."""
     load = None if flags.smoke else timing.require_quiet()
-    results = {"provenance": common.provenance([0]), "load_of_others": load, "update": {}, "whole_step": {}}
+    results = {"provenance": provenance.describe([0]), "load_of_others": load, "update": {}, "whole_step": {}}
     for shape in SHAPES[:1] if flags.smoke else SHAPES:
         contestants = {name: update(optimizer, shape) for name, optimizer in optimizers().items()}
         name = f"d = {np.prod(shape):,}"
@@ -102,7 +103,7 @@ def bench(flags: Config) -> dict:
         }
         name = f"{architecture}, {count} images of {'x'.join(map(str, shape))}"
         results["whole_step"][name] = _compared(name, contestants, flags.repeats, 10)
-    common.write_json(Path(flags.output), results)
+    provenance.write_json(Path(flags.output), results)
     return results
 
 

@@ -16,10 +16,11 @@ import numpy as np
 
 import lft_jax
 from benchmarks import timing
-from experiments import common, config, train_victim
-from lft_jax.attack import AUGMENTATION
+from experiments import config, train_victim
+from lft_jax.cli import provenance
 from lft_jax.data import load_source, unit_range
 from lft_jax.evaluation import baselines
+from lft_jax.tasks.uap import PLAIN
 from lft_jax.victims import load_victim
 
 try:
@@ -45,8 +46,11 @@ class Config:
     smoke: bool = config.option(False, "Tiny, on a machine that need not be quiet: whether it runs at all.")
 
 
-def ours(victim, optimizer, epsilon, steps, augmentation=None):
-    """`(images, labels) -> (perturbation, forward, backward)`, image evaluations, by the library's front door."""
+AUGMENTED = lft_jax.AttackRecipe()
+
+
+def ours(victim, optimizer, epsilon, steps, recipe=PLAIN):
+    """`(images, labels) -> (perturbation, forward, backward)`, image evaluations, by `universal_perturbation`."""
 
     def attack(images, labels):
         result = lft_jax.universal_perturbation(
@@ -56,7 +60,7 @@ def ours(victim, optimizer, epsilon, steps, augmentation=None):
             epsilon=epsilon,
             steps=steps,
             optimizer=optimizer,
-            augmentation=augmentation,
+            recipe=recipe,
         )
         return result.perturbation, int(result.history["queries"][-1]), steps * len(labels)
 
@@ -68,9 +72,9 @@ def contestants(victim, flags: Config) -> dict:
     steps = 2 if flags.smoke else STEPS
     uap_sgd = baselines.projected_gradient(**baselines.make_baselines("linf")["uap_sgd"].default.params)
     found = {
-        f"LFT ({flags.optimizer}), {steps} steps": ours(victim, flags.optimizer, flags.epsilon, steps, AUGMENTATION),
+        f"LFT ({flags.optimizer}), {steps} steps": ours(victim, flags.optimizer, flags.epsilon, steps, AUGMENTED),
         f"UAP-SGD, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps),
-        f"UAP-SGD, augmented, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps, AUGMENTATION),
+        f"UAP-SGD, augmented, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps, AUGMENTED),
         f"UAP-SGD, {10 * steps} steps": ours(victim, uap_sgd, flags.epsilon, 10 * steps),
     }
     return found | (art_uap.contestants(victim, flags.epsilon, STEPS, flags.limit) if art_uap else {})
@@ -88,7 +92,7 @@ def bench(flags: Config) -> dict:
     train, test = (load_source(victim.card["source"], split) for split in ("train", "test"))
     load = None if flags.smoke else timing.require_quiet()
     results = {
-        "provenance": common.provenance([0]),
+        "provenance": provenance.describe([0]),
         "load_of_others": load,
         "versions": art_uap.versions() if art_uap else {},
         "victim": victim.card,
@@ -127,7 +131,7 @@ def bench(flags: Config) -> dict:
                 f"{count} images: {name}: ASR {success}, {row['seconds']:.2f} s "
                 f"({row['time_over_lft']:.1f} x the LFT's), {row['forward']:.0f} forward and {row['backward']:.0f} back"
             )
-        common.write_json(Path(flags.output), results)
+        provenance.write_json(Path(flags.output), results)
     return results
 
 

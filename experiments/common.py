@@ -1,13 +1,7 @@
 """What the binaries share: where a number came from, and the task families of stored victims."""
 
 import dataclasses
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +15,7 @@ from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.data import load_source
 from lft_jax.evaluation import comparison
 from lft_jax.meta import checkpoints
-from lft_jax.victims import Victim, load_victim
-
-#: Radii of balls by norm and source, in units of the image range: near where a full-data UAP fools four in five images
-#: of small victims.
-DEFAULT_EPSILON = {
-    "linf": {"digits": 0.25, "mnist_5k": 0.3, "mnist": 0.3, "cifar10": 0.06},
-    "l2": {"digits": 1.8, "mnist_5k": 4.5, "mnist": 4.5, "cifar10": 2.0},
-}
+from lft_jax.victims import Victim, default_epsilon, load_victim
 
 _DIRECTIONS = ("num_directions", "resolution", "basis", "smoothing", "per_example")
 
@@ -74,16 +61,6 @@ class TaskConfig:
     start: str = "zeros"
     waves: int = 0
     augment: bool = True
-
-
-def default_epsilon(norm: str, source: str) -> float:
-    """Of `DEFAULT_EPSILON`; raises a ValueError where there is none."""
-    known = DEFAULT_EPSILON.get(norm, {})
-    if norm == "l1":
-        raise ValueError("norm: there is no 'l1' ball; give a penalty, or choose 'linf' or 'l2'.")
-    if source not in known:
-        raise ValueError(f"epsilon: no radius of an {norm} ball is known for source {source!r}; give one.")
-    return known[source]
 
 
 def reach(config: TaskConfig) -> tuple[tasks.WaveSearch | None, oracles.ZerothOrder | None]:
@@ -254,42 +231,3 @@ def curve_row(metric: str, values: np.ndarray, rivals: Mapping[str, np.ndarray])
 
 def _finite_interval(values):
     return evaluation.mean_interval(values) if np.all(np.isfinite(values)) else (None, None)
-
-
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes a results file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
-
-
-_FOLDERS = ("--data_dir", "--compilation_cache")  # where these lay is of no use to anyone else
-
-
-def provenance(seeds: Sequence[int]) -> dict[str, Any]:
-    """Command, commit, versions, device and seeds, for a results file (PROTOCOL 7)."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    spec = sys.modules["__main__"].__spec__  # of what `python -m` was given
-    module = spec.name if spec else Path(sys.argv[0]).stem
-    return {
-        "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]),
-        "commit": _commit(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-        "seeds": list(seeds),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _commit():
-    def git(*arguments):
-        folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    outputs = (f":(top,exclude){folder}" for folder in ("results", "docs"))  # what a run writes does not count
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *outputs)
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" + uncommitted changes" if changed else "")

@@ -1,122 +1,209 @@
-"""A binary's configuration is one frozen dataclass; this makes its flags, and reads it back from them.
+"""The flags of a meta-training run, in groups, and its presets; how any program's flags are made.
 
-Flags are defined when a binary runs, not when it is imported, so several binaries can be imported side by side.
+`experiments.meta_train.Config` inherits the groups, so that its flags stay flat: `--hidden=20`, `config.hidden`.
 """
 
-import ctypes
 import dataclasses
-import os
-import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
-from absl import app, flags, logging
+from lft_jax.cli.config import main, option, pairs, required, tune_process
+from lft_jax.meta.outer_loss import STEP_WEIGHTS
+from lft_jax.optimizers import rules
+from lft_jax.optimizers.features import FEATURES
+from lft_jax.oracles.directions import BASES
 
-from lft_jax.data._cache import user_folder
+__all__ = [
+    "PRESETS",
+    "LearnerFlags",
+    "MetaStepFlags",
+    "PlaceFlags",
+    "RunFlags",
+    "TaskFlags",
+    "main",
+    "option",
+    "pairs",
+    "required",
+    "tune_process",
+]
+
+LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_sgd", "joint")
+META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
+REMAT = {"auto": None, "always": True, "never": False}
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a configuration: its default, its help text, and the values it may have."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Which run it is."""
+
+    victims: tuple[str, ...] = required("Folders of the victims to meta-train on; each gives one family of tasks.")
+    workdir: str = required("Folder of the run: configuration, checkpoints, metrics. Resumed if it exists.")
+    seed: int = option(0, "Seed of the run.")
+    checkpoint_every: int = option(100, "Meta-steps between checkpoints, and between validations.")
+    validation_tasks: int = option(20, "Meta-validation tasks of each victim; 0 for none.")
 
 
-def required(help: str) -> Any:
-    """A field that must be given as a flag."""
-    return dataclasses.field(metadata={"help": help, "choices": None})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnerFlags:
+    """What is meta-learned."""
 
-
-def main(config_type: type, run: Callable[[Any], Any]) -> None:
-    """Defines the flags of `config_type`, parses the command line, and calls `run` with the configuration."""
-    tune_process()
-    define_flags(config_type, flags.FLAGS)
-    flags.DEFINE_string(
-        "compilation_cache", str(user_folder() / "compiled"), "Folder that keeps compiled programs; empty for none."
+    learner: str = option(
+        "lft",
+        "What is learned: an update rule on query images (lft) or on support images (l2o), a rule whose weights first "
+        "adapt to the support images of a task (adaptive_lft), an initialization (maml and reptile, fine-tuned by PGD; "
+        "sign_maml, by sign steps whatever the norm), an initialization with a learning rate per pixel (meta_sgd), or "
+        "an initialization and an update rule (joint). A perturbation has no head, so anil is not among them.",
+        LEARNERS,
     )
-
-    # --help shows the flags of the program alone, which are those defined here.
-    for name in (*(field.name for field in dataclasses.fields(config_type)), "compilation_cache"):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-
-    def from_flags(argv):
-        jax.config.update("jax_compilation_cache_dir", flags.FLAGS.compilation_cache or None)
-        logging.set_verbosity(logging.WARNING)  # TFDS and orbax tell much at the level below
-        if len(argv) > 1:
-            raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-        try:
-            run(read_flags(config_type, flags.FLAGS))
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-            raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-    app.run(from_flags)
-
-
-def tune_process() -> None:
-    """Settings that make meta-training faster on a CPU; to be called before JAX is used."""
-    if jax.__version_info__ < (0, 12):  # these releases hand convolutions to YNNPACK, which takes up to twice as long
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
-    if sys.platform == "linux":
-        # glibc is to keep freed memory: giving it back and having it zeroed again is a sixth of a meta-step.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every libc
-        if mallopt:
-            m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
-            for parameter, value in ((m_trim_threshold, 2**31 - 1), (m_mmap_max, 0), (m_arena_max, 1)):
-                mallopt(parameter, value)
+    rule: str = option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
+    features: tuple[str, ...] = option((), f"Features of the rule; its defaults if empty. Of {', '.join(FEATURES)}.")
+    hidden: int = option(20, "Units of each LSTM layer.")
+    layers: int = option(1, "LSTM layers.")
+    base_update: str = option(
+        "momentum",
+        "Hand-designed update that the output of the rule is added to. momentum: along the sign of the gradient's "
+        "momentum; gradient: along the momentum itself, in units of the first gradient's root mean square; none.",
+        ("momentum", "gradient", "none"),
+    )
+    base_step: float = option(0.8, "Step of the base update, in units of epsilon: below 1 along the sign.")
+    base_decay: float = option(0.5, "Momentum of the base update.")
+    output_scale: float | None = option(None, "Factor on the output of the rule; its default if not given.")
+    inner_step: float = option(
+        0.2, "Step of the PGD of maml, sign_maml and reptile, in units of epsilon; first learning rate of meta_sgd."
+    )
+    adaptation_steps: int = option(5, "Gradient steps of the weights of adaptive_lft on the support loss of a task.")
+    adaptation_rate: float = option(1e-2, "Learning rate of these steps.")
+    sampler: bool = option(
+        False, "Also learn the deviation of the random directions per coordinate (QueryRNN of ZO-L2L; lft, l2o)."
+    )
+    second_order: bool = option(False, "Differentiate through the inner gradients too.")
 
 
-def define_flags(config_type: type, values: flags.FlagValues) -> None:
-    """Defines one flag for each field of a configuration."""
-    for field in dataclasses.fields(config_type):
-        name, help, default = field.name, field.metadata["help"], field.default
-        kind = _kind(config_type, field)
-        if field.metadata["choices"]:
-            flags.DEFINE_enum(name, default, field.metadata["choices"], help, flag_values=values)
-        elif kind is bool:
-            flags.DEFINE_bool(name, default, help, flag_values=values)
-        elif kind is int:
-            flags.DEFINE_integer(name, default, help, flag_values=values)
-        elif kind is float:
-            flags.DEFINE_float(name, default, help, flag_values=values)
-        elif typing.get_origin(kind) is tuple:
-            text = None if default is dataclasses.MISSING else ",".join(map(str, default))
-            flags.DEFINE_list(name, text, help, flag_values=values)
-        else:
-            flags.DEFINE_string(name, None if default is dataclasses.MISSING else default, help, flag_values=values)
-        if default is dataclasses.MISSING:
-            flags.mark_flag_as_required(name, flag_values=values)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskFlags:
+    """The tasks: their size, what bounds a perturbation, and how the victim is reached."""
+
+    ways: int = option(10, "Classes of a task.")
+    shots: int = option(1, "Support images per class.")
+    query_shots: int = option(1, "Query images per class.")
+    norm: str = option("linf", "Norm of the ball (linf, l2) or of the penalty (l1, l2).", ("linf", "l2", "l1"))
+    epsilon: tuple[str, ...] = option((), "Radius per source, as source=radius,...; sources have defaults.")
+    penalty: float | None = option(None, "Weight of the norm in the loss, instead of a ball.")
+    num_directions: int = option(
+        0, "Random directions, each tried both ways, of a zeroth-order gradient; 0 for exact gradients."
+    )
+    resolution: int | None = option(
+        None, "Directions lie in a subspace of this many dimensions along each side; in no subspace if not given."
+    )
+    basis: str = option("tiles", "Basis of that subspace: constant on tiles, or low frequencies (dct).", BASES)
+    smoothing: float = option(0.01, "Length of the finite differences, in units of the image range.")
+    per_example: bool = option(False, "Each support image tries directions of its own, at the same number of queries.")
+    loss: str = option(
+        "cross_entropy", "Loss on the query images, which meta-training minimises.", ("hinge", "cross_entropy")
+    )
+    support_loss: str = option("cross_entropy", "Loss on the support images.", ("hinge", "cross_entropy"))
+    second_loss: str = option(
+        "none",
+        "Loss that is added to it, whose gradient a rule can also see alone (feature `second`): a pull of all images "
+        "to the class that they are nearest to (dominant), another loss, or none.",
+        ("dominant", "hinge", "cross_entropy", "none"),
+    )
+    kappa: float = option(0.0, "Hinge margin, in logits (kappa of Carlini & Wagner).")
+    task_start: str = option("zeros", "Initial perturbation of a task.", ("zeros", "random"))
+    waves: int = option(
+        0, "Evaluations of the support images, 2 or more, that search plane waves for a start; 0 for none."
+    )
+    augment: bool = option(True, "Shift the support images, mix them and add noise, again in each step.")
 
 
-def read_flags(config_type: type, values: flags.FlagValues) -> Any:
-    """The configuration that the parsed flags describe."""
-    given = {}
-    for field in dataclasses.fields(config_type):
-        value, kind = values[field.name].value, _kind(config_type, field)
-        if typing.get_origin(kind) is tuple:
-            element = typing.get_args(kind)[0]
-            try:
-                value = tuple(element(part) for part in value or ())
-            except ValueError:
-                raise ValueError(f"--{field.name}: expected a list of {element.__name__}, got {value}.") from None
-        given[field.name] = value
-    return config_type(**given)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetaStepFlags:
+    """The unroll, the outer loss and its gradient, the meta-optimizer."""
+
+    num_steps: int = option(20, "Fine-tuning steps of a task (K).")
+    step_weights: str = option("uniform", "Weights of the steps in the outer loss.", tuple(STEP_WEIGHTS))
+    tasks_per_family: int = option(1, "Tasks of each victim in a meta-step.")
+    meta_steps: int = option(1000, "Meta-steps.")
+    meta_learning_rate: float = option(1e-2, "Peak learning rate of the meta-optimizer, Adam.")
+    window: int | None = option(
+        None, "Steps that the meta-gradient goes back at most (truncated backpropagation); all if not given."
+    )
+    meta_gradient: str = option(
+        "backprop",
+        "Backpropagation through the steps, or evolution strategies (es), on one device, which need no derivative of "
+        "the outer loss: with --num_directions no victim is ever differentiated. Persistent ones (pes) make a "
+        "meta-step of every --es_window steps of an episode; truncated_es does so with a bias, for comparison.",
+        META_GRADIENTS,
+    )
+    es_pairs: int = option(16, "Pairs of mirrored changes that es tries in a meta-step, for each victim.")
+    es_sigma: float = option(0.01, "Size of these changes, in units of the meta-parameters.")
+    es_window: int | None = option(None, "Steps of a meta-step of pes and truncated_es; divides --num_steps.")
+    curriculum: tuple[int, ...] = option(
+        (), "Ascending numbers of fine-tuning steps, the last --num_steps, for equal shares of the meta-steps."
+    )
+    imitation_steps: int = option(
+        0, "First meta-steps, by backpropagation, in which the rule imitates momentum PGD instead of lowering the loss."
+    )
+    imitation_step: float = option(0.8, "Step of that PGD, in units of epsilon.")
+    imitation_decay: float = option(0.5, "Momentum of that PGD.")
 
 
-def pairs(argument: str, entries: Sequence[str]) -> dict[str, float]:
-    """`("digits=0.2", ...)` -> `{"digits": 0.2, ...}`; raises a ValueError that names the argument."""
-    found = {}
-    for entry in entries:
-        name, _, number = entry.partition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            raise ValueError(f"{argument}: expected name=number, got {entry!r}.") from None
-    return found
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaceFlags:
+    """Where a run is made, which does not change its numbers: it may continue elsewhere."""
+
+    data_dir: str | None = option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+    remat: str = option(
+        "auto",
+        "Whether to compute steps again instead of storing them; auto: if one task needs it to fit.",
+        tuple(REMAT),
+    )
+    memory: float = option(512.0, "MiB that a device may store for a backward pass.")
+    devices: int = option(0, "Devices that share the tasks; 0: as many as divide --tasks_per_family.")
+    coordinator: str | None = option(
+        None, "host:port of the first of several processes, or auto where the cluster says (SLURM, TPU, Open MPI)."
+    )
+    num_processes: int | None = option(None, "Number of processes, with --coordinator=host:port.")
+    process_id: int | None = option(None, "Number of this process, from 0.")
 
 
-def _kind(config_type, field):
-    kind = typing.get_type_hints(config_type)[field.name]
-    if isinstance(kind, types.UnionType):  # X | None
-        kind = next(argument for argument in typing.get_args(kind) if argument is not type(None))
-    return kind
+_VICTIMS = tuple(
+    f"victims/{source}_{name}"
+    for source in ("mnist", "cifar10")
+    for name in (*(f"small_cnn_{seed}" for seed in range(4)), "lenet_4", "lenet_5")
+)
+_SHIPPED = {"victims": _VICTIMS, "meta_steps": 150, "validation_tasks": 0}
+#: `--preset=uap_linf --workdir=...` meta-trains as the shipped rule of that name was, up to its seed.
+PRESETS = {
+    "uap_linf": _SHIPPED,
+    "uap_l2": {**_SHIPPED, "norm": "l2"},
+    # The tasks of arXiv 2009.13714: two classes, two images of each, hinge, a penalty on the l1 norm. Margin, base step
+    # and step weights were chosen on meta-validation victims: without a margin the norm outweighs success.
+    "uap_l1": {
+        **_SHIPPED,
+        "meta_steps": 120,
+        "ways": 2,
+        "shots": 2,
+        "query_shots": 5,
+        "norm": "l1",
+        "penalty": 0.01,
+        "loss": "hinge",
+        "support_loss": "hinge",
+        "kappa": 5.0,
+        "step_weights": "linear",
+        "base_step": 0.3,
+    },
+    # Chosen on meta-validation victims. The hinge, since with the cross-entropy one victim that is fooled beyond doubt
+    # outweighs all others; a small base step, since large ones undo the wave.
+    "uap_linf_query": {
+        **_SHIPPED,
+        "meta_steps": 75,
+        "meta_learning_rate": 3e-3,
+        "loss": "hinge",
+        "num_directions": 6,
+        "per_example": True,
+        "resolution": 16,
+        "smoothing": 0.05,
+        "waves": 160,
+        "base_step": 0.1,
+        "base_decay": 0.9,
+    },
+}

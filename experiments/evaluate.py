@@ -13,9 +13,11 @@ from pathlib import Path
 
 from experiments import common, config, meta_train
 from experiments.report import figures, tables
+from lft_jax.cli import provenance
+from lft_jax.cli.picture import attack_picture
 from lft_jax.data import load_source
 from lft_jax.evaluation import comparison
-from lft_jax.victims import load_victim
+from lft_jax.victims import default_epsilon, load_victim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Config:
     transfer: bool = config.option(True, "Also the transfer start: a UAP of the meta-training victims of that source.")
     oracle_steps: int = config.option(300, "Steps of each full-data run.")
     oracle_targeted: bool = config.option(False, "Seek the full-data UAP for each target class too.")
-    shots: int | None = config.option(None, "Support images a class of the tasks; as in meta-training if not given.")
-    queries: int = config.option(5, "Query images a class of the tasks that are judged.")
+    shots: int | None = config.option(None, "Support images per class; as in meta-training if not given.")
+    query_shots: int = config.option(5, "Query images per class of the tasks that are judged.")
     epsilon: tuple[str, ...] = config.option(
         (), "Radii that differ from those of meta-training, as source=radius,...; not under a penalty."
     )
@@ -43,12 +45,24 @@ class Config:
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
+#: `--preset=study`: how the studies on real images are judged.
+PRESETS = {
+    "study": {
+        "at": (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20),
+        "num_tasks": 100,
+        "num_validation": 10,
+        "oracle_steps": 200,
+        "oracle_targeted": True,
+    }
+}
+
+
 def evaluate(flags: Config) -> dict:
     """Runs the comparison that the flags describe and writes its files; returns the results."""
     if not flags.learned or not flags.victims:
         raise ValueError("learned and victims: give at least one folder of each.")
     runs = [meta_train.load_learned(workdir) for workdir in flags.learned]
-    origin = common.provenance([of.seed for of, _ in runs])  # now, for the commit that runs
+    origin = provenance.describe([of.seed for of, _ in runs])  # now, for the commit that runs
     seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
     tasks_config = meta_train.tasks_of(runs[0][0])
     for of, _ in runs[1:]:
@@ -62,11 +76,11 @@ def evaluate(flags: Config) -> dict:
     if tasks_config.penalty is None:
         radii = {**tasks_config.epsilon, **radii}
         # All of them, so that the file says which.
-        radii = {s: radii[s] if s in radii else common.default_epsilon(tasks_config.norm, s) for s in sources} | radii
+        radii = {s: radii[s] if s in radii else default_epsilon(tasks_config.norm, s) for s in sources} | radii
     elif radii:
         raise ValueError(f"epsilon: the runs were meta-trained with a penalty, not in a ball; leave out {radii}.")
     shots = tasks_config.shots if flags.shots is None else flags.shots
-    tasks_config = dataclasses.replace(tasks_config, shots=shots, queries=flags.queries, epsilon=radii)
+    tasks_config = dataclasses.replace(tasks_config, shots=shots, query_shots=flags.query_shots, epsilon=radii)
     protocol = comparison.Protocol(
         num_steps=flags.at[-1],
         at=flags.at,
@@ -86,7 +100,7 @@ def evaluate(flags: Config) -> dict:
         rows += new
         name = f"{output.stem}_{target.victim}.png"
         test = load_source(target.source, "test", data_dir=flags.data_dir)
-        figures.attack(target.test.logits_fn, test, perturbations, output.with_name(name))
+        attack_picture(target.test.logits_fn, test, perturbations, output.with_name(name))
         results = _write(output, rows, tasks_config, protocol, runs, origin)  # after each victim: nothing done is lost
     print("\n" + tables.comparison_table(rows, tasks_config.penalty is not None))
     print(f"wrote {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
@@ -108,7 +122,7 @@ def _write(output, rows, tasks_config, protocol, runs, origin):
         "rows": rows,
         "provenance": origin,
     }
-    common.write_json(output, results)
+    provenance.write_json(output, results)
     output.with_suffix(".md").write_text(
         tables.comparison_table(rows, tasks_config.penalty is not None), encoding="utf-8"
     )
@@ -128,13 +142,18 @@ def _methods(runs, source):
         alone = len({of for other, of, _ in usable if other.learner == flags.learner}) == 1
         name = flags.learner if alone else f"{flags.learner} ({' + '.join(sources)})"
         settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("seed", *meta_train.WHERE)}
-        asking = common.asking(meta_train.tasks_of(flags))
-        own = functools.partial(dataclasses.replace, **asking)
+        own = functools.partial(_with_reach, reach=common.reach(meta_train.tasks_of(flags)))
         first, method = grouped.setdefault(name, (settings, comparison.Learned(learned.learner, [], own)))
         if different := [k for k in settings if settings[k] != first[k]]:
             raise ValueError(f"learned: runs of {name} may differ in their seed only, not in {', '.join(different)}.")
         method.params.extend(learned.params)
     return {name: method for name, (_, method) in grouped.items()}
+
+
+def _with_reach(family, reach):
+    """The family with its queries spent as a run spent them."""
+    waves, estimator = reach
+    return dataclasses.replace(family.with_recipe(waves=waves), estimator=estimator)
 
 
 def _transfer_families(runs, source, tasks_config, flags):
@@ -148,4 +167,4 @@ def _transfer_families(runs, source, tasks_config, flags):
 
 
 if __name__ == "__main__":
-    config.main(Config, evaluate)
+    config.main(Config, evaluate, presets=PRESETS)

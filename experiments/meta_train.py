@@ -5,7 +5,7 @@ One set of meta-parameters for all of them:
   python -m experiments.meta_train --workdir=runs/lft \
     --victims=runs/victims/digits_small_cnn_0,runs/victims/mnist_5k_lenet_0 --epsilon=digits=0.25,mnist_5k=0.3
 
-Run it again to resume. Make victims with experiments.train_victim.
+Run it again to resume. Make victims with experiments.train_victim. `--preset=uap_linf` is the shipped rule's run.
 """
 
 import dataclasses
@@ -20,142 +20,27 @@ import optax
 from experiments import common, config
 from lft_jax import evaluation, learners, meta, pretrained, tasks
 from lft_jax.base import Learner, check_name
+from lft_jax.cli import provenance
 from lft_jax.evaluation import baselines, comparison
 from lft_jax.meta import run
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta.imitation import Imitation
-from lft_jax.meta.outer_loss import STEP_WEIGHTS
 from lft_jax.optimizers import rules, sampling
-from lft_jax.optimizers.features import FEATURES
-from lft_jax.oracles.directions import BASES
 from lft_jax.victims import load_victim
 
-LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an initialization and so need victims of one image shape.
 CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
 #: Those that learn an update rule.
 RULE_LEARNERS = ("lft", "l2o", "adaptive_lft", "joint")
-META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
-REMAT = {"auto": None, "always": True, "never": False}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Flags of the binary."""
-
-    victims: tuple[str, ...] = config.required("Folders of the victims to meta-train on, a family of tasks each.")
-    workdir: str = config.required("Folder of the run: configuration, checkpoints, metrics. Resumed if it exists.")
-    learner: str = config.option(
-        "lft",
-        "What is learned: an update rule on query images (lft) or support images (l2o), one whose weights first adapt "
-        "to the task's support images (adaptive_lft), an initialization (maml and reptile, fine-tuned by PGD, and "
-        "sign_maml, by sign steps whatever the norm), one with a learning rate for each pixel (meta_sgd), or an "
-        "initialization and an update rule (joint). A perturbation has no head, so anil is not among them.",
-        LEARNERS,
-    )
-    rule: str = config.option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
-    features: tuple[str, ...] = config.option(
-        (), f"What the rule sees; its default if empty. Of {', '.join(FEATURES)}."
-    )
-    hidden: int = config.option(20, "Units of each LSTM layer.")
-    layers: int = config.option(1, "LSTM layers.")
-    start: str = config.option(
-        "momentum",
-        "Hand-made update that the rule's output is added to. momentum: along the sign of the gradient's momentum; "
-        "gradient: along the momentum itself, in units of the first gradient's root mean square; none.",
-        ("momentum", "gradient", "none"),
-    )
-    start_step: float = config.option(0.8, "Step of that update, in units of epsilon: below 1 along the sign.")
-    start_decay: float = config.option(0.5, "Momentum of that update.")
-    output_scale: float | None = config.option(None, "Factor on the rule's output; the rule's default if not given.")
-    inner_step: float = config.option(
-        0.2, "Step of the PGD of maml, sign_maml and reptile, in units of epsilon; first learning rate of meta_sgd."
-    )
-    adaptation_steps: int = config.option(5, "Steps that the weights of adaptive_lft take on a task's support loss.")
-    adaptation_rate: float = config.option(1e-2, "Learning rate of those.")
-    ways: int = config.option(10, "Classes of a task.")
-    shots: int = config.option(1, "Support images a class.")
-    queries: int = config.option(1, "Query images a class.")
-    norm: str = config.option("linf", "Norm of the ball (linf, l2) or of the penalty (l1, l2).", ("linf", "l2", "l1"))
-    epsilon: tuple[str, ...] = config.option((), "Radius by source, as source=radius,...; sources have defaults.")
-    penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
-    num_directions: int = config.option(
-        0, "Random directions, each tried both ways, of the zeroth-order gradients that fine-tune; 0: exact gradients."
-    )
-    resolution: int | None = config.option(
-        None, "Those directions lie in a subspace, of so many dimensions along each side; in no subspace if not given."
-    )
-    basis: str = config.option("tiles", "That subspace: constant on tiles, or low frequencies (dct).", BASES)
-    smoothing: float = config.option(0.01, "How far those directions are tried, in units of the image range.")
-    per_example: bool = config.option(
-        False, "Each support image tries directions of its own, which costs no more queries."
-    )
-    sampler: bool = config.option(
-        False, "Learn too how those directions are spread over the coordinates (ZO-L2L's QueryRNN; lft, l2o)."
-    )
-    loss: str = config.option(
-        "cross_entropy", "Loss of the query images, what meta-training minimises.", ("hinge", "cross_entropy")
-    )
-    support_loss: str = config.option("cross_entropy", "Loss of the support images.", ("hinge", "cross_entropy"))
-    second_loss: str = config.option(
-        "none",
-        "Loss that is added to it, and whose gradient a rule also sees alone (its feature `second`): what pulls all "
-        "images to the class that they are nearest to (dominant), or another one, or none.",
-        ("dominant", "hinge", "cross_entropy", "none"),
-    )
-    kappa: float = config.option(0.0, "How far the hinge wants the margin beyond 0, in logits (C&W's confidence).")
-    task_start: str = config.option("zeros", "Where a task's perturbation starts.", ("zeros", "random"))
-    waves: int = config.option(
-        0, "Evaluations of the support images, 2 or more, that search plane waves for a better start; 0 for none."
-    )
-    augment: bool = config.option(True, "Shift the support images, mix them and add noise, anew in each step.")
-    num_steps: int = config.option(20, "Fine-tuning steps of a task (K).")
-    weights: str = config.option("uniform", "Weights of the steps in the outer loss.", tuple(STEP_WEIGHTS))
-    tasks_per_family: int = config.option(1, "Tasks of each victim in a meta-step.")
-    meta_steps: int = config.option(1000, "Meta-steps.")
-    meta_learning_rate: float = config.option(1e-2, "Peak learning rate of the meta-optimizer, Adam.")
-    seed: int = config.option(0, "Seed of the run.")
-    window: int | None = config.option(
-        None, "Steps that the meta-gradient goes back at most (truncated backpropagation); all if not given."
-    )
-    meta_gradient: str = config.option(
-        "backprop",
-        "Backpropagation through the steps, or evolution strategies (es), on one device, which need no derivative of "
-        "the outer loss: with --num_directions no victim is ever differentiated. Persistent ones (pes) make a "
-        "meta-step of every --es_window steps of an episode; truncated_es does so with a bias, to compare with.",
-        META_GRADIENTS,
-    )
-    es_pairs: int = config.option(16, "Pairs of mirrored changes that es tries in a meta-step, for each victim.")
-    es_sigma: float = config.option(0.01, "Size of those changes, in units of the meta-parameters.")
-    es_window: int | None = config.option(None, "Steps of a meta-step of pes and truncated_es; divides --num_steps.")
-    curriculum: tuple[int, ...] = config.option(
-        (), "Ascending numbers of fine-tuning steps, the last --num_steps, for equal shares of the meta-steps."
-    )
-    imitation_steps: int = config.option(
-        0, "First meta-steps, by backpropagation, in which the rule imitates momentum PGD instead of lowering the loss."
-    )
-    imitation_step: float = config.option(0.8, "Step of that PGD, in units of epsilon.")
-    imitation_decay: float = config.option(0.5, "Momentum of that PGD.")
-    second_order: bool = config.option(False, "Differentiate through the inner gradients too.")
-    remat: str = config.option(
-        "auto",
-        "Whether to compute steps again instead of storing them; auto: if one task needs it to fit.",
-        tuple(REMAT),
-    )
-    memory: float = config.option(512.0, "MiB that a device may store for a backward pass.")
-    checkpoint_every: int = config.option(100, "Meta-steps between checkpoints, and validations.")
-    validation_tasks: int = config.option(20, "Meta-validation tasks of each victim; 0 for none.")
-    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
-    devices: int = config.option(0, "Devices that share the tasks; 0: as many as divide --tasks_per_family.")
-    coordinator: str | None = config.option(
-        None, "host:port of the first of several processes, or auto where the cluster tells (SLURM, TPU, Open MPI)."
-    )
-    num_processes: int | None = config.option(None, "Processes in all, with --coordinator=host:port.")
-    process_id: int | None = config.option(None, "Which of them this is, from 0.")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(config.PlaceFlags, config.MetaStepFlags, config.TaskFlags, config.LearnerFlags, config.RunFlags):
+    """Flags of the binary, from `experiments.config`."""
 
 
-#: Flags that say where a run is made, not which: it may go on elsewhere.
-WHERE = ("workdir", "data_dir", "remat", "memory", "devices", "coordinator", "num_processes", "process_id")
+#: Flags that say where a run is made, not which: it may continue elsewhere.
+WHERE = ("workdir", *(field.name for field in dataclasses.fields(config.PlaceFlags)))
 
 
 def tasks_of(flags: Config) -> common.TaskConfig:
@@ -167,7 +52,7 @@ def tasks_of(flags: Config) -> common.TaskConfig:
 
 def learner_of(flags: Config) -> Learner:
     """The learner that the flags describe."""
-    check_name("learner", flags.learner, LEARNERS)
+    check_name("learner", flags.learner, config.LEARNERS)
     if flags.learner in ("maml", "reptile"):
         inner = baselines.make_baselines(flags.norm)["pgd"].learner.optimizer({"step": flags.inner_step})
         if flags.learner == "maml":
@@ -194,11 +79,11 @@ def rule_of(flags: Config) -> rules.Rule:
     options: dict[str, Any] = {"features": flags.features} if flags.features else {}
     if flags.output_scale is not None:
         options["output_scale"] = flags.output_scale
-    if flags.start == "none":
-        options["start"] = None
+    if flags.base_update == "none":
+        options["base_update"] = None
     else:
-        along = "gradient" if flags.start == "gradient" else "sign"
-        options["start"] = rules.MomentumUpdate(flags.start_step, flags.start_decay, along)
+        along = "gradient" if flags.base_update == "gradient" else "sign"
+        options["base_update"] = rules.MomentumUpdate(flags.base_step, flags.base_decay, along)
     return rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
 
 
@@ -213,16 +98,22 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
 
 
 def check(flags: Config) -> None:
-    """Raises a ValueError for a flag that what is asked for has no use for, and a choice that learns nothing."""
+    """Raises a ValueError for flags without effect or in contradiction, and for a run that learns nothing."""
+    _check_effect(flags)
+    _check_losses(flags)
+    _check_schedule(flags)
+
+
+def _check_effect(flags):
+    """Every flag that differs from its default must have an effect."""
     learned, es = flags.learner in RULE_LEARNERS, flags.meta_gradient != "backprop"
     windows = flags.meta_gradient in ("pes", "truncated_es")
-    starts = flags.learner in ("maml", "sign_maml", "meta_sgd")
-    useless = {
-        ("rule", "features", "hidden", "layers", "start", "output_scale"): (not learned, "learns no update rule"),
-        ("start_step", "start_decay"): (not learned or flags.start == "none", "has no hand-made update to add to"),
+    idle = {
+        ("rule", "features", "hidden", "layers", "base_update", "output_scale"): (not learned, "learns no update rule"),
+        ("base_step", "base_decay"): (not learned or flags.base_update == "none", "has no base update"),
         ("adaptation_steps", "adaptation_rate"): (flags.learner != "adaptive_lft", "does not adapt its weights"),
         ("inner_step",): (learned, "fine-tunes by its own rule"),
-        ("weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
+        ("step_weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
         ("second_order",): (flags.learner == "sign_maml", "steps along a sign, whose derivative is 0"),
         ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
         ("es_window",): (not windows, "has no windows, without --meta_gradient=pes or truncated_es"),
@@ -232,33 +123,40 @@ def check(flags: Config) -> None:
         ("sampler",): (flags.learner not in ("lft", "l2o"), "has no sampler of directions"),
         ("resolution", "basis", "smoothing", "per_example", "sampler"): (
             not flags.num_directions,
-            "is given exact gradients, without --num_directions",
+            "uses exact gradients, without --num_directions",
         ),
         ("basis",): (flags.resolution is None, "has no subspace of directions, without --resolution"),
-        ("second_loss",): (flags.num_directions > 0, "is given estimates of one loss, by --num_directions"),
+        ("second_loss",): (flags.num_directions > 0, "has estimates of one loss, with --num_directions"),
         ("kappa",): ("hinge" not in (flags.loss, flags.support_loss, flags.second_loss), "minimises no hinge"),
-        ("epsilon",): (flags.penalty is not None, "is given a penalty instead of a ball"),
+        ("epsilon",): (flags.penalty is not None, "has a penalty instead of a ball"),
     }
-    for names, (applies, reason) in useless.items():
+    for names, (applies, reason) in idle.items():
         for name in names if applies else ():
             if getattr(flags, name) != Config.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}: {flags.learner} {reason}; leave it out.")
+
+
+def _check_losses(flags):
     if "update" in flags.features:
-        raise ValueError("features: update is what a sampler sees (--sampler); a rule makes it.")
+        raise ValueError("features: update is for a sampler (--sampler); a rule makes it.")
     if flags.second_loss == flags.support_loss:
         raise ValueError(f"second_loss: {flags.second_loss} is the support loss already; choose another, or none.")
     if "second" in flags.features and flags.second_loss == "none":
         raise ValueError("features: second is the gradient of a second loss, and there is none; see --second_loss.")
-    if flags.learner == "adaptive_lft" and (es or flags.num_directions):
-        name = "meta_gradient" if es else "num_directions"
+    if flags.learner == "adaptive_lft" and (flags.meta_gradient != "backprop" or flags.num_directions):
+        name = "num_directions" if flags.meta_gradient == "backprop" else "meta_gradient"
         raise ValueError(f"{name}: adaptive_lft differentiates the loss of the support images; leave it out.")
+
+
+def _check_schedule(flags):
+    windows = flags.meta_gradient in ("pes", "truncated_es")
     if windows and (flags.es_window is None or flags.es_window < 1 or flags.num_steps % flags.es_window):
         raise ValueError(
             f"es_window: {flags.meta_gradient} needs one that divides num_steps = {flags.num_steps}, "
             f"got {flags.es_window}."
         )
-    if windows and flags.weights == "final" and flags.es_window < flags.num_steps:
-        raise ValueError("weights: the last step's alone leave all windows but the last without a loss; choose others.")
+    if windows and flags.step_weights == "final" and flags.es_window < flags.num_steps:
+        raise ValueError("step_weights: final leaves all windows except the last without a loss; choose others.")
     if flags.curriculum:
         ascending = all(a < b for a, b in itertools.pairwise((0, *flags.curriculum)))
         if not ascending or flags.curriculum[-1] != flags.num_steps or len(flags.curriculum) > flags.meta_steps:
@@ -270,23 +168,25 @@ def check(flags: Config) -> None:
         raise ValueError(
             f"imitation_steps: expected fewer than meta_steps = {flags.meta_steps}, got {flags.imitation_steps}."
         )
-    if flags.imitation_steps and flags.start == "momentum":
-        own, teachers = (flags.start_step, flags.start_decay), (flags.imitation_step, flags.imitation_decay)
+    if flags.imitation_steps and flags.base_update == "momentum":
+        own, teachers = (flags.base_step, flags.base_decay), (flags.imitation_step, flags.imitation_decay)
         if own == teachers:
             raise ValueError(
-                f"imitation_steps: {flags.learner} starts from the very update (step, decay) = {own} that it is to "
-                "imitate; choose --start=none, or other settings."
+                f"imitation_steps: the base update (step, decay) = {own} is the one to imitate; choose "
+                "--base_update=none, or other settings."
             )
-    if starts and flags.weights == "final" and flags.window is not None and flags.window < flags.num_steps:
+    initializes = flags.learner in ("maml", "sign_maml", "meta_sgd")
+    cut = flags.window is not None and flags.window < flags.num_steps
+    if initializes and flags.step_weights == "final" and cut:
         raise ValueError(
             f"window: the last of {flags.num_steps} steps alone, cut off after {flags.window}, tells {flags.learner} "
-            "nothing about where to start; choose other weights, or a longer window."
+            "nothing about its initialization; choose other step weights, or a longer window."
         )
 
 
-def estimator_of(flags: Config) -> EvolutionStrategies | PersistentEvolutionStrategies | None:
-    """The estimator of meta-gradients that the flags describe; None for backpropagation."""
-    if check_name("meta_gradient", flags.meta_gradient, META_GRADIENTS) == "backprop":
+def meta_gradient_of(flags: Config) -> EvolutionStrategies | PersistentEvolutionStrategies | None:
+    """The evolution strategies that the flags describe; None for backpropagation."""
+    if check_name("meta_gradient", flags.meta_gradient, config.META_GRADIENTS) == "backprop":
         return None
     for name in ("second_order", "window"):
         if getattr(flags, name):
@@ -332,16 +232,26 @@ def mesh_of(flags: Config) -> jax.sharding.Mesh | None:
     return None if count == 1 else meta.task_mesh(count)
 
 
-def _absent():
-    """What a flag meant before there was one, for runs that were made then."""
+#: Flags that had another name in runs and cards of version 0.1.
+RENAMED = {
+    "start": "base_update",
+    "start_step": "base_step",
+    "start_decay": "base_decay",
+    "queries": "query_shots",
+    "weights": "step_weights",
+}
+
+
+def present_flags(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration under the present names, with what a flag meant before there was one."""
     fields = dataclasses.fields(Config)
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING and f.name not in WHERE}
-    return {**defaults, "augment": False}
+    return {**defaults, "augment": False, **{RENAMED.get(name, name): value for name, value in stored.items()}}
 
 
 def flags_of(stored: Mapping[str, Any], workdir: str = "") -> Config:
     """The flags that a run's configuration or a rule's card holds."""
-    stored = {**_absent(), **stored}
+    stored = present_flags(stored)
     lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
     return Config(**{**stored, **lists, "workdir": workdir})
 
@@ -371,49 +281,55 @@ def meta_train(flags: Config) -> meta.MetaState:
         address = None if flags.coordinator == "auto" else flags.coordinator
         jax.distributed.initialize(address, flags.num_processes, flags.process_id)
     learner = learner_of(flags)
-    trainer = meta.meta_trainer(
+    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in WHERE}
+    state = run.train(
+        trainer_of(flags, learner),
+        jax.random.key(flags.seed),
+        flags.workdir,
+        config=stored,
+        upgrade=present_flags,
+        num_meta_steps=flags.meta_steps,
+        checkpoint_every=flags.checkpoint_every,
+        validate=_validation(flags, learner) if flags.validation_tasks else None,
+    )
+    path = Path(flags.workdir) / "rule.safetensors"
+    # A rule that is there was stored when the run ended, with a card that says how it was made: this call made nothing.
+    # A rule that samples is of no use without its sampler, which `universal_perturbation` does not take.
+    alone = flags.learner in ("lft", "l2o") and not flags.sampler
+    if alone and jax.process_index() == 0 and not path.exists():
+        card = {**provenance.describe([flags.seed]), "meta_training": stored}
+        pretrained.save_rule(path, state.params, rule_of(flags), card)
+    return state
+
+
+def trainer_of(flags: Config, learner: Learner) -> meta.MetaTrainer:
+    """The trainer that the flags describe."""
+    remat = config.REMAT[check_name("remat", flags.remat, config.REMAT)]
+    return meta.meta_trainer(
         learner,
         families_of(flags, "train"),
         num_steps=flags.num_steps,
         tasks_per_family=flags.tasks_per_family,
         meta_optimizer=meta_optimizer_of(flags),
-        weights=flags.weights,
-        window=flags.window,
-        estimator=estimator_of(flags),
-        curriculum=curriculum_of(flags),
-        imitation=imitation_of(flags),
-        remat=REMAT[check_name("remat", flags.remat, REMAT)],
-        memory_mib=flags.memory,
+        unroll=meta.Unroll(flags.step_weights, flags.window, remat, flags.memory),
+        meta_gradient=meta_gradient_of(flags),
+        schedule=meta.Schedule(curriculum_of(flags), imitation_of(flags)),
         mesh=mesh_of(flags),
     )
-    families = families_of(flags, "validation") if flags.validation_tasks else []
-    keys = jax.random.split(jax.random.key(flags.seed), max(flags.validation_tasks, 1))
+
+
+def _validation(flags, learner):
+    """`params -> {name: number}`, the success on meta-validation tasks of all victims."""
+    families = families_of(flags, "validation")
+    keys = jax.random.split(jax.random.key(flags.seed), flags.validation_tasks)
 
     def validate(params):
         options = {"num_steps": flags.num_steps, "at": (flags.num_steps,)}
         asr = [float(evaluation.evaluate(learner, params, f, keys, **options)["asr"].mean()) for f in families]
         return {"validation_asr": sum(asr) / len(asr), "validation_asr_by_victim": asr}
 
-    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in WHERE}
-    state = run.meta_train(
-        trainer,
-        jax.random.key(flags.seed),
-        flags.workdir,
-        config=stored,
-        absent=_absent(),
-        num_meta_steps=flags.meta_steps,
-        checkpoint_every=flags.checkpoint_every,
-        validate=validate if families else None,
-    )
-    path = Path(flags.workdir) / "rule.safetensors"
-    # One that is there is of this run, when it ended: its card says how it was made, and this call made nothing.
-    # A rule that samples is of no use without its sampler, for which the front door has no place.
-    alone = flags.learner in ("lft", "l2o") and not flags.sampler
-    if alone and jax.process_index() == 0 and not path.exists():
-        card = {**common.provenance([flags.seed]), "meta_training": stored}
-        pretrained.save_rule(path, state.params, rule_of(flags), card)
-    return state
+    return validate
 
 
 if __name__ == "__main__":
-    config.main(Config, meta_train)
+    config.main(Config, meta_train, presets=config.PRESETS)

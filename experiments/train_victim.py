@@ -13,7 +13,8 @@ import time
 
 import tqdm
 
-from experiments import common, config
+from experiments import config
+from lft_jax.cli import provenance
 from lft_jax.data import load_source
 from lft_jax.victims import AUGMENTATIONS, MODELS, Victim, VictimConfig, clean_accuracy, save_victim, train_victim
 
@@ -48,14 +49,16 @@ def train(flags: Config) -> Victim:
         load_source(flags.source, split, data_dir=flags.data_dir) for split in ("train", "validation", "test")
     )
     recipe = _recipe(flags)
-    origin = common.provenance([flags.seed])
+    origin = provenance.describe([flags.seed])
     wall, cpu, history = time.monotonic(), time.process_time(), []
 
     def write_curve(**more):
         if flags.curve is not None:
             seconds = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
             curve = [record._asdict() for record in history]
-            common.write_json(flags.curve, {**origin, **dataclasses.asdict(recipe), **seconds, **more, "curve": curve})
+            provenance.write_json(
+                flags.curve, {**origin, **dataclasses.asdict(recipe), **seconds, **more, "curve": curve}
+            )
 
     with tqdm.tqdm(total=recipe.epochs, desc=f"{recipe.source} {recipe.architecture}", unit="epoch") as progress:
 

@@ -18,6 +18,7 @@ What is listed in an `__all__` is public, all else is private.
 import warnings
 from typing import Any
 
+from lft_jax._version import __version__
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
 from lft_jax.meta import (
@@ -71,6 +72,7 @@ __all__ = [
     "Unroll",
     "WaveSearch",
     "ZerothOrder",
+    "__version__",
     "attack_success_rate",
     "clipped_adam",
     "coordinate_lstm",

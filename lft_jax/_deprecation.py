@@ -1,20 +1,20 @@
-"""Keywords of earlier versions, accepted for one version with a warning."""
+"""Deprecated keywords, accepted for one version with a warning."""
 
 import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-#: `(old keywords given, other keywords given) -> all keywords in their present form`.
+#: `(old keywords, other keywords) -> all keywords in their present form`.
 Converter = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 def old_keywords(convert: Converter, **now: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: keywords named in `now` warn that they are deprecated, and are handed to `convert`.
+    """Decorator for functions that accept deprecated keywords: warns, then calls with the converted keywords.
 
     Args:
-      convert: turns the old keywords into present ones.
-      **now: old keyword -> what to write instead.
+      convert: converts the old keywords that were given.
+      **now: old keyword -> what to write instead, for the warning.
     """
 
     def decorate(function):
@@ -34,7 +34,7 @@ def old_keywords(convert: Converter, **now: str) -> Callable[[Callable[..., Any]
 
 
 def renamed(**now: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`old_keywords` for keywords that only have another name: `old="new"`."""
+    """`old_keywords` for keywords that only changed their name: `old="new"`."""
 
     def convert(old, kwargs):
         return {**kwargs, **{now[name]: value for name, value in old.items()}}

@@ -1,4 +1,4 @@
-"""Trees of arrays as safetensors files, which other libraries read too, and directories replaced atomically."""
+"""Trees of arrays as safetensors files, and atomic replacement of directories."""
 
 import os
 import shutil
@@ -13,20 +13,23 @@ from lft_jax.base import PyTree
 
 
 def save_arrays(path: str | os.PathLike[str], tree: PyTree) -> None:
-    """Writes a tree of arrays; a leaf's name is its path in the tree, joined by dots."""
+    """Writes a tree of arrays as a safetensors file; the name of a leaf is its path in the tree, joined by dots."""
     safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in _named(tree)}, path)
 
 
 def read_arrays(content: bytes, like: PyTree) -> PyTree:
-    """The tree that a file's content holds.
+    """Reads a tree of arrays from the content of a safetensors file.
 
     Args:
-      content: of a file that `save_arrays` wrote.
-      like: a tree of arrays or `jax.ShapeDtypeStruct` of the structure and shapes expected; the dtypes are its own.
+      content: content of a file that `save_arrays` wrote.
+      like: tree of arrays or `jax.ShapeDtypeStruct` with the expected structure and shapes; dtypes are those stored.
+
+    Returns:
+      The tree, with the structure of `like`.
 
     Raises:
-      ValueError: if it is damaged, or holds other weights than those of `like`; its message wants the file's name
-        before it.
+      ValueError: if the content is damaged, or its names and shapes are not those of `like`. The message is meant to
+        follow the name of the file.
     """
     try:
         stored = safetensors.numpy.load(content)
@@ -41,7 +44,7 @@ def read_arrays(content: bytes, like: PyTree) -> PyTree:
 
 
 def load_arrays(path: str | os.PathLike[str], like: PyTree) -> PyTree:
-    """`read_arrays` of a file; a ValueError too if there is none."""
+    """`read_arrays` of a file; also raises a ValueError if the file cannot be read."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -50,7 +53,7 @@ def load_arrays(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
 
 def replace_directory(new: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Moves the directory `new` to `path`; one that is there is deleted last, and stays if the move fails."""
+    """Moves the directory `new` to `path`. A directory at `path` is deleted last, and restored if the move fails."""
     path = Path(path)
     aside = path.with_name(path.name + ".replaced")
     shutil.rmtree(aside, ignore_errors=True)

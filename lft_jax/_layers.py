@@ -1,8 +1,8 @@
 """Convolution and pooling that are fast on a CPU, forwards and backwards, also inside `lax.scan`.
 
-What XLA makes of a convolution depends on its shapes. Of few input channels it is up to 3 times slower than one matrix
-product; autodiff's gradients inside a loop are about 8 times slower than need be for the input, and up to 300 times for
-the kernel. Here each is written out in the form that measured best (docs/performance.md).
+The speed of XLA's convolution depends on its shapes. With few input channels it is up to 3 times slower than one matrix
+product. Inside a loop, the gradients of autodiff are about 8 times slower than necessary for the input, and up to 300
+times for the kernel. Here each case is written in the form that was measured to be fastest (docs/performance.md).
 """
 
 import functools
@@ -16,8 +16,8 @@ from jax import lax
 from lft_jax import base
 
 
-def conv(images: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
-    """A convolution with SAME padding, equal to `lax.conv_general_dilated`, differentiable any number of times.
+def conv(images: jax.Array | np.ndarray, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
+    """Convolution with SAME padding, equal to `lax.conv_general_dilated`; differentiable any number of times.
 
     Args:
       images: `[N, H, W, I]`.
@@ -39,9 +39,10 @@ def conv(images: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
 
 
 def conv_by_patches(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`conv` of stride 1 by one product with all that the kernel meets: where each of many tasks has its own kernel.
+    """`conv` of stride 1 as one matrix product with all patches, for `vmap` over tasks that each have a kernel.
 
-    Under `vmap` over kernels XLA makes a grouped convolution of any other form, which is up to twice as slow on a CPU.
+    XLA turns any other form under `vmap` over kernels into a grouped convolution, which is up to twice as slow on a
+    CPU.
     """
     if not all(size % 2 for size in kernel.shape[:2]):
         raise ValueError(f"kernel must have odd height and width, got shape {kernel.shape}.")
@@ -50,6 +51,7 @@ def conv_by_patches(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return (patches @ kernel.reshape(-1, kernel.shape[3])).reshape(*images.shape[:3], kernel.shape[3])
 
 
+#: Largest number of input channels for which matrix products are faster than XLA's convolution.
 _FEW_CHANNELS = 3
 
 
@@ -62,8 +64,8 @@ def _conv(images, kernel, stride, padding):
         return lax.conv_general_dilated(
             images, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-    # A sum of shifted images, without any product of matrices, would be faster still for one channel. But XLA then
-    # computes it anew wherever it is read, with other rounding, and a maximum pool does not find its own maximum.
+    # A sum of shifted images, without a matrix product, would be even faster for one channel. But XLA would recompute
+    # it wherever it is read, with different rounding, and a max pool would not find its own maximum again.
     if stride == 1:
         return _conv_by_blocks(images, kernel, padding)
     padded, size = jnp.pad(images, ((0, 0), *padding, (0, 0))), kernel.shape[:2]
@@ -73,7 +75,7 @@ def _conv(images, kernel, stride, padding):
 
 
 def _conv_by_blocks(images, kernel, padding):
-    """Blocks of a few pixels of a line by one product, of what they see with a banded matrix: for few channels."""
+    """For few channels: one product of the inputs of blocks of a few pixels of a row with a banded matrix."""
     n, _, length, channels = images.shape
     (top, bottom), (left, right) = padding
     height, more = images.shape[1] + top + bottom - kernel.shape[0] + 1, kernel.shape[1] - 1
@@ -81,7 +83,7 @@ def _conv_by_blocks(images, kernel, padding):
     blocks = -(-width // block)
     right = (blocks + 1) * block - left - length
     lines = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    lines = lines.reshape(n, -1, blocks + 1, block * channels)  # a block sees itself and a part of the next
+    lines = lines.reshape(n, -1, blocks + 1, block * channels)  # inputs of a block: itself and a part of the next
     seen = [
         part
         for i in range(kernel.shape[0])
@@ -93,9 +95,9 @@ def _conv_by_blocks(images, kernel, padding):
 
 
 def _conv_of_small_images(images, kernel, padding):
-    """One product with the whole linear map, for images no larger than the kernel: XLA is 16 times slower there."""
+    """For images no larger than the kernel: one product with the whole linear map. XLA is 16 times slower there."""
 
-    def along(axis):  # [k, in, out], where the kernel's k-th entry takes an input to an output
+    def along(axis):  # [k, in, out], 1 where entry k of the kernel maps an input to an output
         size, length = kernel.shape[axis - 1], images.shape[axis]
         low, high = padding[axis - 1]
         offset, source, target = np.ogrid[:size, :length, : length + low + high - size + 1]
@@ -108,7 +110,7 @@ def _conv_of_small_images(images, kernel, padding):
 
 
 def _band(kernel, block):
-    """`[k * (block + k' - 1) * I, block * O]`: takes what `block` neighbours see of k lines to their outputs."""
+    """`[k * (block + k' - 1) * I, block * O]`: maps the inputs of `block` neighbouring pixels to their outputs."""
     column = np.arange(block + kernel.shape[1] - 1)[None, :, None]
     column = column == np.arange(kernel.shape[1])[:, None, None] + np.arange(block)
     band = jnp.einsum("jpw,ijco->ipcwo", column.astype(kernel.dtype), kernel)
@@ -145,21 +147,22 @@ def _image_gradient(shape, kernel, stride, padding, cotangent):
 
 
 def _shifted(shape, kernel, stride, padding, cotangent):
-    """One matrix product for all offsets of the kernel, whose long columns are shifted and added: for few channels.
+    """For few channels: one matrix product for all offsets of the kernel, whose columns are shifted and added.
 
-    A column is all images end to end, with zeros between their lines, so that a shift is a plain slice. If offsets were
-    added where they came from, as in `_scattered`, XLA would store each where mean and spread over images are wanted.
+    A column holds all images end to end, with zeros between their rows, so that a shift is a plain slice. If each
+    offset were added in place, as in `_scattered`, XLA would store every offset when the mean and the spread over
+    images are needed.
     """
     n, height, width, features = cotangent.shape
     offsets, channels = kernel.shape[:2], kernel.shape[2]
-    down, right = ((size - 1) // stride for size in offsets)  # farthest shifts
+    down, right = ((size - 1) // stride for size in offsets)  # largest shifts
     padded = jnp.pad(cotangent, ((0, 0), (0, down), (0, right), (0, 0)))
     height, width = height + down, width + right
     length, farthest = n * height * width, down * width + right
     lines = jnp.concatenate([jnp.zeros((farthest, features), padded.dtype), padded.reshape(length, features)])
     pieces = (lines @ kernel.reshape(-1, features).T).reshape(farthest + length, *offsets, channels)
 
-    def phase(a, b):  # of the offsets that meet each stride-th pixel, the a-th row and b-th column of them
+    def phase(a, b):  # the pixels in rows a and columns b modulo the stride
         total = jnp.zeros((length, channels), pieces.dtype)
         for i, j in np.ndindex(offsets):
             if i % stride == a and j % stride == b:
@@ -175,14 +178,14 @@ def _shifted(shape, kernel, stride, padding, cotangent):
 
 
 def _scattered(shape, kernel, stride, padding, cotangent):
-    """One matrix product for all offsets of the kernel, each added where it came from."""
+    """One matrix product for all offsets of the kernel; each offset is added at its place in the image."""
     n, height, width, features = cotangent.shape
     offsets, channels = kernel.shape[:2], kernel.shape[2]
     pieces = cotangent.reshape(-1, features) @ kernel.reshape(-1, features).T
     pieces = pieces.reshape(n, height, width, offsets[0] * offsets[1], channels)
     full = [size + low + high for size, (low, high) in zip(shape[1:3], padding, strict=True)]
     last = [stride * (size - 1) + 1 for size in (height, width)]
-    zero, total = jnp.zeros((), cotangent.dtype), 0
+    zero, total = jnp.zeros((), cotangent.dtype), jnp.zeros((), cotangent.dtype)
     for number, (i, j) in enumerate(np.ndindex(offsets)):
         places = [(i, full[0] - i - last[0], stride - 1), (j, full[1] - j - last[1], stride - 1)]
         total += lax.pad(pieces[:, :, :, number], zero, [(0, 0, 0), *places, (0, 0, 0)])
@@ -202,22 +205,22 @@ def _kernel_gradient(images, shape, stride, padding, cotangent):
         window = lax.dynamic_slice(padded, tuple(offset), (n, *last, shape[2]))[:, ::stride, ::stride]
         return window.reshape(n * height * width, shape[2]).T @ cotangent
 
-    # A loop, since one product for each of 25 offsets takes seconds to compile.
-    offsets = np.stack(np.indices((1, *shape[:2], 1)), -1).reshape(-1, 4).astype(np.int32)
+    # A loop: unrolled, the products for 25 offsets take seconds to compile.
+    offsets = np.moveaxis(np.indices((1, *shape[:2], 1)), 0, -1).reshape(-1, 4).astype(np.int32)
     return lax.map(at, offsets).reshape(shape)
 
 
 def _patches(padded, size, stride, height, width):
-    """`[N * height * width, k * k' * I]`: what a kernel of the given size meets at each place."""
+    """`[N * height * width, k * k' * I]`: the patches of a kernel of the given size at each output position."""
     taps = [padded[:, i : i + stride * height : stride, j : j + stride * width : stride] for i, j in np.ndindex(size)]
     patches = jnp.concatenate(taps, axis=-1)
     return patches.reshape(-1, patches.shape[-1])
 
 
 def max_pool(images: jax.Array) -> jax.Array:
-    """Maximum over 2x2 windows: `[N, H, W, C]` -> `[N, H // 2, W // 2, C]`; an odd last row or column is left out.
+    """Max pooling over 2x2 windows: `[N, H, W, C]` -> `[N, H // 2, W // 2, C]`; an odd last row or column is dropped.
 
-    3.5 times as fast as `flax.linen.max_pool` backwards on a CPU. The gradient is shared among ties.
+    The backward pass is 3.5 times as fast as that of `flax.linen.max_pool` on a CPU. Ties share the gradient equally.
 
     Raises:
       ValueError: if H or W is less than 2.

@@ -1,4 +1,4 @@
-"""How much memory a function takes, told before anything is compiled, and how much fits into a budget."""
+"""Estimates of the memory that a function needs, without compiling it, and of what fits into a budget."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,27 +7,27 @@ import jax
 
 from lft_jax.base import check_positive
 
-#: MiB that one device may store for the backward pass of one family's tasks, unless told otherwise.
+#: Default budget in MiB of what one device stores for the backward pass of the tasks of one family.
 DEFAULT_MIB = 512
 
 
 def stored_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """Bytes that reverse-mode differentiation of `function` keeps from its forward pass.
+    """Bytes that reverse-mode differentiation of `function` stores in the forward pass.
 
     Args:
       function: a differentiable JAX function; it is traced, not run.
-      *args: arrays, or anything with their shapes and dtypes.
+      *args: its arguments: arrays, or anything with shapes and dtypes.
     """
     residuals = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
 
 def working_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """Bytes that the largest operation of `function` reads and writes: about what it needs without a backward pass.
+    """Bytes that the largest operation of `function` reads and writes: about its memory without a backward pass.
 
     Args:
       function: a JAX function; it is traced, not run.
-      *args: arrays, or anything with their shapes and dtypes.
+      *args: its arguments: arrays, or anything with shapes and dtypes.
     """
     return _largest(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -43,10 +43,10 @@ def _largest(jaxpr):
 
 
 def fitting(most: int, each: int, mib: float) -> int:
-    """How many things of `each` bytes go into `mib` MiB: from 1 to `most`.
+    """Number of items of `each` bytes that fit into `mib` MiB, clipped to 1 ... `most`.
 
     Raises:
-      ValueError: for a budget that is not above 0.
+      ValueError: for a budget that is not finite and above 0.
     """
     check_positive("memory_mib", mib)
     return max(1, min(most, int(mib * 2**20) // max(each, 1)))

@@ -1,12 +1,14 @@
-"""The types that every room speaks, and the checks that they share.
+"""Types that all packages share, and checks of arguments.
 
 How the pieces compose::
 
     key --family.sample--> Episode --family.oracle(support)--> Oracle
     (optimizer, oracle, theta0) --fine_tune--> Trajectory --family.loss(query)--> outer loss
 
-Letters in shape comments: `K` fine-tuning steps, `S` support examples, `Q` query examples, `d` coordinates of
-the optimizee `theta` (any pytree of floating-point arrays; for a universal perturbation one array `[H, W, C]`).
+The optimizee `theta` is any pytree of floating-point arrays; for a universal perturbation it is one array `[H, W, C]`.
+
+Letters in shapes: `K` fine-tuning steps, `S` support examples, `Q` query examples, `d` coordinates of `theta`, all its
+leaves together.
 """
 
 import abc
@@ -18,16 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 PyTree = Any
 
 
 class Episode(NamedTuple):
-    """One task's data.
+    """The data of one task.
 
     Attributes:
-      support: pytree with leading axis `[S]`, what the optimizee is fine-tuned on.
-      query: pytree with leading axis `[Q]`, disjoint from the support set, what it is judged on.
+      support: pytree with leading axis `[S]`: the examples that the optimizee is fine-tuned on.
+      query: pytree with leading axis `[Q]`: the examples that it is judged on, disjoint from the support set.
     """
 
     support: PyTree
@@ -35,17 +38,19 @@ class Episode(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What an oracle answers at one `theta`.
+    """The answer of an oracle at one `theta`.
 
     Attributes:
-      value: `[]` the loss at `theta` (for an oracle that does not evaluate `theta` itself, its best estimate).
+      value: `[]`, the loss at `theta`, or an estimate of it from an oracle that does not evaluate `theta` itself.
       grads: like `theta`, the gradient or an estimate of it.
-      queries: `[]` int32, how many example evaluations of the model the answer cost.
-      extras: what else the oracle knows, passed on to the optimizer as optax extra arguments. Names in use:
-        `spread` (like `theta`, standard deviation of the per-example gradients), `scale` (`[]`, the size of a
-        coordinate that the feasible set suggests), `second` (like `theta`, the gradient of one of two losses that
-        `grads` is of the sum of), `context` (like `theta` with one more, leading axis `[2]`: mean
-        and standard deviation of the support examples at each coordinate).
+      queries: `[]` int32, the number of queries (evaluations of the model on one example) that the answer took.
+      extras: further results, which are passed to the optimizer as extra arguments. Names in use are:
+
+        - `spread`: like `theta`, the standard deviation of the per-example gradients.
+        - `scale`: `[]`, the size of a coordinate in the feasible set.
+        - `second`: like `theta`, the gradient of the second loss alone, if the loss is a sum of two.
+        - `context`: like `theta` with a leading axis `[2]`, mean and standard deviation of the support examples at
+          each coordinate.
     """
 
     value: jax.Array
@@ -54,20 +59,20 @@ class Estimate(NamedTuple):
     extras: dict[str, PyTree]
 
 
-#: `(theta, key) -> Estimate`. First-order oracles ignore the key. Zeroth-order ones also take keywords, how their
-#: directions are spread (`lft_jax.oracles.covariance`).
-Oracle = Callable[[PyTree, jax.Array], Estimate]
+#: `(theta, key) -> Estimate`. First-order oracles ignore the key. Zeroth-order ones also take the keywords `deviation`
+#: and `subspace`, which set the covariance of their random directions (`lft_jax.oracles.covariance`).
+Oracle = Callable[..., Estimate]
 
 
 class Trajectory(NamedTuple):
-    """What fine-tuning leaves behind.
+    """The result of fine-tuning.
 
     Attributes:
-      thetas: like `theta` with a leading axis `[K]`: the optimizee after each step.
-      values: `[K]` the oracle's loss at the point that each step started from.
-      queries: `[K]` int32, example evaluations used up to and including each step.
+      thetas: like `theta` with a leading axis `[K]`, the optimizee after each step.
+      values: `[K]`, the oracle's loss before each step.
+      queries: `[K]` int32, queries used up to and including each step.
       state: the optimizer's state after the last step.
-      watched: with a leading axis `[K]`: what `fine_tune` was told to keep of the optimizer's state after each step.
+      watched: pytree with a leading axis `[K]`: what the `watch` of `fine_tune` returned after each step.
     """
 
     thetas: PyTree
@@ -78,61 +83,81 @@ class Trajectory(NamedTuple):
 
 
 class TaskFamily(abc.ABC):
-    """Tasks that share shapes and a model: a bucket that is vmapped.
+    """Tasks that share one model and all shapes, so that they can be vmapped.
 
-    Subclass it as a frozen dataclass registered with `jax.tree_util.register_dataclass`, so that a family is itself
-    a pytree: its arrays (datasets, model weights) are leaves, the rest is static. A family is then an argument of the
-    jitted programs, and families that differ only in the values of their arrays share one compilation.
+    Subclass it as a frozen dataclass that is registered with `jax.tree_util.register_dataclass`. A family is then
+    itself a pytree, and an argument of the jitted programs: its arrays (data, weights of the model) are leaves, all
+    other fields are static. Families that differ only in the values of their arrays share one compiled program. All
+    methods must be traceable by JAX. docs/own_tasks.md has complete families.
+
+    Examples:
+      >>> from lft_jax.tasks.quadratic import QuadraticFamily
+      >>> family = QuadraticFamily(jnp.ones(3), support=5)  # find the center of 5 points in 3 dimensions
+      >>> episode = jax.eval_shape(family.sample, jax.random.key(0))
+      >>> episode.support.shape, episode.query.shape
+      ((5, 3), (10, 3))
     """
 
     @abc.abstractmethod
-    def sample(self, key: jax.Array) -> Episode:
-        """One task's data; traceable."""
+    def sample(self, key: PRNGKeyArray) -> Episode:
+        """Draws the data of one task."""
 
     @abc.abstractmethod
-    def init(self, key: jax.Array) -> PyTree:
-        """The initial optimizee `theta` of a task."""
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Returns the initial optimizee `theta` of a task."""
 
-    def warm_start(self, theta: PyTree, support: PyTree, key: jax.Array) -> tuple[PyTree, int]:
-        """What is made of a learner's start once the support set is known, and the example evaluations it costs.
+    def warm_start(self, theta: PyTree, support: PyTree, key: PRNGKeyArray) -> tuple[PyTree, int]:
+        """Improves a learner's start with the support set, before the first step.
 
-        By default the start itself, at no cost.
+        The default keeps the start, at no cost.
+
+        Args:
+          theta: the learner's start.
+          support: the support set, with leading axis `[S]`.
+          key: PRNG key, for searches that are random.
+
+        Returns:
+          The start to use, and the number of queries that it took to find.
         """
         del support, key
         return theta, 0
 
     @abc.abstractmethod
     def oracle(self, support: PyTree) -> Oracle:
-        """How the optimizee's gradient is obtained from the support set while fine-tuning."""
+        """Returns the oracle that fine-tuning gets its gradients from, given the support set."""
 
     @abc.abstractmethod
-    def loss(self, theta: PyTree, data: PyTree) -> jax.Array:
-        """`[]`, the objective on a support or a query set, which the outer loss is made of."""
+    def loss(self, theta: PyTree, data: PyTree) -> Float[Array, ""]:
+        """The objective on a support or a query set. The outer loss is made from it."""
 
     @abc.abstractmethod
     def project(self, theta: PyTree) -> PyTree:
-        """`theta` projected onto the feasible set; idempotent."""
+        """Projects `theta` onto the feasible set; idempotent."""
 
     @abc.abstractmethod
-    def metrics(self, theta: PyTree, data: PyTree) -> dict[str, jax.Array]:
-        """`{name: []}`, what evaluation reports."""
+    def metrics(self, theta: PyTree, data: PyTree) -> dict[str, Shaped[Array, ""]]:
+        """Named scalars that evaluation reports for `theta` on a support or a query set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What is meta-learned, and how its meta-parameters `params` turn into a fine-tuning run.
+    """What is meta-learned, and how a fine-tuning run follows from its meta-parameters `params`.
+
+    `lft_jax.learners` builds the usual ones.
 
     Attributes:
-      name: as printed in tables.
-      init: `(key, families) -> params`. Raises ValueError if the families do not fit the learner.
+      name: name in tables.
+      init: `(key, families) -> params`, the initial meta-parameters. Raises a ValueError if the families do not fit
+        the learner.
       optimizer: `params -> optax transformation` that fine-tunes.
       start: `(params, family, key) -> theta`, the initial optimizee of a task.
-      objective: the outer loss: "query" (LFT, MAML: validation data) or "support" (L2O: training data), PAPER "The
-        method", "end", half the squared distance of a learned start from where fine-tuning ends (Reptile), or
-        "teacher", the distance of its updates from another's (`lft_jax.meta.imitation`).
+      objective: the outer loss. "query": the loss on the query set (LFT, MAML). "support": the loss on the support set
+        (L2O). "end": half the squared distance between a learned start and the last optimizee (Reptile). "teacher":
+        the distance between the learner's updates and those of another optimizer (`lft_jax.meta.imitation`).
       second_order: whether meta-gradients flow through the inner gradients.
-      adaptation_steps: gradient steps that the meta-parameters themselves take on a task's support set first.
-      adaptation_rate: learning rate of those.
+      adaptation_steps: number of gradient steps by which `params` themselves are first adapted to the support set of a
+        task.
+      adaptation_rate: learning rate of these steps.
     """
 
     name: str
@@ -145,14 +170,21 @@ class Learner:
     adaptation_rate: float = 0.0
 
 
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """sqrt with derivative 0 at 0 (where it would be infinite, and NaN once multiplied by 0)."""
+def safe_sqrt(x: Float[Array, "*shape"] | float) -> Float[Array, "*shape"]:
+    """Square root whose derivative at 0 is 0.
+
+    The true derivative is infinite there, and becomes NaN when it is multiplied by 0.
+
+    Examples:
+      >>> float(jax.grad(safe_sqrt)(0.0))
+      0.0
+    """
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
-def check_name(argument: str, value: str, known: Iterable[str]) -> str:
-    """Returns `value` if it is one of `known`, else raises a ValueError that lists the near matches."""
+def check_name(argument: str, value: Any, known: Iterable[str]) -> str:
+    """Returns `value` if it is one of `known`, else raises a ValueError that suggests similar names."""
     known = sorted(known)
     if value in known:
         return value
@@ -161,13 +193,13 @@ def check_name(argument: str, value: str, known: Iterable[str]) -> str:
     raise ValueError(f"{argument}: unknown name {value!r}.{hint} Known: {', '.join(known)}.")
 
 
-def check_at_least(argument: str, value: float, minimum: float) -> None:
+def check_at_least(argument: str, value: Any, minimum: float) -> None:
     """Raises a ValueError unless `value >= minimum`."""
     if not value >= minimum:
         raise ValueError(f"{argument} must be at least {minimum}, got {value!r}.")
 
 
-def check_positive(argument: str, value: float) -> None:
-    """Raises a ValueError unless `value` is a finite number above 0."""
+def check_positive(argument: str, value: Any) -> None:
+    """Raises a ValueError unless `value` is finite and above 0."""
     if not 0 < value < float("inf"):
         raise ValueError(f"{argument} must be a finite number above 0, got {value!r}.")

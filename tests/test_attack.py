@@ -40,7 +40,7 @@ def linear(images):
 
 
 class Counted:
-    """The victim as an opaque function, which writes to its input and counts the images."""
+    """The victim as a NumPy function that writes to its input and counts the images."""
 
     def __init__(self):
         self.images = 0
@@ -54,7 +54,7 @@ class Counted:
 
 
 def run(model=linear, images=IMAGES, labels=LABELS, **options):
-    """Fields of the recipe and of the query oracle may be given as options."""
+    """`universal_perturbation`; options may also be fields of the recipe and of the query oracle."""
     options = {"steps": STEPS, "optimizer": DESCENT, "epsilon": EPSILON, **options}
     parts = {name: options.pop(name) for name in RECIPE if name in options}
     settings = {name: options.pop(name) for name in ("resolution", "num_directions", "smoothing") if name in options}
@@ -69,7 +69,7 @@ def mean_loss(theta, loss="cross_entropy"):
     return float(np.mean(AttackLoss(loss)(logits, jnp.asarray(LABELS))))
 
 
-# ---- What is found ----
+# ---- The result ----
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +111,9 @@ def test_gradient_steps_are_those_of_a_loop(results):
 
 
 @pytest.mark.parametrize("oracle", COSTS)
-def test_augmented_images_cost_no_queries_and_only_the_search_sees_them(oracle):
+def test_augmentation_costs_no_queries_and_metrics_use_the_given_images(oracle):
     given = linear if oracle == "gradient" else Counted()
-    options = {"oracle": oracle, "num_directions": 16}  # many, for noise is not the matter here
+    options = {"oracle": oracle, "num_directions": 16}  # many directions, so that the estimates are not too noisy
     plain = run(given, **options)
     result = run(given, augmentation=Augmentation(shift=0.25), **options)
     assert not np.allclose(result.perturbation, plain.perturbation)
@@ -134,7 +134,7 @@ def test_a_penalty_instead_of_a_ball_is_part_of_the_loss(oracle):
     expected = mean_loss(theta) + 0.02 * np.abs(theta).sum()
     np.testing.assert_allclose(result.history["loss"][-1], expected, rtol=1e-4)
     assert expected < mean_loss(0 * theta)
-    with pytest.raises(ValueError, match="constraint: leave norm and epsilon out"):
+    with pytest.raises(ValueError, match="constraint: leave out norm and epsilon"):
         run(constraint=constraint)
     with pytest.raises(ValueError, match="give exactly one of epsilon"):
         run(epsilon=None)
@@ -149,14 +149,14 @@ def test_coarse_directions_move_whole_tiles():
         run(oracle="query", resolution=0)
 
 
-def test_no_image_is_evaluated_that_is_not_counted(results):
+def test_every_evaluation_is_counted(results):
     result, seen = results["query"]
     assert result.history["queries"][-1] == seen
 
 
 @pytest.mark.parametrize("oracle", COSTS)
-def test_a_search_of_waves_comes_first_and_is_counted(oracle):
-    """A step of size 0 leaves the wave that the same search finds when it is traced; all its images are counted."""
+def test_a_search_of_waves_makes_the_start_and_is_counted(oracle):
+    """After a step of size 0 the result is the wave that the same search finds under jit; its queries are counted."""
     search, key, victim = WaveSearch(5, 4), jax.random.key(3), Counted()
     still = optax.sgd(0.0)
     options = {"oracle": oracle, "waves": search, "key": key, "steps": 1, "optimizer": still}
@@ -178,12 +178,12 @@ def test_a_search_of_waves_comes_first_and_is_counted(oracle):
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(NUM + COSTS["query"], 1), (NUM + 3 * COSTS["query"] - 1, 2)])
-def test_the_budget_of_queries_is_kept(results, budget, steps):
+def test_max_queries_is_not_exceeded(results, budget, steps):
     victim = Counted()
     result = run(victim, oracle="query", max_queries=budget)
     assert result.history["queries"][-1] == victim.images <= budget
     np.testing.assert_allclose(result.history["loss"], results["query"][0].history["loss"][:steps])
-    with pytest.raises(ValueError, match=f"max_queries: one step takes {NUM + COSTS['query']} image evaluations"):
+    with pytest.raises(ValueError, match=f"max_queries must be at least {NUM + COSTS['query']}"):
         run(oracle="query", max_queries=NUM + COSTS["query"] - 1)
 
 
@@ -214,7 +214,7 @@ def test_the_l2_ball_and_uint8_images():
     assert mean_loss(theta) < mean_loss(0 * theta) - 0.1
 
 
-def test_a_target_is_aimed_at():
+def test_a_target_class_is_reached():
     result = run(loss=AttackLoss("cross_entropy", target=2), epsilon=0.6, steps=12)
     predicted = linear(np.clip(IMAGES + result.perturbation, 0, 1)).argmax(1)
     assert LABELS.min() != 2
@@ -241,8 +241,8 @@ def test_stored_rules_are_found_by_path(tmp_path):
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
 
 
-def test_two_losses_are_followed_together():
-    """One step along the gradient of their sum, by hand."""
+def test_two_losses_are_added():
+    """One step is along the gradient of their sum."""
     options = {"steps": 1, "augmentation": None, "epsilon": 10.0}
     loss, second = AttackLoss("cross_entropy"), AttackLoss("dominant")
 
@@ -256,7 +256,7 @@ def test_two_losses_are_followed_together():
     assert not np.allclose(alone.perturbation, found.perturbation, atol=1e-5)
 
 
-def test_a_stored_rule_is_given_the_losses_that_it_was_meta_trained_with(tmp_path):
+def test_a_stored_rule_uses_the_second_loss_of_its_meta_training(tmp_path):
     rule = coordinate_lstm(3, 1, features=("momentum", "second"), base_update=MomentumUpdate(0.3))
     params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
     save_rule(path, params, rule, {"meta_training": {"second_loss": "dominant"}})
@@ -271,11 +271,11 @@ def test_a_stored_rule_is_given_the_losses_that_it_was_meta_trained_with(tmp_pat
     options = {"oracle": "query", "steps": 1, "num_directions": 2, "recipe": None}
     without = run(optimizer=path, **options).perturbation
     save_rule(path, params, rule, {"meta_training": {"second_loss": "hinge", "kappa": 5.0}})
-    np.testing.assert_array_equal(run(optimizer=path, **options).perturbation, without)  # by queries there is one
+    np.testing.assert_array_equal(run(optimizer=path, **options).perturbation, without)  # a query oracle takes one loss
     assert stored_second_loss(path, 1) == AttackLoss("hinge", 5.0, target=1)
 
 
-def test_nothing_is_compiled_again_for_the_same_victim_and_optimizer():
+def test_the_same_victim_and_optimizer_do_not_compile_again():
     traces = []
 
     def victim(images):
@@ -323,7 +323,7 @@ def test_the_model_by_its_old_name():
 
 
 def test_a_query_oracle_may_share_its_directions_among_the_images():
-    """An estimate of the mean loss costs as many queries, and goes downhill as well."""
+    """An estimate of the mean loss costs as many queries, and lowers the loss as well."""
     counted, shared = Counted(), dataclasses.replace(QUERY, num_directions=DIRECTIONS, per_example=False)
     options = {"optimizer": DESCENT, "epsilon": EPSILON, "steps": STEPS, "recipe": AttackRecipe(augmentation=None)}
     result = universal_perturbation(counted, IMAGES, LABELS, oracle=shared, **options)
@@ -357,8 +357,8 @@ def test_a_query_oracle_may_share_its_directions_among_the_images():
             {"second_loss": AttackLoss("dominant", target=1)},
             "second_loss: its target 1 is not that of the objective, None",
         ),
-        ({"loss": "dominant", "oracle": "query"}, "loss: 'dominant' is for exact gradients"),
-        ({"second_loss": "dominant", "oracle": "query"}, "second_loss: a zeroth-order estimate is of one loss"),
+        ({"loss": "dominant", "oracle": "query"}, "loss: 'dominant' is for exact gradients only"),
+        ({"second_loss": "dominant", "oracle": "query"}, "second_loss: a zeroth-order oracle takes only one loss"),
         ({"loss": AttackLoss(target=3)}, "target: 3 is not one of the victim's 3 classes"),
         ({"optimizer": "uap-linff"}, "optimizer: name: unknown name 'uap-linff'"),
         ({"optimizer": "absent.safetensors"}, "optimizer: name: the card absent.json"),
@@ -366,7 +366,7 @@ def test_a_query_oracle_may_share_its_directions_among_the_images():
         ({"model": lambda images: linear(images)[:4]}, r"model must return logits \[6, classes\]"),
         ({"oracle": "query", "num_directions": 0}, "num_directions must be a whole number of at least 1"),
         ({"oracle": "query", "smoothing": 0.0}, "smoothing must be a finite number above 0"),
-        ({"max_queries": 3 * NUM - 1}, "max_queries: one step takes 18 image evaluations, got only 17"),
+        ({"max_queries": 3 * NUM - 1}, "max_queries must be at least 18, .* got 17"),
     ],
 )
 def test_bad_input_is_refused(options, message):
@@ -379,7 +379,7 @@ def test_bad_input_is_refused(options, message):
 
 @pytest.mark.parametrize("batch_size", [4, 256])
 @pytest.mark.parametrize("target", [None, 2])
-def test_the_success_rate_counts_images_right_when_clean(batch_size, target):
+def test_the_success_rate_counts_images_classified_correctly_when_clean(batch_size, target):
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, size=(30, 4, 4, 1)).astype(np.uint8)
     labels, theta = np.arange(30) % 3, rng.uniform(-0.4, 0.4, size=(4, 4, 1))
@@ -393,7 +393,7 @@ def test_the_success_rate_counts_images_right_when_clean(batch_size, target):
     np.testing.assert_allclose(found, np.sum(success & counted) / counted.sum())
 
 
-def test_the_success_rate_is_nan_where_no_image_is_right():
+def test_the_success_rate_is_nan_if_no_image_is_classified_correctly():
     wrong = (LABELS + 1) % 3
     assert math.isnan(attack_success_rate(Counted(), IMAGES, wrong, np.zeros((4, 4, 1))))
 

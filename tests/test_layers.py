@@ -1,4 +1,4 @@
-"""The layers against XLA's own convolution, its autodiff, and flax's pooling."""
+"""The layers, compared with the convolution of XLA, autodiff, and the pooling of flax."""
 
 import jax
 import jax.numpy as jnp
@@ -32,33 +32,36 @@ def ours(images, kernel, stride):
     return conv(images, kernel, stride=stride)
 
 
+def value_and_gradients(convolution, stride):
+    @jax.jit
+    def both(images, kernel):
+        gradients = jax.grad(objective(convolution, stride), argnums=(0, 1))(images, kernel)
+        return convolution(images, kernel, stride), gradients
+
+    return both
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     height=st.integers(1, 7),
     width=st.integers(1, 7),
     size=st.sampled_from([(1, 1), (3, 3), (5, 5), (1, 3)]),
     stride=st.sampled_from([1, 2]),
-    channels=st.sampled_from([1, 2, 4]),  # few, few and many
+    channels=st.sampled_from([1, 2, 4]),  # few (twice) and many
 )
 def test_value_and_gradients_equal_autodiff(height, width, size, stride, channels):
     with jax.enable_x64(True):
         arguments = sample((2, height, width, channels), (*size, channels, 3))
-        found, expected = (
-            jax.jit(lambda *a, f=f: (f(*a, stride), jax.grad(objective(f, stride), argnums=(0, 1))(*a)))(*arguments)
-            for f in (ours, reference)
-        )
+        found, expected = (value_and_gradients(f, stride)(*arguments) for f in (ours, reference))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("shape", [(6, 13), (7, 8)])  # wider than the blocks that few channels are cut into
-def test_lines_of_several_blocks(x64, shape, channels, stride):
+@pytest.mark.parametrize("shape", [(6, 13), (7, 8)])  # wider than the blocks of `_conv_by_blocks`
+def test_rows_of_several_blocks(x64, shape, channels, stride):
     arguments = sample((2, *shape, channels), (5, 5, channels, 3))
-    found, expected = (
-        jax.jit(lambda *a, f=f: (f(*a, stride), jax.grad(objective(f, stride), argnums=(0, 1))(*a)))(*arguments)
-        for f in (ours, reference)
-    )
+    found, expected = (value_and_gradients(f, stride)(*arguments) for f in (ours, reference))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
 
 
@@ -77,7 +80,7 @@ def test_second_gradients_equal_autodiff(x64, stride, channels):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), penalty(ours), penalty(reference))
 
 
-def test_a_pool_finds_the_maximum_of_a_convolution_that_xla_may_fuse_into_it():
+def test_max_pool_finds_its_maxima_in_a_convolution_that_xla_may_fuse():
     images, kernel = sample((4, 8, 8, 1), (5, 5, 1, 16), np.float32)
 
     def pooled(convolution):
@@ -87,7 +90,7 @@ def test_a_pool_finds_the_maximum_of_a_convolution_that_xla_may_fuse_into_it():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_vmap_over_tasks_is_a_loop_over_them(x64, stride):
+def test_vmap_over_tasks_equals_a_loop(x64, stride):
     images, kernel = sample((3, 2, 6, 5, 2), (3, 3, 2, 4))
     gradient = jax.grad(objective(ours, stride))
     mapped = jax.vmap(gradient, in_axes=(0, None))(images, kernel)
@@ -136,7 +139,8 @@ def test_module_equals_flax_conv():
     ours_module, theirs = Conv(4, 5, stride=2), nn.Conv(4, (5, 5), (2, 2), "SAME")
     variables = ours_module.init(jax.random.key(0), images)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, theirs.init(jax.random.key(0), images))
-    np.testing.assert_allclose(ours_module.apply(variables, images), theirs.apply(variables, images), atol=1e-5)
+    found, expected = (jnp.asarray(module.apply(variables, images)) for module in (ours_module, theirs))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is installed, and what `import lft_jax` costs."""
 
 import ast
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -16,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHONS = ["3.11", "3.12", "3.13"]
-HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "mlxtend", "pandas", "orbax"}
+HEAVY = {"tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "mlxtend", "pandas", "orbax", "flax"}
 
 
 def requirements(lines):
@@ -78,7 +79,11 @@ def test_every_import_is_declared(package):
 
 
 def test_package_data_and_packages_exist(package):
-    assert {"lft_jax", "lft_jax.pretrained", "experiments"} <= set(package["packages"])
+    assert {"lft_jax", "lft_jax.pretrained", "lft_jax.cli"} <= set(package["packages"])
+    assert all(name.partition(".")[0] == "lft_jax" for name in package["packages"])  # a user may have experiments/
+    (script,) = package["entry_points"]["console_scripts"]
+    module, _, function = script.partition(" = ")[2].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
     assert set(package["package_data"]) <= set(package["packages"])
     assert package["version"] == runpy.run_path(str(ROOT / "lft_jax" / "_version.py"))["__version__"]
 

@@ -1,11 +1,9 @@
 """The figures of a comparison."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
@@ -13,8 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.report import tables
-from lft_jax.data import ImageSource, unit_range
-from lft_jax.tasks.perturbation import perturb
+from lft_jax.cli.picture import save
 
 #: Methods that are drawn, in order, with their colours. Others are only in the table.
 COLOURS = {
@@ -88,7 +85,7 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         frameon=False,
         fontsize=9,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _spent(rows):
@@ -133,37 +130,7 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.xaxis.label.set_size(8)
     axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
     axes[0, 0].invert_yaxis()
-    _save(figure, path)
-
-
-def attack(
-    logits_fn: Callable[[jax.Array], jax.Array],
-    source: ImageSource,
-    perturbations: Mapping[str, np.ndarray],
-    path: Path,
-    num_images: int = 6,
-) -> None:
-    """One row per perturbation: the perturbation, then perturbed images with the victim's predictions.
-
-    Titles are "label -> prediction", red where the prediction is wrong. The first row has clean images.
-    """
-    labels = np.asarray(source.labels)
-    picked = np.asarray([np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:num_images]])
-    clean = unit_range(jnp.asarray(source.images[picked]))
-    lines = {"clean": np.zeros(clean.shape[1:], clean.dtype), **perturbations}
-    size = (1.25 * (len(picked) + 1), 1.5 * len(lines))
-    figure, axes = plt.subplots(len(lines), len(picked) + 1, figsize=size, squeeze=False, layout="constrained")
-    limit = max(float(np.abs(theta).max()) for theta in perturbations.values()) or 1.0
-    for line, (name, theta) in zip(axes, lines.items(), strict=True):
-        images = perturb(clean, jnp.asarray(theta))
-        answers = np.argmax(np.asarray(logits_fn(images)), -1)
-        show(line[0], theta / (2 * limit) + 0.5)
-        line[0].set_ylabel(name)
-        for axis, image, answer, label in zip(line[1:], np.asarray(images), answers, labels[picked], strict=True):
-            show(axis, image)
-            axis.set_title(f"{label} -> {answer}", fontsize=9, color="tab:red" if answer != label else "black")
-    axes[0, 0].set_title("perturbation", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -200,7 +167,7 @@ def _curves(panels, metric, label, path, log=False):
     if log:  # diverging curves leave the axes at the top
         errors = np.asarray([row[metric] for rows in panels.values() for row in rows], float)
         axes[0, 0].set_ylim(0.7 * np.nanmin(errors), 1.5 * np.nanmax(errors[:, 0]))
-    _save(figure, path)
+    save(figure, path)
 
 
 #: Colours of the attacks on single images. Tuned baselines have the colour of the published ones, dashed.
@@ -237,7 +204,7 @@ def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
     axes[0].legend(fontsize=8, frameon=False)
     for axis in axes:
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def theory_gap(results: Mapping[str, Any], path: Path) -> None:
@@ -264,17 +231,4 @@ def theory_gap(results: Mapping[str, Any], path: Path) -> None:
         axis.set(title=f"{name}{fit}", xlabel="support, and query, images")
     axes[0, 0].legend(fontsize=8, frameon=False)
     axes[0, 0].set_ylabel("norm")
-    _save(figure, path)
-
-
-def show(axis, image: np.ndarray) -> None:
-    """Draws one image `[H, W, C]` in [0, 1], without ticks."""
-    axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
-def _save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)

@@ -6,7 +6,7 @@ from typing import Any
 from experiments.report.tables import origin, shown_steps
 
 #: Methods whose names in results files have been changed since.
-_METHODS = {"the rule's start, augmented": "base update alone, augmented"}
+_METHODS = {f"the rule's {name}, augmented": "base update alone, augmented" for name in ("start", "base update")}
 
 
 def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common import DEFAULT_EPSILON
 from lft_jax import evaluation
 from lft_jax.evaluation.comparison import AUGMENTED, TRANSFER
+from lft_jax.victims import DEFAULT_EPSILON
 
 _SHOWN = (1, 2, 5, 10, 20)
 

@@ -20,12 +20,13 @@ from experiments import common, config, meta_train
 from experiments.studies import study, victims
 from lft_jax import evaluation, tasks
 from lft_jax.base import check_at_least, check_name
+from lft_jax.cli import provenance
 from lft_jax.victims import load_victim
 
 _SEEN = ("momentum", "spread", "constraint", "progress", "context")
 
-# Without a start its settings have no use: they go back to the defaults, or the run is refused.
-_PAPERS_RULE = {"rule": "coordinate_lstm", "layers": 2, "start": "none", "start_step": 0.8, "start_decay": 0.5}
+# Without a base update its settings have no effect: they go back to the defaults, or the run is refused.
+_PAPERS_RULE = {"rule": "coordinate_lstm", "layers": 2, "base_update": "none", "base_step": 0.8, "base_decay": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,11 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "no augmentation": Variant({"augment": False}),
         "one victim a source": Variant(per_source=1),
         "coordinatewise": Variant({"rule": "coordinate_lstm", "features": _SEEN, "output_scale": 1.0}),
-        "no start": Variant({"start": "none"}),
+        "no start": Variant({"base_update": "none"}),
         "no features but momenta": Variant({"features": ("momentum",)}),
         "momenta and context": Variant({"features": ("momentum", "context")}),
         "momenta alone": Variant(
-            {"rule": "coordinate_lstm", "features": ("momentum",), "output_scale": 1.0, "start": "none"}
+            {"rule": "coordinate_lstm", "features": ("momentum",), "output_scale": 1.0, "base_update": "none"}
         ),
         "the paper's rule": Variant(
             {**_PAPERS_RULE, "augment": False, "loss": "hinge", "support_loss": "hinge"},
@@ -72,7 +73,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     },
     "query": {
         "base": Variant(),
-        "no waves": Variant({"waves": 0, "num_directions": 10, "start_step": 0.8, "start_decay": 0.5}),
+        "no waves": Variant({"waves": 0, "num_directions": 10, "base_step": 0.8, "base_decay": 0.5}),
         "shared directions": Variant({"per_example": False}),
         "no tiles": Variant({"resolution": None}),
         "small smoothing": Variant({"smoothing": 0.01}),
@@ -127,7 +128,7 @@ def ablate(flags: Config) -> None:
     if known[names[0]].judged:
         raise ValueError(f"variants: {names[0]!r} is not meta-trained, so it cannot be the first.")
     output = flags.output or f"results/ablation_{flags.study}.json"
-    origin, rows, first, reference = common.provenance(list(range(flags.seeds))), [], None, {}
+    origin, rows, first, reference = provenance.describe(list(range(flags.seeds))), [], None, {}
     for name in names:
         print(f"{name}", flush=True)
         if not known[name].judged:
@@ -153,7 +154,7 @@ def ablate(flags: Config) -> None:
             print(f"  {victim}: " + ", ".join(f"{mean:.3f}" for mean in rows[-1]["asr"]), flush=True)
         described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
         described |= {"meta_steps": first[0].meta_steps, "epsilon": _epsilon(flags)}
-        common.write_json(output, {"provenance": origin, "flags": described, "rows": rows})
+        provenance.write_json(output, {"provenance": origin, "flags": described, "rows": rows})
     print(f"wrote {output}")
 
 

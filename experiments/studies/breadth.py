@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, config
+from experiments import config
 from experiments.studies import victims
 from lft_jax import evaluation, learners, tasks
 from lft_jax.attack import stored_second_loss
+from lft_jax.cli import provenance
 from lft_jax.data import load_source, unit_range
 from lft_jax.evaluation import baselines, metrics
 from lft_jax.pretrained import load_pretrained
@@ -91,13 +92,13 @@ def measure(flags: Config) -> None:
     """Runs every case and writes the results file after each."""
     params, rule = load_pretrained(flags.optimizer)
     second = stored_second_loss(flags.optimizer)
-    origin, rows = common.provenance([0]), []
+    origin, rows = provenance.describe([0]), []
     for case in CASES:
         rows.append(_row(case, learners.lft(rule), params, second, flags))
         asr = ", ".join(f"{name} {100 * found['asr']:.1f}" for name, found in rows[-1]["methods"].items())
         print(f"{case}: {asr}", flush=True)
         settings = {k: v for k, v in dataclasses.asdict(flags).items() if k != "data_dir"}
-        common.write_json(flags.output, {"provenance": origin, "flags": settings, "rows": rows})
+        provenance.write_json(flags.output, {"provenance": origin, "flags": settings, "rows": rows})
     print(f"wrote {flags.output}")
 
 

@@ -20,6 +20,7 @@ import optax
 from experiments import common, config
 from experiments.report import figures
 from lft_jax.base import Learner
+from lft_jax.cli import provenance
 from lft_jax.data import load_source
 from lft_jax.data._tfds import SPLIT_BY_CLASS
 from lft_jax.meta import learners
@@ -82,7 +83,7 @@ class Config:
 def classify(flags: Config) -> dict[str, Any]:
     """Runs the experiment and writes its files; returns the results."""
     described = {name: value for name, value in dataclasses.asdict(flags).items() if name != "data_dir"}
-    results = {"provenance": common.provenance(flags.seeds), "flags": described, "rows": []}
+    results = {"provenance": provenance.describe(flags.seeds), "flags": described, "rows": []}
     for part, cases in (("congruous", (flags.congruous,)), ("incongruous", flags.incongruous)):
         families = [make_families(case, flags) for case in cases]
         together = [train for train, _, _ in families]
@@ -110,7 +111,7 @@ def classify(flags: Config) -> dict[str, Any]:
                 case_row = {"part": part, "case": case, "method": name, "seed_accuracy": seeds}
                 results["rows"].append({**case_row, **row, **settings.get(name, {})})
                 print(f"{part}, {case}: {name}: {100 * row['accuracy'][-1]:.1f}% after {NUM_STEPS} steps", flush=True)
-            common.write_json(flags.output, results)
+            provenance.write_json(flags.output, results)
     figures.classification(results["rows"], Path(flags.output).with_suffix(".png"))
     return results
 

@@ -21,6 +21,7 @@ import numpy as np
 from experiments import common, config, meta_train
 from lft_jax import evaluation
 from lft_jax.base import check_at_least, check_name
+from lft_jax.cli import provenance
 from lft_jax.evaluation import baselines, comparison, metrics
 from lft_jax.tasks import UapFamily
 
@@ -62,7 +63,7 @@ def measure(flags: Config) -> None:
     seen = {Path(path).resolve() for path in of.victims}
     described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("output", "data_dir")}
     described |= {"meta_trained_at": of.num_directions, "smoothing": of.smoothing}
-    results = {"provenance": common.provenance([of.seed]), "flags": described, "rows": []}
+    results = {"provenance": provenance.describe([of.seed]), "flags": described, "rows": []}
     for path in flags.victims:
         target = common.make_target(path, Path(path).resolve() in seen, tasks_config, flags.data_dir)
         victim = {"victim": target.victim, "seen_victim": target.seen, "epsilon": float(target.test.constraint.epsilon)}
@@ -70,7 +71,7 @@ def measure(flags: Config) -> None:
         if len(made := {row["queries"] for row in rows}) > 1:
             raise ValueError(f"evaluations: the methods made {sorted(made)} queries, not as many.")
         results["rows"] += rows
-        common.write_json(flags.output, results)
+        provenance.write_json(flags.output, results)
     print(f"wrote {flags.output}")
 
 

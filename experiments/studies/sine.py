@@ -20,6 +20,7 @@ import lft_jax
 from experiments import common, config
 from experiments.report import figures
 from lft_jax.base import Learner
+from lft_jax.cli import provenance
 from lft_jax.meta import learners
 from lft_jax.tasks.regression import SineFamily, sine_family
 
@@ -56,7 +57,7 @@ class Config:
 def sine(flags: Config) -> dict[str, Any]:
     """Runs the experiment and writes its files; returns the results."""
     described = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("output", "workdir")}
-    results = {"provenance": common.provenance(flags.seeds), "flags": described, "rows": [], "published": []}
+    results = {"provenance": provenance.describe(flags.seeds), "flags": described, "rows": [], "published": []}
     families = {width: sine_family(widths=(width, width)) for width in flags.widths}
     lft = learners.lft(lft_jax.coordinate_lstm(features="adam"))
     options = {
@@ -87,7 +88,7 @@ def sine(flags: Config) -> dict[str, Any]:
             print(
                 f"width {width}: {name}: {values[:, 0].mean():.3f} after a step, {values[:, -1].mean():.3f} after ten"
             )
-        common.write_json(flags.output, results)
+        provenance.write_json(flags.output, results)
     published = sine_family(widths=(flags.widths[0],) * 2, frequency=PUBLISHED_FREQUENCY)
     test = dataclasses.replace(published, query_shots=100)
     for learner, params in _initializations(published, 4, flags.published_steps, flags, "published"):
@@ -97,7 +98,7 @@ def sine(flags: Config) -> dict[str, Any]:
         row = {"width": flags.widths[0], "method": learner.name, **common.curve_row("error", values, {})}
         results["published"].append({**row, "published_error": PUBLISHED[learner.name]})
         print(f"frequencies vary: {learner.name}: {values[:, 0].mean():.3f} after a step", flush=True)
-    common.write_json(flags.output, results)
+    provenance.write_json(flags.output, results)
     figures.sine(results["rows"], Path(flags.output).with_suffix(".png"))
     return results
 

@@ -85,29 +85,17 @@ def _maml(*inner_steps, **settings):
     )
 
 
-_META = {"meta_steps": 150, "validation_tasks": 0}
-_PROTOCOL = {
-    "at": (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20),
-    "num_tasks": 100,
-    "num_validation": 10,
-    "oracle_steps": 200,
-    "oracle_targeted": True,
-}
+_PROTOCOL = evaluate.PRESETS["study"]
 # MNIST's unseen victims are weaker than the others: there it is at 0.2 that a full-data UAP fools about four in five.
 _BALL = {**_PROTOCOL, "epsilon": ("mnist=0.2",)}
-# Chosen on meta-validation victims. The hinge, since with the cross-entropy one victim that is fooled beyond doubt
-# outweighs all others; a small first step, since large ones undo the wave.
-_QUERY = {
-    "validation_tasks": 0,
-    "meta_steps": 75,
-    "meta_learning_rate": 3e-3,
-    "loss": "hinge",
-    "num_directions": 6,
-    "per_example": True,
-    "resolution": 16,
-    "smoothing": 0.05,
-    "waves": 160,
-}
+
+
+def _preset(name, *others):
+    """Settings of a preset, without its victims and without `others`."""
+    return {k: v for k, v in config.PRESETS[name].items() if k not in ("victims", *others)}
+
+
+_META = _preset("uap_linf")
 # An initialization is what a search would find instead: its evaluations go to directions, 400 in all as for the others.
 _NO_SEARCH = {"waves": 0, "num_directions": 10}
 _ONE_L2O = dataclasses.replace(_L2O, seeds=1)
@@ -124,35 +112,33 @@ STUDIES = {
         _BALL,
         {"features": ("momentum", "second", "spread", "constraint", "progress", "context")},
     ),
-    # The update rules of "hard", meta-trained at the radius that MNIST is attacked at, whose hand-made update is along
+    # The update rules of "hard", meta-trained at the radius that MNIST is attacked at, whose base update is along
     # the gradient instead of its sign. Its step and momentum were chosen on meta-validation victims.
     "gradient_start": Study(
         (_LFT, _ONE_L2O),
         {**_META, "epsilon": ("mnist=0.2",)},
         _BALL,
-        {"start": "gradient", "start_step": 1.0, "start_decay": 0.9},
+        {"base_update": "gradient", "base_step": 1.0, "base_decay": 0.9},
     ),
     # The same without gradients: 400 evaluations of the support images, 160 of them for a start.
     "query": Study(
         (_LFT, _L2O, *_alone("lft"), *_maml(0.1, 0.8, **_NO_SEARCH), *_alone("joint", **_NO_SEARCH)),
-        _QUERY,
+        _preset("uap_linf_query", "base_step", "base_decay"),
         {**_BALL, "num_validation": 5, "methods": ("momentum_pgd", "sgd", "adam", "uap_sgd", "adamm")},
-        {"start_step": 0.1, "start_decay": 0.9},
+        {"base_step": 0.1, "base_decay": 0.9},
     ),
     # Exact gradients in an l2 ball: the meta-test of the shipped rule.
     "l2": Study(
         (_LFT,),
-        {**_META, "norm": "l2"},
+        _preset("uap_l2"),
         {**_PROTOCOL, "methods": ("momentum_pgd",), "transfer": False},
     ),
-    # The paper's tasks, not its rule: two classes, two images of each, hinge and a penalty on the l1 norm. Confidence,
-    # first step and weights were chosen on meta-validation victims: without a confidence the norm outweighs success.
+    # The paper's tasks, not its rule.
     "paper": Study(
         (_LFT, _L2O, *_alone("lft"), *_maml(0.05, 0.2), *_alone("joint")),
-        {**_META, "meta_steps": 120, "ways": 2, "shots": 2, "queries": 5, "norm": "l1", "penalty": 0.01}
-        | {"loss": "hinge", "support_loss": "hinge", "kappa": 5.0, "weights": "linear"},
-        {**_PROTOCOL, "queries": 10},
-        {"start_step": 0.3},
+        _preset("uap_l1", "base_step"),
+        {**_PROTOCOL, "query_shots": 10},
+        {"base_step": 0.3},
     ),
 }
 

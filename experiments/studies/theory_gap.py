@@ -17,6 +17,7 @@ from experiments import common, config
 from experiments.report import figures
 from lft_jax import learners, pretrained
 from lft_jax.attack import stored_second_loss
+from lft_jax.cli import provenance
 from lft_jax.meta import theory
 from lft_jax.victims import load_victim
 
@@ -46,7 +47,11 @@ def measure(flags: Config) -> dict:
     learner = learners.lft(rule)
     weights = {"untrained": rule.init(jax.random.key(flags.seed)), "meta-trained": trained}
     keys = jax.random.split(jax.random.key(flags.seed), flags.num_tasks)
-    results = {"provenance": common.provenance([flags.seed]), "victim": victim.card, "flags": dataclasses.asdict(flags)}
+    results = {
+        "provenance": provenance.describe([flags.seed]),
+        "victim": victim.card,
+        "flags": dataclasses.asdict(flags),
+    }
     del results["flags"]["data_dir"]
     rows: dict[str, list[dict]] = {name: [] for name in weights}
     gaps: dict[str, list[np.ndarray]] = {name: [] for name in weights}
@@ -73,7 +78,7 @@ def measure(flags: Config) -> dict:
             results["decay"] = {
                 name: theory.fit_decay(flags.shots[: len(g)], np.stack(g))._asdict() for name, g in gaps.items()
             }
-        common.write_json(flags.output, results)
+        provenance.write_json(flags.output, results)
     for name, decay in results.get("decay", {}).items():
         print(f"{name}: exponent {decay['exponent']:.3f}, 95% interval {decay['low']:.3f} to {decay['high']:.3f}")
     figures.theory_gap(results, Path(flags.output).with_suffix(".png"))

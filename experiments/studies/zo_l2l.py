@@ -22,10 +22,11 @@ import numpy as np
 import optax
 
 import lft_jax
-from experiments import common, config
+from experiments import config
 from experiments.report import figures
 from lft_jax import evaluation, learners
 from lft_jax.base import Learner
+from lft_jax.cli import provenance
 from lft_jax.data import load_source
 from lft_jax.optimizers import sampling
 from lft_jax.tasks.single_image import SingleImageFamily, single_image_family
@@ -63,7 +64,7 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
     """Runs the experiment and writes its files; returns the results."""
     victim = load_victim(flags.victim)
     results = {
-        "provenance": common.provenance([flags.seed]),
+        "provenance": provenance.describe([flags.seed]),
         "victim": victim.card,
         "flags": dataclasses.asdict(flags),
         "meta_training": {},
@@ -113,7 +114,7 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
         found[name] = {metric: np.stack([of_image[metric] for of_image in each]) for metric in each[0]}
         results["rows"].append({"method": name, **setting, **_row(found[name], found["update_rnn"])})
         results["rows"].sort(key=lambda row: row["loss"][-1])
-        common.write_json(flags.output, results)  # after each method: nothing done is lost
+        provenance.write_json(flags.output, results)  # after each method: nothing done is lost
         print(f"{name}: {found[name]['loss'][..., -1].mean():.3f}", flush=True)
     figures.zo_l2l(results, Path(flags.output).with_suffix(".png"))
     return results

@@ -1,4 +1,4 @@
-"""Images and their labels: where they come from, what they must satisfy, and how a task is sampled from them.
+"""Labelled images: loading them, checking them, and sampling the images of a task.
 
 How the pieces compose::
 
@@ -6,7 +6,7 @@ How the pieces compose::
     images, labels --check_images_labels, class_table--> table, counts    `checks`
     key, table, counts, TaskSize --draw_rows--> support and query rows    `episodes`
 
-A new image source is an .npz file, a set that is prepared for TFDS, or a branch in `sources.load_source`.
+A new image source is an .npz file, a data set that is prepared for TFDS, or a branch in `sources.load_source`.
 """
 
 from lft_jax.data.checks import check_images_labels, class_table, unit_range

@@ -1,4 +1,4 @@
-"""Decoded images on disk, as one .npz file a set."""
+"""Decoded images on disk, one .npz file per data set and split."""
 
 import contextlib
 import os
@@ -10,33 +10,33 @@ import numpy as np
 
 
 def user_folder() -> Path:
-    """Where the package keeps what it can make again: lft_jax in $XDG_CACHE_HOME or ~/.cache."""
+    """Folder of files that can be recomputed: lft_jax in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lft_jax"
 
 
 def cached(
     key: str, decode: Callable[[], tuple[np.ndarray, np.ndarray]], cache_dir: str | os.PathLike | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`decode()`, images and labels, or what it returned the last time that it was asked for under this key.
+    """Returns images and labels from the cache, or from `decode()`, whose result is then stored.
 
     Args:
-      key: the stem of the file; names the set, its version and its split.
-      decode: called without arguments.
-      cache_dir: the folder; `user_folder()` if None.
+      key: stem of the file; names the data set, its version and its split.
+      decode: called without arguments if the file is missing or damaged; returns images and labels.
+      cache_dir: folder of the file; `user_folder()` if None.
     """
     path = (user_folder() if cache_dir is None else Path(cache_dir)) / f"{key}.npz"
-    # Not there, or damaged in one of the many ways that numpy knows: decode.
+    # Decode if the file is missing or damaged; numpy raises many kinds of exceptions for the latter.
     with contextlib.suppress(Exception), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return arrays["images"], arrays["labels"]
     images, labels = decode()
-    # Decoding again is slow, not wrong: a cache that cannot be written is left alone.
+    # A cache that cannot be written is ignored: decoding again is only slow.
     with contextlib.suppress(OSError):
         _write(path, images=images, labels=labels)
     return images, labels
 
 
 def _write(path, **arrays):
-    """Writes an .npz file so that no reader ever sees half of one."""
+    """Writes an .npz file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         whole = Path(scratch) / path.name

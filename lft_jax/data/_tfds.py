@@ -1,19 +1,20 @@
-"""TFDS image-classification sets, read through `tfds.data_source`, which needs no TensorFlow, and decoded once."""
+"""TFDS image-classification data sets, read through `tfds.data_source` (without TensorFlow) and decoded once."""
 
 import difflib
 import os
+from typing import Any
 
 import numpy as np
 
-from lft_jax.data import sources
 from lft_jax.data._cache import cached
+from lft_jax.data._embedded import EMBEDDED
 
-#: Sets whose train and test splits have different classes; so have train and validation, then.
+#: Data sets whose train and test splits have different classes. Their train and validation splits do too.
 SPLIT_BY_CLASS = ("omniglot",)
 
 
 def load(name, split, data_dir, cache_dir):
-    """`(images, labels, num_classes)` of a split, see `sources.load_source`."""
+    """Returns `(images, labels, num_classes)` of a split, see `load_source`."""
     builder = _builder(name, data_dir)
     shape, num_classes = _features(name, builder.info.features)
     available = builder.info.splits
@@ -39,21 +40,21 @@ def _builder(name, data_dir):
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"name: {name!r} is not embedded{_near(name, sources.EMBEDDED)}; other sources are read with TFDS: "
+            f"name: {name!r} is not embedded{_near(name, EMBEDDED)}; other sources are read with TFDS: "
             "pip install tensorflow-datasets array_record pillow."
         ) from error
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        known = [*sources.EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
+        known = [*EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
         raise ValueError(
-            f"name: unknown source {name!r}{_near(name, known)}. Known: {', '.join(sources.EMBEDDED)}, the sets of "
-            "TFDS such as mnist and cifar10, and paths ending in .npz."
+            f"name: unknown source {name!r}{_near(name, known)}. Known: {', '.join(EMBEDDED)}, data sets "
+            "of TFDS such as mnist and cifar10, and paths ending in .npz."
         ) from error
     if not builder.info.splits:
         raise FileNotFoundError(
-            f"{name!r} is not prepared in {builder.data_dir}. Set TFDS_DATA_DIR (or data_dir) to where it is, or "
-            f"prepare it once, which needs TensorFlow: tfds.builder({name!r}, file_format='array_record')"
+            f"{name!r} is not prepared in {builder.data_dir}. Set TFDS_DATA_DIR (or data_dir) to its folder, or "
+            f"prepare it once (needs TensorFlow): tfds.builder({name!r}, file_format='array_record')"
             ".download_and_prepare()."
         )
     return builder
@@ -64,7 +65,7 @@ def _near(name, known):
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
-def _features(name, features):
+def _features(name: str, features: Any) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
 
     named = isinstance(features, tfds.features.FeaturesDict)

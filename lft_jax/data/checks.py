@@ -1,51 +1,65 @@
-"""What every labelled set of images must satisfy, and the table that episodes are drawn with."""
+"""Checks of labelled images, and the class table that episodes are drawn from."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int32, Integer, UInt8
 
 
-def check_images_labels(images, labels, num_classes: int | None = None) -> None:
-    """Raises a ValueError unless this is a set of labelled images.
+def check_images_labels(images: ArrayLike, labels: ArrayLike, num_classes: int | None = None) -> None:
+    """Raises a ValueError unless images and labels are valid.
 
     Args:
-      images: `[N, H, W, C]`, uint8, or floating-point within [0, 1].
-      labels: `[N]`, integers within [0, num_classes).
-      num_classes: None if any label from 0 will do.
+      images: `[N, H, W, C]`, uint8 in [0, 255] or floating-point in [0, 1].
+      labels: `[N]`, integers in [0, num_classes).
+      num_classes: number of classes; None for no upper limit on the labels.
 
     Raises:
-      ValueError: for another rank, dtype or range, a NaN, no image, or lengths that differ.
+      ValueError: for another rank, dtype or range, a NaN, an axis of length 0, or lengths that differ.
+
+    Examples:
+      >>> check_images_labels(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 3]), num_classes=4)
+      >>> check_images_labels(np.full((2, 8, 8, 1), 1.5), np.array([0, 3]))
+      Traceback (most recent call last):
+          ...
+      ValueError: images must lie in [0, 1] if floating-point, got values from 1.5 to 1.5.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, C] with no axis of length 0, got shape {images.shape}.")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels must be [N] = ({len(images)},) like the images, got shape {labels.shape}.")
-    # bfloat16 is no numpy floating type, but compares like one.
+    # bfloat16 is not a floating type to numpy, but compares like one.
     if images.dtype != np.uint8:
         if not (np.issubdtype(images.dtype, np.floating) or images.dtype.name == "bfloat16"):
             raise ValueError(f"images must be uint8 or floating-point, got {images.dtype}.")
         low, high = images.min(), images.max()
-        if not (low >= 0 and high <= 1):  # true of NaN as well
+        if not (low >= 0 and high <= 1):  # also true for NaN
             raise ValueError(f"images must lie in [0, 1] if floating-point, got values from {low} to {high}.")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be integers, got {labels.dtype}.")
     _check_labels(labels, num_classes)
 
 
-def class_table(labels, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the examples of each class are.
+def class_table(
+    labels: Integer[Array | np.ndarray, " N"], num_classes: int
+) -> tuple[Int32[np.ndarray, "classes most"], Int32[np.ndarray, " classes"]]:
+    """The positions of the examples of each class, as a padded table.
 
     Args:
-      labels: `[N]` integers within [0, num_classes).
-      num_classes: rows of the table.
+      labels: `[N]`, integers in [0, num_classes).
+      num_classes: number of rows of the table.
 
     Returns:
-      `(table, counts)`: `[num_classes, most]` int32, row c holding the positions of class c in increasing order, then
-      zeros; `[num_classes]` int32, how many entries of each row count.
+      `(table, counts)`. Row c of `table`, `[num_classes, most]` int32, has the positions of class c in increasing
+      order, padded with zeros. `counts`, `[num_classes]` int32, has the number of examples of each class.
 
     Raises:
       ValueError: for labels out of range.
+
+    Examples:
+      >>> table, counts = class_table(np.array([1, 0, 1]), num_classes=3)
+      >>> table.tolist(), counts.tolist()
+      ([[1, 0], [0, 2], [0, 0]], [1, 2, 0])
     """
     labels = np.asarray(labels)
     _check_labels(labels, num_classes)
@@ -65,6 +79,17 @@ def _check_labels(labels, num_classes):
         raise ValueError(f"labels must be {expected}, got values from {low} to {high}.")
 
 
-def unit_range(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [0, 1]; floating-point images as they are."""
+def unit_range(images: UInt8[Array, "*shape"] | Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Converts uint8 images to float32 in [0, 1]; returns floating-point images unchanged.
+
+    Args:
+      images: of any shape, uint8 in [0, 255] or floating-point in [0, 1].
+
+    Returns:
+      Floating-point images of the same shape.
+
+    Examples:
+      >>> unit_range(jnp.array([0, 255], jnp.uint8)).tolist()
+      [0.0, 1.0]
+    """
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

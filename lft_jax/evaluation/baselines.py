@@ -1,7 +1,8 @@
-"""Hand-designed optimizers for perturbations, and the grids that they are tuned over (PROTOCOL 2).
+"""Hand-designed baselines, and the grids that they are tuned over (docs/protocol.md).
 
-Each is a `Learner` whose `params` are its hyperparameters, traced: a whole grid runs through one compilation. Step
-sizes are in units of the constraint's scale (epsilon, for an linf ball), except SGD's, which multiplies raw gradients.
+Each baseline is a `Learner` whose `params` are its hyperparameters. They are traced, so a whole grid shares one
+compilation. Step sizes are in units of the constraint's scale (epsilon for an linf ball), except for the learning rate
+of SGD, which multiplies raw gradients.
 """
 
 import dataclasses
@@ -14,19 +15,30 @@ from lft_jax.meta import learners
 from lft_jax.optimizers.hand_designed import adam, adamm, normalized_gradient, projected_gradient, sgd
 from lft_jax.tasks.perturbation import AttackLoss
 
-#: The losses of the grids: the loss can matter more than the step (PROTOCOL 2).
+#: The losses that grids try; the choice of the loss can matter more than that of the step size.
 GRID_LOSSES = (AttackLoss("hinge"), AttackLoss("hinge", kappa=5.0), AttackLoss("cross_entropy"))
 
 
 class Setting(NamedTuple):
-    """One entry of a grid: the hyperparameters, and the loss that is minimised on the support images."""
+    """One entry of a grid.
+
+    Attributes:
+      params: hyperparameters of the optimizer, by name.
+      support_loss: the loss that is minimized on the support images.
+    """
 
     params: dict[str, float]
     support_loss: AttackLoss
 
 
 class Baseline(NamedTuple):
-    """A hand-designed optimizer: how it runs, its customary untuned setting, and the grid it is tuned over."""
+    """A hand-designed optimizer for comparison.
+
+    Attributes:
+      learner: runs the optimizer; its `params` are the hyperparameters.
+      default: the customary untuned setting.
+      grid: the settings to tune over.
+    """
 
     learner: Learner
     default: Setting
@@ -44,9 +56,25 @@ def _grid(losses, **values) -> tuple[Setting, ...]:
 
 @functools.cache
 def make_baselines(norm: str) -> dict[str, Baseline]:
-    """The baselines of PROTOCOL 2 for a ball or a penalty of the given norm, by name.
+    """The baselines for a ball or a penalty, with their grids.
 
-    Under zeroth-order gradients "pgd" is ZO-signSGD, "sgd" is ZO-SGD, "adam" is ZO-Adam, and "adamm" is ZO-AdaMM.
+    With zeroth-order gradients "pgd" is ZO-signSGD, "sgd" is ZO-SGD, "adam" is ZO-Adam and "adamm" is ZO-AdaMM.
+
+    Args:
+      norm: "linf", "l2" or "l1". For "l2" PGD steps along the normalized gradient, else along its sign.
+
+    Returns:
+      `{name: Baseline}`.
+
+    Examples:
+      >>> baselines = make_baselines("linf")
+      >>> sorted(baselines)
+      ['adam', 'adamm', 'momentum_pgd', 'pgd', 'sgd', 'uap_sgd']
+      >>> baselines["pgd"].default.params, len(baselines["pgd"].grid)
+      ({'step': 0.1, 'decay': 0.0, 'final': 1.0}, 30)
+
+    References:
+      ZO-AdaMM: Chen et al. 2019, arXiv 1910.06513. UAP-SGD: Shafahi et al. 2020, arXiv 1811.11304.
     """
     hinge, entropy = GRID_LOSSES[0], GRID_LOSSES[-1]
     steepest = normalized_gradient if norm == "l2" else projected_gradient
@@ -88,7 +116,7 @@ def make_baselines(norm: str) -> dict[str, Baseline]:
 
 
 def from_start(baseline: Baseline, theta: PyTree) -> Baseline:
-    """The baseline, started from `theta` instead of the family's start."""
+    """The same baseline with the start `theta`, projected, instead of the family's own."""
     learner = dataclasses.replace(
         baseline.learner,
         name=f"{baseline.learner.name} from a start",

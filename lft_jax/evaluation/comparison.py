@@ -1,4 +1,4 @@
-"""One table of PROTOCOL.md: methods side by side on the same unseen tasks against one victim."""
+"""The comparison table: all methods on the same unseen tasks against one victim (docs/protocol.md)."""
 
 import dataclasses
 import math
@@ -25,24 +25,25 @@ from lft_jax.evaluation.metrics import (
 from lft_jax.oracles import ZerothOrder
 from lft_jax.tasks.uap import UapFamily
 
-#: What the paired differences and the steps-to-reach are measured against.
+#: The baseline that paired differences and steps to reach refer to.
 REFERENCE = "pgd"
+#: Name of the transfer start that is fine-tuned by the best baseline.
 TRANSFER = "transfer, fine-tuned"
-#: Ends the names of baselines that were given what the learned methods were: the augmentation of the support images
-#: and, under zeroth-order gradients, the search of waves and the estimator with all its settings.
+#: Suffix of baselines that are given what the learned methods are given: the augmentation of the support images and,
+#: with zeroth-order gradients, the search for a start and the same estimator.
 AUGMENTED = ", augmented"
 
 
 class Target(NamedTuple):
-    """Who is attacked.
+    """A victim, and its tasks on the three splits of an image source.
 
     Attributes:
-      source: image source.
+      source: name of the image source.
       victim: name of the victim.
       seen: whether the victim was in meta-training.
-      train: its tasks on the images that the full-data oracle may use.
-      validation: its tasks on meta-validation images, which choose hyperparameters.
-      test: its tasks on images that nothing was chosen on.
+      train: its tasks on train images, which the full-data oracle uses.
+      validation: its tasks on validation images, which hyperparameters are chosen on.
+      test: its tasks on test images, which nothing is chosen on.
     """
 
     source: str
@@ -58,8 +59,9 @@ class Learned(NamedTuple):
 
     Attributes:
       learner: its learner.
-      params: its meta-parameters of each meta-training seed.
-      tasks: a target's tasks -> those it is judged on, if it was meta-trained to spend the same queries otherwise.
+      params: its meta-parameters, one entry per meta-training seed.
+      tasks: changes the test tasks of a target for this method, for example to spend the same queries in another way;
+        by default it does not.
     """
 
     learner: Learner
@@ -69,18 +71,25 @@ class Learned(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How much is measured.
+    """The size of a comparison.
 
     Attributes:
-      num_steps: K.
-      at: the steps that are judged, ascending, the last one K.
-      num_tasks: meta-test tasks.
-      num_validation: meta-validation tasks that the grids are run on.
-      methods: baselines to tune, of `lft_jax.evaluation.baselines.make_baselines`.
-      oracle_steps: steps of each full-data run.
-      oracle_targeted: whether the full-data UAP is also sought for each target class.
-      batch_size: tasks run side by side.
-      seed: of the tasks.
+      num_steps: K, number of fine-tuning steps.
+      at: the steps after which to measure, ascending, the last one K.
+      num_tasks: number of test tasks.
+      num_validation: number of validation tasks that grids are run on.
+      methods: names of the baselines to tune, see `make_baselines`.
+      oracle_steps: number of steps of each full-data run.
+      oracle_targeted: whether the full-data oracle also tries each target class.
+      batch_size: number of tasks that run together.
+      seed: seed of the tasks.
+
+    Raises:
+      ValueError: for a field out of range.
+
+    Examples:
+      >>> Protocol(num_steps=5, at=(1, 5), num_tasks=10).methods
+      ('pgd', 'momentum_pgd', 'sgd', 'adam', 'uap_sgd')
     """
 
     num_steps: int = 20
@@ -110,25 +119,27 @@ def compare(
     transfer_from: Sequence[UapFamily] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Tunes the baselines on the target's validation tasks and runs every method once on its test tasks.
+    """Tunes the baselines on the validation tasks of a target and runs all methods on its test tasks.
 
-    The baselines are run as published: from the family's own start, on the support images as they are, and with
-    zeroth-order estimates along directions shared by all images, in all dimensions, as many a step as are needed to
-    make at least the queries of the target's tasks. Where these tasks differ from that, as they then do for the
-    learned methods, the best baseline and the fine-tuned transfer start are also tuned and run on them, with or without
-    their second loss, as is better on validation tasks.
+    Baselines run as published: from the family's own start, without augmentation, search or second loss. Their
+    zeroth-order estimates use directions in all dimensions that all images share, and as many of them per step as it
+    takes to spend at least the queries of the target's tasks.
+
+    If the target's tasks offer more than that, the best baseline and the fine-tuned transfer start are also tuned and
+    run on these tasks themselves (the rows that end in ", augmented"). Whether they keep the second loss, if there is
+    one, is chosen on validation tasks.
 
     Args:
-      target: who is attacked.
-      learned: the meta-learned methods.
-      protocol: how much is measured.
-      transfer_from: meta-training families of the same shape, for the transfer start (as it is, and fine-tuned by the
-        best tuned baseline, itself tuned from that start); none for no such rows.
-      report: called with a line of progress.
+      target: the victim and its tasks.
+      learned: the meta-learned methods, by name.
+      protocol: the size of the comparison.
+      transfer_from: meta-training families of the same shape. One perturbation is optimized on all of them. It has two
+        rows: as it is, and fine-tuned by the best baseline, which is tuned again from there. Empty for no such rows.
+      report: called with one line of text after each method.
 
     Returns:
-      The rows, JSON-serialisable, and each learned method's and the oracle's perturbation for the first task,
-      `{method: [H, W, C]}`.
+      The rows of the table, which can be stored as JSON, and `{method: [H, W, C]}`, the perturbations of the learned
+      methods on the first task and that of the full-data oracle.
     """
     key_tasks, key_validation, key_oracle, key_transfer = jax.random.split(jax.random.key(protocol.seed), 4)
     keys = jax.random.split(key_tasks, protocol.num_tasks)
@@ -143,14 +154,15 @@ def compare(
         runs[name] = (metrics, notes)
         report(f"{target.source}/{target.victim}: {name} {np.mean([m['asr'][:, -1] for m in metrics]):.3f}")
 
-    def run_tuned(label, baseline, *targets, **notes):
-        tried = [tune(baseline, of.validation, keys_validation, **options) for of in targets]
-        scores = [max(score for _, score in tuned.scores) for tuned in tried]
-        place = int(np.argmax(scores))
-        setting, test = tried[place].setting, targets[place].test
-        notes |= {"setting": _setting(setting, test), "settings_tried": len(targets) * len(baseline.grid)}
-        run(label, baseline.learner, [setting.params], minimising(test, setting.support_loss), **notes)
-        return scores[place]
+    def run_tuned(name, baseline, *variants, **notes):
+        """Tunes on each variant of the target, runs the best one, and returns its score."""
+        tuned = [tune(baseline, variant.validation, keys_validation, **options) for variant in variants]
+        best_scores = [max(score for _, score in outcome.scores) for outcome in tuned]
+        chosen = int(np.argmax(best_scores))
+        setting, test = tuned[chosen].setting, variants[chosen].test
+        notes |= {"setting": _setting(setting, test), "settings_tried": len(variants) * len(baseline.grid)}
+        run(name, baseline.learner, [setting.params], minimising(test, setting.support_loss), **notes)
+        return best_scores[chosen]
 
     table = baselines.make_baselines(target.test.constraint.norm)
     plain, scores = _as_published(target, protocol.num_steps), {}
@@ -165,19 +177,19 @@ def compare(
             family,
             setting=_setting(baseline.default, plain.test),
         )
-    best = max(scores, key=scores.get)
+    best = max(scores, key=lambda name: scores[name])
     strongest = {best: table[best]}
     if transfer_from:
         theta, _ = full_data_uap(transfer_from, transfer_from[0], key_transfer, num_steps=protocol.oracle_steps)
         runs["transfer"] = ([_repeat(theta, target, keys, protocol)], {"victims": len(transfer_from)})
         strongest[TRANSFER] = baselines.from_start(table[best], theta)
         run_tuned(TRANSFER, strongest[TRANSFER], plain, by=best)
-    if _ours(plain.test) != _ours(target.test):
-        given = [target]
+    if _additions(plain.test) != _additions(target.test):
+        variants = [target]
         if target.test.recipe.second_loss is not None:
-            given.append(_changed(target, lambda family: family.with_recipe(second_loss=None)))
+            variants.append(_changed(target, lambda family: family.with_recipe(second_loss=None)))
         for name, baseline in strongest.items():
-            run_tuned(name + AUGMENTED, baseline, *given, by=best)
+            run_tuned(name + AUGMENTED, baseline, *variants, by=best)
 
     for name, method in learned.items():
         run(name, method.learner, method.params, method.tasks(target.test))
@@ -198,18 +210,19 @@ def compare(
     return _rows(target, runs, protocol), pictures
 
 
-def _ours(family):
+def _additions(family):
+    """The parts of the tasks that published attacks lack."""
     recipe = family.recipe
     return recipe.augmentation, family.estimator, recipe.waves, recipe.second_loss
 
 
 def as_published(family: UapFamily, num_directions: int) -> UapFamily:
-    """The tasks as hand-designed attacks are published: from the family's own start, on the support images as they are.
+    """The tasks without augmentation, search and second loss, as for published hand-designed attacks.
 
     Args:
       family: the tasks.
-      num_directions: of its zeroth-order estimates, which then are along directions in all dimensions that all images
-        share; exact gradients stay exact.
+      num_directions: number of random directions of the zeroth-order estimates, in all dimensions and shared by all
+        images. Exact gradients stay exact.
     """
     estimator = family.estimator
     if isinstance(estimator, ZerothOrder):
@@ -223,9 +236,9 @@ def _as_published(target, num_steps):
     def plain(family):
         if not isinstance(family.estimator, ZerothOrder):
             return as_published(family, 0)
-        spared = family.recipe.waves.evaluations if family.recipe.waves else 0
-        each = 2 if family.estimator.antithetic else 1  # evaluations that one more direction takes
-        return as_published(family, family.estimator.num_directions + math.ceil(spared / (num_steps * each)))
+        saved = family.recipe.waves.evaluations if family.recipe.waves else 0
+        per_direction = 2 if family.estimator.antithetic else 1
+        return as_published(family, family.estimator.num_directions + math.ceil(saved / (num_steps * per_direction)))
 
     return _changed(target, plain)
 
@@ -239,15 +252,16 @@ def _setting(setting, family):
     return {**setting.params, **dataclasses.asdict(setting.support_loss), **second}
 
 
-def _repeat(theta, target, keys, protocol):
+def _repeat(theta, target, keys, protocol) -> dict[str, np.ndarray]:
+    """The metrics of one perturbation, the same after each step."""
     metrics = evaluate_fixed(theta, target.test, keys, batch_size=protocol.batch_size)
     return {name: np.repeat(np.asarray(value), len(protocol.at), axis=1) for name, value in metrics.items()}
 
 
 def _rows(target, runs, protocol):
-    def per_task(name):
+    def per_task(name) -> np.ndarray:  # [T, len(at)]
         seeds = [metrics["asr"] for metrics in runs[name][0]]
-        return np.mean(seeds, axis=0, dtype=np.float64)  # [T, len(at)]
+        return np.asarray(np.mean(seeds, axis=0, dtype=np.float64))
 
     reference = per_task(REFERENCE)
     goal = reference[:, -1].mean()

@@ -1,14 +1,15 @@
-"""Comparing fine-tuners as PROTOCOL.md says: same tasks, tuned baselines, intervals over tasks, a ceiling."""
+"""Metrics over tasks, the tuning of baselines, the full-data oracle, and intervals (docs/protocol.md)."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key, PRNGKeyArray, Shaped
 
 from lft_jax import oracles
 from lft_jax.base import Learner, PyTree, TaskFamily
@@ -24,28 +25,40 @@ def evaluate(
     learner: Learner,
     params: PyTree,
     family: TaskFamily,
-    keys: jax.Array,
+    keys: Key[Array, " T"],
     *,
     num_steps: int,
     at: tuple[int, ...],
     batch_size: int = 10,
-) -> dict[str, jax.Array]:
-    """Fine-tunes on each task's support set and judges on its query set.
+) -> dict[str, Shaped[Array, "T steps"]]:
+    """Fine-tunes on the support set of each task and measures on its query set.
 
     Args:
-      learner: what fine-tunes; only its `optimizer` and `start` matter here.
+      learner: the learner, of which only how it fine-tunes is used.
       params: its meta-parameters.
-      family: the tasks.
-      keys: `[T]`, one a task: methods given the same keys get the same tasks.
-      num_steps: K.
-      at: the steps, 1 to K, after which to judge.
-      batch_size: tasks run side by side.
+      family: the task family.
+      keys: `[T]` PRNG keys, one per task. Methods that are given the same keys get the same tasks.
+      num_steps: K, number of fine-tuning steps.
+      at: the steps, from 1 to K, after which to measure.
+      batch_size: number of tasks that run together.
 
     Returns:
-      `{metric: [T, len(at)]}`, the family's metrics, and `queries`, example evaluations used.
+      `{name: [T, len(at)]}`: the metrics of the family on the query set, and `queries`, the queries spent up to that
+      step.
 
     Raises:
       ValueError: for a step outside 1 to K.
+
+    Examples:
+      >>> import optax
+      >>> from lft_jax import learners
+      >>> from lft_jax.tasks import QuadraticFamily
+      >>> family = QuadraticFamily(jnp.asarray([1.0, 2.0]), support=5, query=8)
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> sgd = learners.fixed("sgd", optax.sgd)
+      >>> found = evaluate(sgd, {"learning_rate": 0.3}, family, keys, num_steps=4, at=(1, 4))
+      >>> found["loss"].shape, found["queries"][0].tolist()
+      ((3, 2), [5, 20])
     """
     if not at or not 1 <= min(at) <= max(at) <= num_steps:
         raise ValueError(f"at must hold steps from 1 to num_steps = {num_steps}, got {at}.")
@@ -53,7 +66,7 @@ def evaluate(
 
 
 def _only_fine_tuning(learner):
-    # All but how it fine-tunes is dropped, so that LFT and L2O of one rule share a compilation.
+    # Drop everything except how it fine-tunes, so that LFT and L2O of one rule share a compilation.
     return dataclasses.replace(learner, name="", init=_nothing_to_learn, objective="query", second_order=False)
 
 
@@ -68,7 +81,7 @@ def _evaluate(learner, params, family, keys, num_steps, at, batch_size):
     def task(key):
         episode, trajectory = run_task(learner, params, family, key, num_steps=num_steps)
         thetas = jax.tree.map(lambda x: x[rows], trajectory.thetas)
-        # Step by step: as fast as all at once or faster, and in a K-th of the memory.
+        # One step at a time: no slower than all at once, and with a K-th of the memory.
         metrics = jax.lax.map(lambda theta: family.metrics(theta, episode.query), thetas)
         return {**metrics, "queries": trajectory.queries[rows]}
 
@@ -76,8 +89,27 @@ def _evaluate(learner, params, family, keys, num_steps, at, batch_size):
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
-def evaluate_fixed(theta: PyTree, family: TaskFamily, keys: jax.Array, *, batch_size: int = 10) -> dict[str, jax.Array]:
-    """`{metric: [T, 1]}`: one `theta` judged, as it is, on the query sets of the tasks that `evaluate` would draw."""
+def evaluate_fixed(
+    theta: PyTree, family: TaskFamily, keys: Key[Array, " T"], *, batch_size: int = 10
+) -> dict[str, Shaped[Array, "T 1"]]:
+    """Measures one `theta`, without fine-tuning, on the query sets of the tasks that `evaluate` would draw.
+
+    Args:
+      theta: the optimizee.
+      family: the task family.
+      keys: `[T]` PRNG keys, one per task.
+      batch_size: number of tasks that run together.
+
+    Returns:
+      `{name: [T, 1]}`, the metrics of the family.
+
+    Examples:
+      >>> from lft_jax.tasks import QuadraticFamily
+      >>> family = QuadraticFamily(jnp.ones(2), noise=0.0)
+      >>> found = evaluate_fixed(jnp.zeros(2), family, jax.random.split(jax.random.key(0), 3))
+      >>> found["loss"].shape
+      (3, 1)
+    """
 
     def task(key):
         episode = family.sample(jax.random.split(key, 3)[0])
@@ -86,8 +118,26 @@ def evaluate_fixed(theta: PyTree, family: TaskFamily, keys: jax.Array, *, batch_
     return jax.lax.map(task, keys, batch_size=min(batch_size, len(keys)))
 
 
-def first_perturbation(learner: Learner, params: PyTree, family: TaskFamily, key: jax.Array, num_steps: int) -> PyTree:
-    """The final `theta` of the task that `evaluate` would draw from `key`."""
+def first_perturbation(
+    learner: Learner, params: PyTree, family: TaskFamily, key: PRNGKeyArray, num_steps: int
+) -> PyTree:
+    """The `theta` that fine-tuning ends with, on the task that `evaluate` would draw from `key`.
+
+    Args:
+      learner: the learner, of which only how it fine-tunes is used.
+      params: its meta-parameters.
+      family: the task family.
+      key: PRNG key of the task.
+      num_steps: K, number of fine-tuning steps.
+
+    Examples:
+      >>> import optax
+      >>> from lft_jax import learners
+      >>> from lft_jax.tasks import QuadraticFamily
+      >>> family, sgd = QuadraticFamily(jnp.ones(2)), learners.fixed("sgd", optax.sgd)
+      >>> first_perturbation(sgd, {"learning_rate": 0.5}, family, jax.random.key(0), num_steps=3).shape
+      (2,)
+    """
     return _first_perturbation(_only_fine_tuning(learner), params, family, key, num_steps)
 
 
@@ -98,24 +148,47 @@ def _first_perturbation(learner, params, family, key, num_steps):
 
 
 class Tuned(NamedTuple):
-    """The outcome of a grid: the chosen setting and every setting's mean merit on the tasks it was chosen on."""
+    """The outcome of a grid.
+
+    Attributes:
+      setting: the chosen setting.
+      scores: each setting of the grid and its mean `merit` over the validation tasks.
+    """
 
     setting: Setting
     scores: list[tuple[Setting, float]]
 
 
-def merit(family: UapFamily, metrics: dict[str, jax.Array]) -> jax.Array:
-    """What settings are chosen by: success, or, since it is no end in itself under a penalty, minus the loss there."""
+def merit(family: UapFamily, metrics: dict[str, Float[Array, "*shape"]]) -> Float[Array, "*shape"]:
+    """What settings are chosen by: the success rate under a ball, and minus the loss under a penalty.
+
+    Under a penalty, the success rate alone would favour large perturbations.
+    """
     return metrics["asr"] if family.constraint.penalty is None else -metrics["loss"]
 
 
 def minimising(family: UapFamily, loss: AttackLoss) -> UapFamily:
-    """The family with another loss of the support images, which keeps to the objective's target, if it has one."""
+    """The family with another loss on the support images, which takes the target of the objective."""
     return family.with_recipe(loss=dataclasses.replace(loss, target=family.objective.target))
 
 
-def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: int, batch_size: int = 10) -> Tuned:
-    """Runs the whole grid on (meta-validation) tasks and picks the setting of the best mean `merit` at step K."""
+def tune(
+    baseline: Baseline, family: UapFamily, keys: Key[Array, " T"], *, num_steps: int, batch_size: int = 10
+) -> Tuned:
+    """Runs the whole grid of a baseline on validation tasks and picks the best setting.
+
+    Settings are compared after the last step: by the mean success rate under a ball, by the mean loss under a penalty.
+
+    Args:
+      baseline: the baseline and its grid.
+      family: the validation tasks.
+      keys: `[T]` PRNG keys, one per task.
+      num_steps: K, number of fine-tuning steps.
+      batch_size: number of tasks that run together.
+
+    Returns:
+      The chosen setting, and all settings with their scores; a higher score is better.
+    """
     scores = []
     for setting in baseline.grid:
         metrics = evaluate(
@@ -131,8 +204,20 @@ def tune(baseline: Baseline, family: UapFamily, keys: jax.Array, *, num_steps: i
     return Tuned(max(scores, key=lambda score: score[1])[0], scores)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean over tasks and the half-width of its 95% confidence interval (normal approximation), of `[T]` values."""
+def mean_interval(values: Shaped[Array | np.ndarray, " T"]) -> tuple[float, float]:
+    """Mean and half-width of its 95% confidence interval, by the normal approximation `1.96 * s / sqrt(T)`.
+
+    Args:
+      values: `[T]`, one value per task.
+
+    Returns:
+      The mean and the half-width, which is infinite for one value.
+
+    Examples:
+      >>> mean, width = mean_interval(np.asarray([0.4, 0.5, 0.6]))
+      >>> round(mean, 3), round(width, 3)
+      (0.5, 0.113)
+    """
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return float(values.mean()), math.inf
@@ -140,7 +225,19 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def steps_to_reach(curve: Sequence[float], target: float) -> int | None:
-    """The first step (from 1) at which a mean-ASR curve `[K]` is at least `target`, or None."""
+    """The first step at which a curve reaches a target.
+
+    Args:
+      curve: `[K]` values after steps 1 to K, such as mean success rates.
+      target: the value to reach.
+
+    Returns:
+      The number of the first step with a value of at least `target`, from 1, or None.
+
+    Examples:
+      >>> steps_to_reach([0.1, 0.3, 0.5], 0.3)
+      2
+    """
     reached = np.flatnonzero(np.asarray(curve) >= target)
     return int(reached[0]) + 1 if len(reached) else None
 
@@ -172,40 +269,42 @@ def _full_data_run(families, theta, key, step, loss, *, num_steps, batch_size):
 def full_data_uap(
     families: Sequence[UapFamily],
     judge: UapFamily,
-    key: jax.Array,
+    key: PRNGKeyArray,
     *,
     num_steps: int = 300,
     batch_size: int = 100,
     steps: tuple[float, ...] = (0.1, 0.4),
     targeted: bool = False,
     num_judged: int = 1000,
-) -> tuple[jax.Array, list[dict]]:
-    """A UAP optimised on all images of the given families at once: the ceiling, or the transfer start.
+) -> tuple[Float[Array, "H W C"], list[dict[str, Any]]]:
+    """A UAP that is optimized on all images of one or more families.
 
-    With one family this is the *oracle* of PROTOCOL 5: the best of several losses and step sizes (and targeted at
-    each class too), chosen on `judge`'s images. With the families of several meta-training victims it is the
-    *transfer* start of PROTOCOL 2.
+    With one family this is the *full-data oracle* of docs/protocol.md, the ceiling. With the families of several
+    meta-training victims it is the *transfer* start. There is one run of momentum PGD for each loss, cross-entropy and
+    hinge, and each step size. The best run is chosen on the images of `judge`: by the success rate under a ball, by the
+    loss under a penalty.
 
     Args:
-      families: one or more, of the same image shape and constraint.
-      judge: whose images and victim choose among the runs, and whose hinge's confidence they have.
-      key: for minibatches.
-      num_steps: of each run.
-      batch_size: images of each family in a step.
-      steps: first step sizes, in units of the constraint's scale; they fall linearly to 0.
-      targeted: also run once for each target class (all runs keep to the judge's target, if it has one).
-      num_judged: at most so many of the judge's images are used.
+      families: one or more families of the same image shape and constraint.
+      judge: the family whose images and victim choose among the runs. All runs use the target of its objective, if it
+        has one, and the `kappa` of its objective for their hinge.
+      key: PRNG key of the minibatches.
+      num_steps: number of steps of each run.
+      batch_size: images of each family per step.
+      steps: initial step sizes, in units of the constraint's scale; they fall linearly to 0.
+      targeted: also make one run of the cross-entropy targeted at each class, unless the judge has a target.
+      num_judged: largest number of the judge's images to use.
 
     Returns:
-      The perturbation `[H, W, C]` of the best `merit`, and a record of all runs: loss, target, step, ASR on the
-      judge's images.
+      The perturbation `[H, W, C]`, and one record per run, with keys `loss`, `target`, `step` and `asr` (on the judge's
+      images).
     """
     families = tuple(families)
-    goal = judge.objective.target
-    classes = range(len(families[0].counts)) if targeted and goal is None else ()
-    runs = [(kind, goal, step) for kind in ("cross_entropy", "hinge") for step in steps]
+    given = judge.objective.target
+    classes = range(len(families[0].counts)) if targeted and given is None else ()
+    runs = [(kind, given, step) for kind in ("cross_entropy", "hinge") for step in steps]
     runs += [("cross_entropy", target, steps[0]) for target in classes]
-    # Evenly spread, since images may be sorted by class.
+    # Spread evenly, since images may be sorted by class.
     batch = judge.batch(np.linspace(0, len(judge.labels) - 1, min(num_judged, len(judge.labels))).astype(int))
     theta0 = jnp.zeros_like(families[0].init(key))
     best, records = (-math.inf, theta0), []
@@ -224,5 +323,21 @@ def _judged(family, theta, batch):
 
 
 def gap_closed(asr: float, baseline: float, ceiling: float) -> float | None:
-    """The part of the few-shot gap that is closed (PROTOCOL 5), or None where there is no gap."""
+    """The share of the gap between a baseline and the ceiling that a method closes.
+
+    It is `(asr - baseline) / (ceiling - baseline)`: below 0 for a method worse than the baseline, above 1 for one
+    better than the ceiling.
+
+    Args:
+      asr: success rate of the method.
+      baseline: success rate of the baseline.
+      ceiling: success rate of the full-data oracle.
+
+    Returns:
+      The share, or None if the ceiling is not above the baseline.
+
+    Examples:
+      >>> gap_closed(0.75, baseline=0.5, ceiling=1.0)
+      0.5
+    """
     return (asr - baseline) / (ceiling - baseline) if ceiling > baseline else None

@@ -1,4 +1,4 @@
-"""Meta-training: what is learned, from which outer loss, by which meta-gradient, and how a run is kept on disk.
+"""Meta-training: learners, outer losses, meta-gradients, the meta-step, and runs on disk.
 
 How the pieces compose::
 
@@ -7,8 +7,8 @@ How the pieces compose::
     (Learner, families) --meta_trainer--> init, step                                  `learners`, `trainer`
     MetaTrainer --run.train--> checkpoints, metrics, exact resume                     `run`, `checkpoints`
 
-`imitation` gives a rule a teacher for its first meta-steps, and `theory` measures how far the meta-gradients of LFT
-and L2O are apart. `run` and `checkpoints` are imported by name, since they load orbax and TensorBoard's writer.
+`imitation` trains a rule to imitate another optimizer in the first meta-steps, and `theory` measures the gap between
+the meta-gradients of LFT and L2O. `run` and `checkpoints` are not imported here, since they load orbax and tensorboardX.
 """
 
 from lft_jax.meta import learners

@@ -1,4 +1,4 @@
-"""Trees of arrays on disk. Nothing else in the package knows orbax."""
+"""Trees of arrays on disk, by orbax, which no other module imports."""
 
 import contextlib
 import os
@@ -11,19 +11,31 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from lft_jax import base
 from lft_jax._files import replace_directory
-
-PyTree = base.PyTree
+from lft_jax.base import PyTree
 
 
 def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
-    """Writes a tree of arrays to the directory `path`, whole or not at all, in place of one that is there.
+    """Writes a tree of arrays to the directory `path`, which is replaced if it exists.
 
-    Under `jax.distributed` all processes call it, with one path that they share, and each writes its part.
+    The write is atomic: if it fails, the old directory stays. Under `jax.distributed` every process must call this
+    with the same path on shared storage; each writes its part.
+
+    Args:
+      path: directory to write.
+      tree: pytree of JAX or NumPy arrays.
 
     Raises:
-      ValueError: if a leaf is no array, or an array without elements (orbax stores none).
+      ValueError: if a leaf is not an array, or an array without elements (orbax does not store these).
+
+    Examples:
+      >>> import tempfile
+      >>> tree = {"weight": jnp.ones((2, 3))}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_tree(f"{folder}/tree", tree)
+      ...     loaded = load_tree(f"{folder}/tree", like=tree)
+      >>> loaded["weight"].shape
+      (2, 3)
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,14 +55,14 @@ def load_tree(path: str | os.PathLike, like: PyTree) -> PyTree:
     """Reads a tree that `save_tree` wrote.
 
     Args:
-      path: the directory.
-      like: a tree of arrays or `jax.ShapeDtypeStruct` of the structure and shapes expected; the dtypes are its own.
+      path: directory to read.
+      like: tree of arrays or `jax.ShapeDtypeStruct` with the expected structure and shapes. The result has its dtypes.
 
     Returns:
-      The tree, its arrays on the default device.
+      The tree, with its arrays on the default device. See `save_tree` for an example.
 
     Raises:
-      ValueError: if nothing is there, it is damaged, or its structure or shapes are not those of `like`.
+      ValueError: if there is no checkpoint, if it is damaged, or if its structure or shapes differ from `like`.
     """
     path = Path(path).absolute()
     if not path.is_dir():
@@ -62,15 +74,16 @@ def load_tree(path: str | os.PathLike, like: PyTree) -> PyTree:
         shapes, expected = jax.tree.map(np.shape, tree), jax.tree.map(np.shape, like)
         if shapes != expected:
             raise ValueError(f"its shapes are {shapes}, expected {expected}")
-    except Exception as error:  # orbax and tensorstore raise many kinds
+    except Exception as error:  # orbax and tensorstore raise many types
         raise ValueError(f"path: the checkpoint at {path} is damaged or of another structure ({error}).") from error
-    # By way of numpy: what orbax itself puts on a device is bound to it, and would share no jitted program with others.
+    # Restored as NumPy arrays: those that orbax puts on a device are committed to it, so jitted functions would be
+    # compiled again for them.
     return jax.tree.map(jnp.asarray, tree)
 
 
 @contextlib.contextmanager
 def _checkpointer():
-    """Orbax's, without the thirty lines of information a checkpoint that it gives to absl's log."""
+    """An orbax checkpointer that logs warnings only; at the info level it logs thirty lines per checkpoint."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.WARNING))
     try:

@@ -1,4 +1,4 @@
-"""Meta-gradients without derivatives, for meta-training on models that can only be called."""
+"""Meta-gradients by evolution strategies, which need values of the outer loss but no derivatives."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from lft_jax import base
 from lft_jax.base import PyTree
@@ -13,19 +14,34 @@ from lft_jax.base import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class EvolutionStrategies:
-    """Antithetic evolution strategies (ES): the outer loss is tried at pairs of mirrored Gaussian changes of `params`.
+    """Antithetic evolution strategies (ES): a meta-gradient from differences of the outer loss L.
 
-    With `e_i ~ N(0, I)` the estimate is `mean_i (L(params + s e_i) - L(params - s e_i)) / (2 s) e_i`, the gradient of
-    the loss smoothed by that noise. For a linear loss of gradient g it is unbiased, and its variance, summed over d
-    coordinates, is `(d + 1) |g|^2 / pairs`.
+    The loss is evaluated at mirrored pairs of points, along Gaussian random directions::
+
+        grads = mean_i (L(params + s e_i) - L(params - s e_i)) / (2 s) e_i,     e_i ~ N(0, I)
+
+    This estimates the gradient of the loss smoothed by that noise, without bias. For a linear loss with gradient g in
+    d coordinates, the variance of the estimate, summed over coordinates, is `(d + 1) |g|^2 / pairs`.
 
     Attributes:
-      pairs: of changes, at least 1; each costs two outer losses.
-      sigma: `s`, above 0, in units of the meta-parameters.
+      pairs: number of random directions, at least 1. Each costs two evaluations of the outer loss.
+      sigma: step `s` along a direction, above 0, in units of the meta-parameters.
+
+    Raises:
+      ValueError: for a field out of range.
 
     References:
-      Salimans et al. 2017, Evolution strategies as a scalable alternative to reinforcement learning.
-      Metz et al. 2019, Understanding and correcting pathologies in the training of learned optimizers.
+      Salimans et al. 2017, Evolution strategies as a scalable alternative to reinforcement learning, arXiv 1703.03864.
+      Metz et al. 2019, Understanding and correcting pathologies in the training of learned optimizers, arXiv
+      1810.10180.
+
+    Examples:
+      >>> slope = jnp.asarray([3.0, -2.0])  # of a linear loss
+      >>> strategies = EvolutionStrategies(pairs=2000, sigma=0.1)
+      >>> gradient = jax.jit(lambda params, key: strategies(lambda x: (slope @ x, ()), params, key))
+      >>> (value, aux), grads = gradient(jnp.zeros(2), jax.random.key(0))
+      >>> [round(float(g)) for g in grads]
+      [3, -2]
     """
 
     pairs: int = 16
@@ -36,14 +52,18 @@ class EvolutionStrategies:
         base.check_positive("sigma", self.sigma)
 
     def __call__(
-        self, loss: Callable[[PyTree], tuple[jax.Array, Any]], params: PyTree, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Any], PyTree]:
-        """`((value, aux), grads)` as of `jax.value_and_grad(loss, has_aux=True)`; value and aux are means of all tries.
+        self, loss: Callable[[PyTree], tuple[Float[Array, ""], Any]], params: PyTree, key: PRNGKeyArray
+    ) -> tuple[tuple[Float[Array, ""], Any], PyTree]:
+        """Estimates the gradient of `loss` at `params`.
 
         Args:
-          loss: `params -> ([], aux)`, aux a tree of floating-point arrays. It is called, never differentiated.
-          params: floating-point arrays.
-          key: of the changes.
+          loss: `params -> (value [], aux)`, where aux is a tree of floating-point arrays. It is not differentiated.
+          params: tree of floating-point arrays.
+          key: PRNG key of the random directions.
+
+        Returns:
+          `((value, aux), grads)`, as `jax.value_and_grad(loss, has_aux=True)(params)` returns. `value` and `aux` are
+          means over all evaluations.
         """
 
         def pair(key):
@@ -59,9 +79,9 @@ class Particles(NamedTuple):
     """What persistent evolution strategies carry from one window to the next.
 
     Attributes:
-      carried: with leading axes `[pairs, 2]`, the inner states of each pair's two particles.
-      change: like the meta-parameters with a leading axis `[pairs]`, the sum of the pair's changes in the episode so
-        far, in units of sigma; of opposite sign for the second particle.
+      carried: inner states of the two particles of each pair, with leading axes `[pairs, 2]`.
+      change: like the meta-parameters with a leading axis `[pairs]`: the sum of the pair's random directions in the
+        episode so far. Its sign is that of the first particle; the second one has the opposite.
     """
 
     carried: PyTree
@@ -70,27 +90,40 @@ class Particles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PersistentEvolutionStrategies:
-    """Persistent evolution strategies (PES): a meta-update after each window of an episode, and yet no truncation bias.
+    """Persistent evolution strategies (PES): a meta-update after each window of an episode, without truncation bias.
 
-    An episode of K steps is cut into K / T windows. Each of a pair of particles has an episode of its own, which it
-    goes on with from window to window; in each, the pair's meta-parameters are changed anew, by `s e` and `-s e`. The
-    window's gradient is `mean_i (L+ - L-) / (2 s) E_i`, where `E_i` is the sum of the episode's changes `e` so far,
-    those that led to where the window began included. With `params` held fixed, the sum over an episode's windows is an
-    unbiased estimate of the gradient of the episode's loss, smoothed by that noise. Its variance grows with the number
-    of windows.
+    An episode of K steps is cut into K / T windows. Each pair has two particles, which fine-tune from window to window
+    with the meta-parameters `params + s e_i` and `params - s e_i`. The random directions `e_i` are drawn again in every
+    window. With `E_i` the sum of a pair's directions in the episode so far, this window's included::
+
+        grads = mean_i (L(first particle) - L(second particle)) / (2 s) E_i,     e_i ~ N(0, I)
+
+    where L is the loss of the window. If `params` are constant, the sum over the windows of an episode is an unbiased
+    estimate of the gradient of the episode's loss, smoothed by that noise. Its variance grows with the number of
+    windows.
 
     Attributes:
-      window: `T`, fine-tuning steps between two meta-updates, at least 1; it divides K.
-      pairs: of particles, at least 1; each costs two windows and keeps two optimizees and two optimizer's states for
-        every task.
-      sigma: `s`, above 0, in units of the meta-parameters.
-      accumulate: if False, the window's own change stands for `E_i`: truncated ES, which is biased, since it does not
-        see how meta-parameters act on later windows. (Each particle goes on with its own episode here too, where
-        truncated ES is often run from one that is shared.)
+      window: fine-tuning steps T between two meta-updates, at least 1. It must divide K.
+      pairs: pairs of particles, at least 1. Each costs two windows, and stores two optimizees and two optimizer states
+        per task.
+      sigma: step `s` along a direction, above 0, in units of the meta-parameters.
+      accumulate: False uses the direction `e_i` of the window instead of `E_i`. That is truncated ES, which is biased:
+        it ignores how meta-parameters act on later windows. (Here, too, each particle continues its own episode; often
+        truncated ES is run from a shared one.)
+
+    Raises:
+      ValueError: for a field out of range.
 
     References:
       Vicol, Metz and Sohl-Dickstein 2021, Unbiased gradient estimation in unrolled computation graphs with persistent
-      evolution strategies.
+      evolution strategies, arXiv 2112.13835.
+
+    Examples:
+      Ten windows in an episode of 20 steps; pass it to `meta_trainer` as `meta_gradient=`.
+
+      >>> strategies = PersistentEvolutionStrategies(window=2, pairs=8)
+      >>> strategies.init(params=jnp.zeros(3), carried=jnp.zeros(5)).carried.shape
+      (8, 2, 5)
     """
 
     window: int
@@ -104,31 +137,34 @@ class PersistentEvolutionStrategies:
         base.check_positive("sigma", self.sigma)
 
     def init(self, params: PyTree, carried: PyTree) -> Particles:
-        """Particles before the first window.
+        """Returns the particles before the first window, all zeros.
 
         Args:
           params: the meta-parameters, or their shapes and dtypes.
-          carried: one particle's inner state, or its shapes and dtypes.
+          carried: inner state of one particle, or its shapes and dtypes.
         """
         return Particles(_zeros(carried, self.pairs, 2), _zeros(params, self.pairs))
 
     def __call__(
         self,
-        loss: Callable[[PyTree, PyTree], tuple[tuple[jax.Array, Any], PyTree]],
+        loss: Callable[[PyTree, PyTree], tuple[tuple[Float[Array, ""], Any], PyTree]],
         params: PyTree,
         particles: Particles,
-        key: jax.Array,
+        key: PRNGKeyArray,
         *,
-        begins: bool | jax.Array,
-    ) -> tuple[tuple[tuple[jax.Array, Any], PyTree], Particles]:
-        """`((value, aux), grads)` of one window, as of `EvolutionStrategies`, and the particles after it.
+        begins: bool | Bool[Array, ""],
+    ) -> tuple[tuple[tuple[Float[Array, ""], Any], PyTree], Particles]:
+        """Estimates the gradient of one window.
 
         Args:
-          loss: `(params, carried) -> (([], aux), carried)`, the window's loss and the inner state that it ends in.
-          params: floating-point arrays.
-          particles: from the window before, or of `init`.
-          key: of the window's changes.
-          begins: `[]` whether the window is an episode's first, so that no earlier change counts.
+          loss: `(params, carried) -> ((value [], aux), carried)`: the loss of the window, and the inner state after it.
+          params: tree of floating-point arrays.
+          particles: result of the window before, or of `init`.
+          key: PRNG key of the window's random directions.
+          begins: `[]` whether this is the first window of an episode, where the sum of directions starts at 0.
+
+        Returns:
+          `((value, aux), grads)`, as for `EvolutionStrategies`, and the particles after the window.
         """
 
         def pair(inputs):
@@ -149,7 +185,7 @@ class PersistentEvolutionStrategies:
 
 
 def _noise(key, params):
-    """Standard normal numbers like `params`."""
+    """Standard normal numbers, shaped like `params`."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
@@ -160,7 +196,7 @@ def _moved(params, noise, sigma):
 
 
 def _along(direction, up, down, sigma):
-    """The direction times the slope between the values of two mirrored tries."""
+    """The direction times the slope of the loss along it; `up` and `down` are `(value, aux)` at the mirrored points."""
     slope = (up[0] - down[0]) / (2 * sigma)
     return jax.tree.map(lambda e: slope.astype(e.dtype) * e, direction)
 

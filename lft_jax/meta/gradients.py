@@ -1,7 +1,6 @@
-"""The meta-gradient of one family's tasks: by backpropagation within a memory budget, or by trying changes."""
+"""The meta-gradient on tasks of one family: backpropagation within a memory budget, or evolution strategies."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from lft_jax import _memory
 from lft_jax.base import Learner, PyTree, TaskFamily
@@ -16,20 +16,20 @@ from lft_jax.meta.evolution import EvolutionStrategies, Particles, PersistentEvo
 from lft_jax.meta.outer_loss import UNROLL, Scored, Unroll, losses_of_part, outer_losses, run_task, step_weights
 from lft_jax.optimizers.fine_tuning import Part, Paused, block_length
 
-#: `(params, family, keys [T], particles, window) -> ((loss, last step's loss), grads), particles`; `window` is `[]`
-#: int32, the place of an episode's window among its windows, 0 where there is but one.
-FamilyGradient = Callable[..., tuple[tuple[tuple[jax.Array, jax.Array], PyTree], PyTree]]
+#: `(params, family, keys [T], particles, window) -> ((loss, loss after the last step), grads), particles`, where
+#: `window` is the `[]` int32 index of the window in its episode, 0 without persistent evolution strategies.
+FamilyGradient = Callable[..., tuple[tuple[tuple[Float[Array, ""], Float[Array, ""]], PyTree], PyTree]]
 
-_BESIDE_TASKS = 1000  # folded into a task's key it gives one that `run_task` does not split off
+_DIRECTIONS = 1000  # folded into a task's key; `run_task` only splits it, so its keys are different
 
 
 class MemoryPlan(NamedTuple):
-    """How a family's share of a meta-step is cut up.
+    """How the tasks of one family in a meta-step are divided so that they fit into memory.
 
     Attributes:
-      remat: whether the recurrence is stored at every sqrt(K)-th step only (of a window at a time, if there is one).
-      tasks: tasks at a time, a divisor of all.
-      steps: fine-tuning steps of those tasks whose query losses are computed at a time.
+      remat: whether the recurrence is stored only at every sqrt(K)-th step (with truncation: within each window).
+      tasks: number of tasks computed together, a divisor of the number of tasks.
+      steps: number of fine-tuning steps of these tasks whose outer losses are computed together.
     """
 
     remat: bool
@@ -47,16 +47,19 @@ def memory_plan(
     steps: int,
     unroll: Unroll = UNROLL,
 ) -> MemoryPlan:
-    """The plan of fewest parts of which neither the recurrence nor the query losses store more than the budget.
+    """Returns the plan with the fewest parts that fits into the memory budget.
 
-    That is what can be told without compiling; a compiled meta-step has been seen to take up to twice as much.
+    Neither the recurrence nor the outer losses of a part then store more than the budget. This is an estimate made
+    without compiling; compiled meta-steps have taken up to twice as much.
 
     Args:
-      learner, params, family: what is meta-trained, and on what.
+      learner: what is meta-trained.
+      params: its meta-parameters.
+      family: task family.
       num_tasks: tasks of the family on one device.
-      num_steps: K.
-      steps: how many of the steps have a weight in the outer loss.
-      unroll: the budget, the window, and whether to rematerialise.
+      num_steps: fine-tuning steps K.
+      steps: number of steps with a weight above 0 in the outer loss.
+      unroll: memory budget, truncation window, and whether to rematerialise.
     """
 
     def one_step(params, key):
@@ -70,9 +73,9 @@ def memory_plan(
     scored = learner.objective != "teacher"
     loss_bytes = _memory.stored_bytes(family.loss, theta, data) if scored else 0
     remat = unroll.remat
-    if remat is None:  # not before one task alone is too much: to take fewer at a time costs no computing
+    if remat is None:  # only if one task alone is too large: fewer tasks at a time need no extra computation
         remat = num_steps * step_bytes > unroll.memory_mib * 2**20
-    span = min(unroll.window or num_steps, num_steps)  # cut up on its own
+    span = min(unroll.window or num_steps, num_steps)  # each window has blocks of its own
     block = block_length(span)
     stored_steps = block + math.ceil(num_steps / span) * math.ceil(span / block) if remat else num_steps
     tasks = _memory.fitting(num_tasks, max(stored_steps * step_bytes, loss_bytes), unroll.memory_mib)
@@ -87,12 +90,12 @@ def family_gradient(
     unroll: Unroll,
     meta_gradient: EvolutionStrategies | PersistentEvolutionStrategies | None,
 ) -> FamilyGradient:
-    """The gradient of the mean outer loss over tasks of one family.
+    """Returns a function that computes the gradient of the mean outer loss over tasks of one family.
 
     Args:
       learner: what is meta-trained.
-      num_steps: K.
-      unroll: weights of the steps, window, memory.
+      num_steps: fine-tuning steps K, at least 1.
+      unroll: weights of the steps, truncation window, memory budget.
       meta_gradient: evolution strategies, or None for backpropagation.
     """
     weights = step_weights(unroll.step_weights, num_steps)
@@ -100,29 +103,66 @@ def family_gradient(
         return _persistent(learner, num_steps, weights, meta_gradient)
     steps = np.flatnonzero(weights)
 
-    def mean_losses(params, family, keys, **options):
+    def outer_loss(params, family, keys, **options):
+        # Samples a task for each key, fine-tunes on its support set, and takes the loss after each step.
         losses = outer_losses(learner, params, family, keys, num_steps=num_steps, steps=steps, **options)
         return _weighted(losses, weights[steps])
 
-    def evolved(params, family, keys, particles, _):
-        # Nothing is stored: one step's query losses at a time.
-        loss = functools.partial(mean_losses, family=family, keys=keys, steps_at_once=1, differentiable=False)
-        return meta_gradient(loss, params, jax.random.fold_in(keys[0], _BESIDE_TASKS)), particles
+    if meta_gradient is not None:
+        return _evolved(outer_loss, meta_gradient)
+    return _backpropagated(outer_loss, learner, num_steps, len(steps), unroll)
 
-    def backpropagated(params, family, keys, particles, _):
-        plan = memory_plan(learner, params, family, len(keys), num_steps=num_steps, steps=len(steps), unroll=unroll)
+
+def _backpropagated(outer_loss, learner, num_steps, num_scored, unroll):
+    """The gradient of the outer loss by backpropagation, over as many tasks at a time as fit into memory."""
+
+    def gradient(params, family, keys, particles, _):
+        plan = memory_plan(learner, params, family, len(keys), num_steps=num_steps, steps=num_scored, unroll=unroll)
         options = {"unroll": dataclasses.replace(unroll, remat=plan.remat), "steps_at_once": plan.steps}
 
-        def gradient(keys):
-            loss = functools.partial(mean_losses, family=family, keys=keys, **options)
-            return jax.value_and_grad(loss, has_aux=True)(params)
+        def of_tasks(keys):
+            return jax.value_and_grad(outer_loss, has_aux=True)(params, family, keys, **options)
 
         if plan.tasks == len(keys):
-            return gradient(keys), particles
-        parts = jax.lax.map(gradient, keys.reshape(-1, plan.tasks))
+            return of_tasks(keys), particles
+        parts = jax.lax.map(of_tasks, keys.reshape(-1, plan.tasks))
         return jax.tree.map(lambda x: jnp.mean(x, 0), parts), particles
 
-    return backpropagated if meta_gradient is None else evolved
+    return gradient
+
+
+def _evolved(outer_loss, strategies):
+    """The gradient of the outer loss by evolution strategies."""
+
+    def gradient(params, family, keys, particles, _):
+        def loss(params):
+            # No backward pass, so little memory is needed if the losses of one step at a time are computed.
+            return outer_loss(params, family, keys, steps_at_once=1, differentiable=False)
+
+        return strategies(loss, params, jax.random.fold_in(keys[0], _DIRECTIONS)), particles
+
+    return gradient
+
+
+def _persistent(learner, num_steps, weights, strategies):
+    """The gradient of one window's outer loss by persistent evolution strategies."""
+    length, windows = strategies.window, num_steps // strategies.window
+    # Scaled so that the mean, not the sum, of the windows' losses is the outer loss of the episode.
+    weights = windows * weights.reshape(windows, length)
+    scored = Scored(np.arange(length), at_once=1, differentiable=False)
+
+    def gradient(params, family, keys, particles, window):
+        def loss(params, carried):
+            thetas, states = carried
+            part = Part(length, Paused(thetas, states, window * length))
+            options = {"num_steps": num_steps, "scored": scored, "part": part}
+            losses, carried = losses_of_part(learner, params, family, keys, **options)
+            return _weighted(losses, jnp.asarray(weights)[window]), carried
+
+        key = jax.random.fold_in(jax.random.fold_in(keys[0], _DIRECTIONS), window)
+        return strategies(loss, params, particles, key, begins=window == 0)
+
+    return gradient
 
 
 def first_particles(
@@ -132,45 +172,26 @@ def first_particles(
     shape: tuple[int, int],
     strategies: PersistentEvolutionStrategies,
 ) -> Particles:
-    """Particles before the first episode of so many families like this one, of so many tasks each.
+    """Returns the particles before the first episode, with zeros for inner states, which the episode replaces.
 
-    Inner states are zeros, which the episode replaces.
+    Args:
+      learner: what is meta-trained.
+      params: its meta-parameters.
+      family: task family, for the shapes of the inner states.
+      shape: `(number of families like this one, tasks per family)`; the former is the leading axis of the result.
+      strategies: persistent evolution strategies.
     """
 
-    def begun(params, key):
+    def inner_state(params, key):
         theta = learner.start(params, family, key)
         return theta, learner.optimizer(params).init(theta)
 
     num_families, num_tasks = shape
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_tasks))
-    particles = strategies.init(params, jax.eval_shape(jax.vmap(begun, in_axes=(None, 0)), params, keys))
+    particles = strategies.init(params, jax.eval_shape(jax.vmap(inner_state, in_axes=(None, 0)), params, keys))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_families, *x.shape)), particles)
 
 
-def _persistent(learner, num_steps, weights, strategies):
-    length, windows = strategies.window, num_steps // strategies.window
-    # Each window's loss on the scale of the episode's, so that the mean of the windows' gradients is its gradient.
-    weights = windows * weights.reshape(windows, length)
-
-    def gradient(params, family, keys, particles, window):
-        def loss(params, carried):
-            losses, carried = losses_of_part(
-                learner,
-                params,
-                family,
-                keys,
-                num_steps=num_steps,
-                scored=Scored(np.arange(length), at_once=1, differentiable=False),
-                part=Part(length, Paused(*carried, window * length)),
-            )
-            return _weighted(losses, jnp.asarray(weights)[window]), carried
-
-        key = jax.random.fold_in(jax.random.fold_in(keys[0], _BESIDE_TASKS), window)
-        return strategies(loss, params, particles, key, begins=window == 0)
-
-    return gradient
-
-
 def _weighted(losses, weights):
-    """The outer loss of losses `[T, steps]`, and that of the last step alone."""
+    """The outer loss, and the loss after the last step, as means over tasks of losses `[T, steps]`."""
     return jnp.mean(losses @ weights.astype(losses.dtype)), jnp.mean(losses[:, -1])

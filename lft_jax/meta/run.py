@@ -1,4 +1,4 @@
-"""A meta-training run on disk: checkpoints, exact resume, metrics files, progress, and when to give up."""
+"""Meta-training runs on disk: `train` writes checkpoints and metrics and resumes exactly, `load_run` reads a run."""
 
 import json
 import os
@@ -12,25 +12,25 @@ import jax
 import numpy as np
 import tensorboardX
 import tqdm
+from jaxtyping import PRNGKeyArray
 
 from lft_jax import base
+from lft_jax.base import PyTree
 from lft_jax.meta import checkpoints
 from lft_jax.meta.trainer import MetaState, MetaTrainer
-
-PyTree = Any
 
 
 class MetaTrainingDiverged(RuntimeError):
     """Too many meta-gradients in a row were not finite."""
 
 
-def meta_train(
+def train(
     trainer: MetaTrainer,
-    key: jax.Array,
+    key: PRNGKeyArray,
     workdir: str | os.PathLike[str],
     *,
     config: Mapping[str, Any],
-    absent: Mapping[str, Any] | None = None,
+    upgrade: Callable[[dict], dict] = lambda config: config,
     num_meta_steps: int,
     checkpoint_every: int = 100,
     max_skipped_in_a_row: int = 20,
@@ -39,32 +39,47 @@ def meta_train(
 ) -> MetaState:
     """Meta-trains in `workdir`, resuming from its last checkpoint if there is one.
 
-    A resumed run gives the same numbers as an uninterrupted one: all that it depends on is in the checkpoint.
-    Writes `config.json`, `checkpoints/`, `metrics.jsonl` (a line a meta-step) and TensorBoard event files. Under
-    `jax.distributed` every process calls it with one workdir on storage that they share; the first one writes.
+    A resumed run gives the same numbers as an uninterrupted one, since its complete state is in the checkpoint. Writes
+    `config.json`, `checkpoints/`, `metrics.jsonl` (one line per meta-step) and TensorBoard event files. Under
+    `jax.distributed` every process must call this with the same workdir on shared storage; the first one writes.
 
     Args:
       trainer: from `lft_jax.meta_trainer`.
-      key: seed of the run.
-      workdir: folder of the run; created.
-      config: JSON-serialisable description of the run; must be what the workdir was begun with.
-      absent: what a key of `config` meant before there was one, for workdirs begun without it.
-      num_meta_steps: in all, those before a resume included.
-      checkpoint_every: meta-steps between checkpoints (and validations).
-      max_skipped_in_a_row: so many meta-gradients in a row that are not finite stop the run.
-      validate: `params -> {name: number}`, written beside the metrics.
-      progress: show a progress bar with the time left.
+      key: PRNG key of the run.
+      workdir: directory of the run, which is created if necessary.
+      config: JSON-serializable description of the run. It must equal the configuration stored in the workdir, if any.
+      upgrade: turns a stored configuration into its present form, before it is compared.
+      num_meta_steps: total number of meta-steps, including those before a resume.
+      checkpoint_every: number of meta-steps between checkpoints (and validations).
+      max_skipped_in_a_row: number of consecutive meta-gradients that are not finite after which the run stops.
+      validate: `params -> {name: number}`, called at every checkpoint; the result is added to the metrics.
+      progress: whether to show a progress bar.
+
+    Returns:
+      The state after `num_meta_steps` meta-steps.
 
     Raises:
-      ValueError: for a workdir that holds another configuration, and numbers below 1.
+      ValueError: for a workdir with another configuration or a damaged checkpoint, and for numbers below 1.
       PermissionError: for a workdir that cannot be written.
       MetaTrainingDiverged: see `max_skipped_in_a_row`.
+
+    Examples:
+      >>> import tempfile
+      >>> metrics = {"loss": 0.5, "skipped": 0, "skipped_in_a_row": 0}  # of a trainer that only counts
+      >>> state = MetaState({"x": np.ones(2)}, {"m": np.ones(2)}, jax.random.key(0), np.int32(0))
+      >>> trainer = MetaTrainer(lambda key: state, lambda s: (s._replace(step=s.step + 1), metrics))
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     options = {"config": {"seed": 0}, "progress": False}
+      ...     after = train(trainer, jax.random.key(0), workdir, num_meta_steps=3, **options)
+      ...     loaded, config = load_run(workdir, like=lambda config: state)
+      >>> int(after.step), int(loaded.step), config
+      (3, 3, {'seed': 0})
     """
     for name, value in (("num_meta_steps", num_meta_steps), ("checkpoint_every", checkpoint_every)):
         base.check_at_least(name, value, 1)
     workdir = Path(workdir)
     first = jax.process_index() == 0
-    _claim(workdir, config, absent or {}, write=first)
+    _claim(workdir, config, upgrade, write=first)
     state = trainer.init(key)
     state = _latest(workdir, like=state) or state
     start = int(state.step)
@@ -97,7 +112,7 @@ def meta_train(
                 if name != "step" and np.ndim(value) == 0:
                     board.add_scalar(name, value, step)
             if due:
-                lines.flush()  # the lines up to a checkpoint are on disk before it is
+                lines.flush()  # so that the metrics of all meta-steps before a checkpoint are on disk
                 _save(workdir, state)
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.4f}", skipped=record["skipped"], refresh=False)
@@ -105,14 +120,17 @@ def meta_train(
 
 
 def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], MetaState]) -> tuple[MetaState, dict]:
-    """The last state of a run and its configuration.
+    """Loads the last checkpoint of a run.
 
     Args:
-      workdir: folder of the run.
-      like: `config -> MetaState` of the structure that the checkpoint should have.
+      workdir: directory of the run.
+      like: `config -> MetaState` with the structure and shapes of the checkpoint, such as that of `init_state`.
+
+    Returns:
+      The state and the stored configuration. See `train` for an example.
 
     Raises:
-      ValueError: if there is no run or no checkpoint, or it is of another structure.
+      ValueError: if there is no run or no checkpoint, or if it is damaged or has another structure.
     """
     workdir = Path(workdir)
     config = _read_config(workdir)
@@ -125,20 +143,23 @@ def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], M
 
 
 def _steps(folder):
-    """The steps that there is something of in the folder, ascending."""
+    """The meta-steps of the checkpoints in a folder, ascending."""
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def _apart(state):
-    """A state as it is stored: without its particles, which only resuming needs, and these."""
+def _split(state):
+    """The parts of a state that are stored separately: all fields except the particles, and the particles.
+
+    Particles are needed only to resume, so `load_run` also takes a `like` without them.
+    """
     fields = state._replace(key=jax.random.key_data(state.key))._asdict()
     return fields, fields.pop("particles")
 
 
 def _save(workdir, state):
-    """Writes a checkpoint, whole or not at all, and drops all but the last two."""
-    step, (fields, particles) = str(int(state.step)), _apart(state)
-    if particles:  # before the checkpoint, which is none without them
+    """Writes a checkpoint atomically, and deletes all except the last two."""
+    step, (fields, particles) = str(int(state.step)), _split(state)
+    if particles:  # first, since a checkpoint without them could not be resumed from
         checkpoints.save_tree(workdir / "particles" / step, particles)
     checkpoints.save_tree(workdir / "checkpoints" / step, fields)
     if jax.process_index() > 0:
@@ -153,7 +174,7 @@ def _latest(workdir, like):
     steps = _steps(workdir / "checkpoints")
     if not steps:
         return None
-    fields, particles = _apart(like)
+    fields, particles = _split(like)
     try:
         state = MetaState(**checkpoints.load_tree(workdir / "checkpoints" / str(steps[-1]), fields))
         if particles:
@@ -166,7 +187,7 @@ def _latest(workdir, like):
 
 
 def _read_config(workdir):
-    """The configuration of the run there, or None if there is none."""
+    """The configuration stored in the workdir, or None if there is none."""
     path = workdir / "config.json"
     if not path.exists():
         return None
@@ -176,15 +197,14 @@ def _read_config(workdir):
         raise ValueError(f"workdir: {path} is damaged ({error}).") from error
 
 
-def _claim(workdir, config, absent, write):
-    """Writes the configuration, if it is for this process to do, or checks that the one there is the same."""
-    config, absent = json.loads(json.dumps([config, dict(absent)]))  # as they read back
-    found = _read_config(workdir)
-    if found is not None:
-        found = {**absent, **found}
-        different = sorted(k for k in found.keys() | config.keys() if found.get(k) != config.get(k))
+def _claim(workdir, config, upgrade, write):
+    """Checks that the stored configuration is `config`. If there is none, stores it, unless `write` is False."""
+    config, stored = _as_stored(config), _read_config(workdir)
+    if stored is not None:
+        stored = _as_stored(upgrade(stored))
+        different = sorted(k for k in stored.keys() | config.keys() if stored.get(k) != config.get(k))
         if different:
-            changes = ", ".join(f"{k}: {found.get(k)!r} there, {config.get(k)!r} asked for" for k in different)
+            changes = ", ".join(f"{k}: {stored.get(k)!r} stored, {config.get(k)!r} given" for k in different)
             raise ValueError(f"workdir: {workdir} holds a run of another configuration ({changes}).")
         return
     if not write:
@@ -196,8 +216,13 @@ def _claim(workdir, config, absent, write):
         raise PermissionError(f"workdir: {workdir} cannot be written ({error}); choose another.") from error
 
 
+def _as_stored(config):
+    """The configuration as it is read from JSON: tuples become lists."""
+    return json.loads(json.dumps(config))
+
+
 def _keep_before(path, step):
-    """Drops the lines of meta-steps that will be run again (and a last line cut short by a crash)."""
+    """Deletes the lines of meta-steps that will be run again, and a last line that a crash left incomplete."""
     if not path.exists():
         return
     kept = []

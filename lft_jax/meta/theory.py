@@ -1,23 +1,25 @@
-"""How far learning to optimize is from learning to fine-tune: the gap between their meta-gradients, measured.
+"""The gap between the meta-gradients of LFT and L2O, measured.
 
-LFT and L2O differ in the examples of their outer loss alone (PAPER "The method"). With J_k the derivative of the k-th
-optimizee with respect to the meta-parameters, their meta-gradients on one task differ by::
+LFT and L2O differ only in the examples of their outer loss: the query set, or the support set. With J_k the derivative
+of theta_k with respect to the meta-parameters, their meta-gradients on one task differ by::
 
-    sum_k w_k J_k^T (grad f(theta_k; query) - grad f(theta_k; support))
+    sum_k w_k J_k^T (grad f(theta_k; query set) - grad f(theta_k; support set))
 
-Both gradients are estimates of one: by independent examples in the query set, and by those that theta_k was made from
-in the support set. So the gap is bounded by what the two vary (PAPER "Theory"), and vanishes as both sets grow: on one
-task with the root of their size. In the mean over many tasks what is left is the bias of the support gradient, which
-falls with the size itself.
+Both gradients estimate the same expectation: the query set is independent of theta_k, while theta_k was fine-tuned on
+the support set. So the gap is bounded by the variances of the two gradients, and should vanish as both sets grow: on
+one task with the square root of their size. In the mean over many tasks, what remains is the bias of the support
+gradient, which falls with the size itself. See docs/method.md, "LFT against L2O".
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Key, Real
 
 from lft_jax import base
 from lft_jax.base import Learner, PyTree, TaskFamily
@@ -26,16 +28,16 @@ from lft_jax.meta.outer_loss import run_task
 
 
 class MetaGradientGap(NamedTuple):
-    """What `meta_gradient_gap` found on `T` tasks.
+    """Result of `meta_gradient_gap` on T tasks. Norms are l2 norms.
 
     Attributes:
-      gaps: `[T]`, the norm of the difference of the two meta-gradients on each task.
-      norms: `[T]`, the norm of the LFT's meta-gradient on each.
-      mean_gap: `[]`, the norm of the mean difference.
-      mean_norm: `[]`, the norm of the LFT's mean meta-gradient.
-      support_variance: `[T]`, of the gradient of the support loss at the last optimizee, summed over its coordinates:
-        the sample variance over the examples divided by their number. NaN if there is one example only.
-      query_variance: `[T]`, the same of the query loss.
+      gaps: `[T]` norm of the difference of the two meta-gradients on each task.
+      norms: `[T]` norm of the LFT's meta-gradient on each task.
+      mean_gap: `[]` norm of the mean difference.
+      mean_norm: `[]` norm of the LFT's mean meta-gradient.
+      support_variance: `[T]` variance of the gradient of the support loss at the last optimizee, summed over
+        coordinates: the sample variance over examples, divided by their number. NaN for a single example.
+      query_variance: `[T]` the same for the query loss.
     """
 
     gaps: jax.Array
@@ -50,7 +52,7 @@ def meta_gradient_gap(
     learner: Learner,
     params: PyTree,
     family: TaskFamily,
-    keys: jax.Array,
+    keys: Key[Array, " T"],
     *,
     num_steps: int,
     step_weights: str = "uniform",
@@ -59,18 +61,21 @@ def meta_gradient_gap(
     """Compares the meta-gradients of LFT and L2O at the same meta-parameters, on the same tasks.
 
     Args:
-      learner: what fine-tunes; its own objective does not matter.
+      learner: what fine-tunes. Its own objective is ignored.
       params: the meta-parameters.
-      family: the tasks. Their loss must be a mean over examples.
-      keys: `[T]`, one a task.
-      num_steps: K.
-      step_weights: of the steps in the outer loss, see `lft_jax.Unroll`.
-      batch_size: tasks side by side.
+      family: task family, whose loss must be a mean over examples.
+      keys: `[T]` PRNG keys, one per task.
+      num_steps: fine-tuning steps K, at least 1.
+      step_weights: weights of the steps in the outer loss, see `lft_jax.Unroll`.
+      batch_size: tasks that are vmapped together.
+
+    Returns:
+      Norms and variances, per task and of means over tasks.
 
     Raises:
       ValueError: for `num_steps` below 1, or unknown step weights.
     """
-    outer_loss.step_weights(step_weights, num_steps)  # so that a bad one is refused before anything is compiled
+    outer_loss.step_weights(step_weights, num_steps)  # raises before anything is compiled
     return _gap(learner, params, family, keys, num_steps, step_weights, min(batch_size, len(keys)))
 
 
@@ -85,7 +90,7 @@ def _gap(learner, params, family, keys, num_steps, step_weights, batch_size):
         w = outer_loss.step_weights(step_weights, num_steps)
 
         def meta_gradient(data):
-            # The optimizees one by one, so that only one has its examples' activations in memory.
+            # One optimizee at a time, so that the activations of one are in memory.
             grads = jax.lax.map(lambda theta: jax.grad(family.loss)(theta, data), thetas)
             (meta_grad,) = pull_back(jax.tree.map(lambda g: _along_first(w, g) * g, grads))
             return meta_grad
@@ -111,7 +116,7 @@ def _along_first(weights, x):
 
 
 def _gradient_variance(family, theta, data):
-    """`[]`, the variance of the mean gradient, from the spread of the examples' own."""
+    """`[]`, the variance of the mean gradient, from the sample variance of the gradients of single examples."""
     count = len(jax.tree.leaves(data)[0])
     if count < 2:
         return jnp.full((), jnp.nan)
@@ -124,24 +129,39 @@ def _gradient_variance(family, theta, data):
 
 
 class Decay(NamedTuple):
-    """A power law `value ~ count^-exponent`: the exponent, and the ends of its 95% interval."""
+    """A power law `value ~ count^-exponent`.
+
+    Attributes:
+      exponent: the fitted exponent.
+      low, high: its 95% interval.
+    """
 
     exponent: float
     low: float
     high: float
 
 
-def fit_decay(counts: np.ndarray, values: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Decay:
-    """Fits a power law to the means of values over tasks, by least squares of logarithms.
+def fit_decay(
+    counts: Sequence[float] | Real[np.ndarray, " N"],
+    values: Real[np.ndarray, "N T"],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Decay:
+    """Fits a power law to the means of `values` over tasks, by least squares on logarithms.
 
     Args:
-      counts: `[N]`, numbers of examples, at least two different ones.
-      values: `[N, T]`, above 0, of T tasks at each count; a column is one task, resampled as a whole.
-      resamples: bootstrap samples of the tasks, whose percentiles are the interval.
-      seed: of the bootstrap.
+      counts: `[N]` numbers of examples, of which at least two differ.
+      values: `[N, T]` values above 0, one row per count and one column per task.
+      resamples: number of bootstrap samples of the tasks (columns), whose percentiles are the interval.
+      seed: seed of the bootstrap.
 
     Raises:
-      ValueError: for other shapes, or values that are not above 0.
+      ValueError: for other shapes, or values or counts that are not above 0.
+
+    Examples:
+      >>> round(fit_decay([1, 4, 16], np.asarray([[4.0], [2.0], [1.0]]), resamples=10).exponent, 6)
+      0.5
     """
     counts, values = np.asarray(counts, np.float64), np.asarray(values, np.float64)
     if counts.ndim != 1 or values.ndim != 2 or len(values) != len(counts) or len(set(counts.tolist())) < 2:

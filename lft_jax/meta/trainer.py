@@ -1,34 +1,41 @@
-"""Meta-training: the meta-gradient, and the step that updates the meta-parameters.
+"""Meta-training: `meta_trainer` returns a pure, jitted function that makes one meta-step.
 
-A meta-step is one pure, jitted function of the state. Each family contributes `tasks_per_family` tasks, vmapped;
-families that share a pytree structure and shapes (victims of one architecture on one source) are stacked and mapped
-over, so they share one compilation and one family's memory; the mean meta-gradients of all families are added.
+A meta-step, with the functions that make it::
 
-On several devices, of one or of many hosts, each runs its share of every family's tasks: the keys, one a task, are
-split over the mesh axis `task`, all else is replicated, and the meta-gradients are averaged.
+    episode = family.sample(key)                          for each task           `outer_loss.run_task`
+    thetas  = fine_tune(learner, episode.support)         K steps                 `outer_loss.run_task`
+    loss    = sum_k w_k f(theta_k; episode.query)         mean over tasks         `outer_loss.outer_losses`
+    grads   = d loss / d params                           mean over families      `gradients.family_gradient`
+    params  = params + meta_optimizer.update(grads)                               `meta_trainer`
+
+Each family contributes `tasks_per_family` tasks, which are vmapped. Families that share a pytree structure and shapes
+(victims of one architecture on one source) are stacked and computed one after the other by one program, which needs
+the memory of one family.
+
+On several devices, of one or more hosts, each device computes its share of every family's tasks: the keys of the tasks
+are split over the mesh axis `task`, everything else is replicated, and the meta-gradients are averaged.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PRNGKeyArray
 
 from lft_jax import base
 from lft_jax._deprecation import old_keywords
-from lft_jax.base import Learner, TaskFamily
+from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta.gradients import family_gradient, first_particles
 from lft_jax.meta.imitation import Imitation, imitating
 from lft_jax.meta.outer_loss import UNROLL, Unroll, step_weights
 
-PyTree = Any
-
-#: The mesh axis that tasks are split over.
+#: Name of the mesh axis that tasks are split over.
 TASK_AXIS = "task"
 
 
@@ -37,11 +44,11 @@ class MetaState(NamedTuple):
 
     Attributes:
       params: the meta-parameters.
-      optimizer_state: of the meta-optimizer.
-      key: the run's key; each meta-step folds its number in.
-      step: `[]` int32, meta-steps done.
-      particles: what persistent evolution strategies carry from one meta-step to the next, for each group of families
-        that share a compilation; empty for all else.
+      optimizer_state: state of the meta-optimizer.
+      key: PRNG key of the run, constant; every meta-step derives its keys from this one and its index.
+      step: `[]` int32, number of meta-steps done.
+      particles: what persistent evolution strategies carry from one meta-step to the next, one entry per group of
+        stacked families. Empty otherwise.
     """
 
     params: PyTree
@@ -52,12 +59,22 @@ class MetaState(NamedTuple):
 
 
 class MetaTrainer(NamedTuple):
-    """`init(key) -> MetaState`; `step(state) -> (MetaState, metrics)`, jitted and pure.
+    """A pair of pure functions, made by `meta_trainer`.
 
-    Metrics: `loss` `[]`, the outer loss; `family_loss` `[families]`; `final_loss` `[families]`, of the last
-    fine-tuning step alone; `grad_norm` `[]`, of the meta-gradient; `skipped` and `skipped_in_a_row` `[]` int32,
-    meta-steps whose meta-gradient was not finite, which leave the parameters as they were. Losses are those of the
-    meta-step's stage: of a curriculum's shorter unroll, of one window, or the distance from an imitated teacher.
+    The metrics of a meta-step are
+
+    - `loss` `[]`: the outer loss, and `family_loss` `[families]`: its value for each family;
+    - `final_loss` `[families]`: the loss after the last fine-tuning step alone;
+    - `grad_norm` `[]`: l2 norm of the meta-gradient;
+    - `skipped` and `skipped_in_a_row` `[]` int32: meta-steps so far whose meta-gradient was not finite. They leave the
+      meta-parameters unchanged.
+
+    Losses are those of the current stage: of the shorter unroll of a curriculum, of one window, or the distance from an
+    imitated teacher.
+
+    Attributes:
+      init: `key -> MetaState`, the state at the beginning of a run.
+      step: `MetaState -> (MetaState, metrics)`, one meta-step, jitted.
     """
 
     init: Callable[[jax.Array], MetaState]
@@ -65,9 +82,27 @@ class MetaTrainer(NamedTuple):
 
 
 def init_state(
-    learner: Learner, families: Sequence[TaskFamily], meta_optimizer: optax.GradientTransformation, key: jax.Array
+    learner: Learner, families: Sequence[TaskFamily], meta_optimizer: optax.GradientTransformation, key: PRNGKeyArray
 ) -> MetaState:
-    """The state that a run begins with, but for particles. Learners of update rules need no families for it."""
+    """Returns the state at the beginning of a run, without the particles of persistent evolution strategies.
+
+    Args:
+      learner: from `lft_jax.learners`.
+      families: task families. They may be empty for learners of update rules alone (`lft`, `l2o`).
+      meta_optimizer: the one of the run.
+      key: PRNG key of the run.
+
+    Raises:
+      ValueError: for families that the learner cannot serve together.
+
+    Examples:
+      >>> from lft_jax.meta import learners
+      >>> from lft_jax.tasks.quadratic import QuadraticFamily
+      >>> learner, families = learners.maml(optax.sgd(0.1)), (QuadraticFamily(jnp.ones(3)),)
+      >>> state = init_state(learner, families, optax.sgd(0.1), jax.random.key(0))
+      >>> state.params.shape, int(state.step)
+      ((3,), 0)
+    """
     key_init, key_run = jax.random.split(key)
     params = learner.init(key_init, tuple(families))
     return MetaState(params, _skipping(meta_optimizer).init(params), key_run, jnp.zeros((), jnp.int32))
@@ -75,13 +110,17 @@ def init_state(
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What the first meta-steps of a run do differently.
+    """Stages at the beginning of a run: a curriculum of unroll lengths, and imitation.
 
     Attributes:
-      curriculum: `((steps, meta_steps), ...)`: the first meta-steps fine-tune for fewer steps, in ascending order; K of
-        them follow. An update rule sees its progress through the shorter unroll. All lengths are compiled at first.
-      imitation: the outer loss of the first meta-steps, always by backpropagation, for learners of update rules; the
-        steps have equal weights in it. None for none.
+      curriculum: `((steps, meta_steps), ...)`: the first `meta_steps` meta-steps fine-tune for `steps` steps, and so
+        on; afterwards for K. `steps` must be ascending. An update rule sees its progress through the shorter unroll.
+        Programs for all lengths are compiled at the first meta-step.
+      imitation: for the first meta-steps, imitation of another optimizer, for learners of update rules. These
+        meta-steps always use backpropagation and uniform step weights. None for no imitation.
+
+    References:
+      Chen et al. 2020, Training stronger baselines for learning to optimize, arXiv 2010.09089.
 
     Examples:
       >>> Schedule(curriculum=((5, 100), (10, 100))).curriculum[0]
@@ -92,7 +131,7 @@ class Schedule:
     imitation: Imitation | None = None
 
 
-_PLAIN = Schedule()
+_NO_STAGES = Schedule()
 
 
 def _present_keywords(old, kwargs):
@@ -126,33 +165,49 @@ def meta_trainer(
     meta_optimizer: optax.GradientTransformation,
     unroll: Unroll = UNROLL,
     meta_gradient: EvolutionStrategies | PersistentEvolutionStrategies | None = None,
-    schedule: Schedule = _PLAIN,
+    schedule: Schedule = _NO_STAGES,
     mesh: jax.sharding.Mesh | None = None,
 ) -> MetaTrainer:
-    """Meta-trains a learner across families, which need not share shapes (incongruous tasks).
+    """Meta-trains a learner on tasks of all families, which may have different shapes (incongruous tasks).
+
+    Meta-training minimizes over the meta-parameters::
+
+        mean over families and tasks of  sum_k w_k f(theta_k; query set),      k = 1 ... K
+
+    for LFT; other learners may have another outer loss (`lft_jax.learners`).
 
     Args:
-      learner: from `lft_jax.learners`.
-      families: one or more buckets of tasks.
-      num_steps: K, fine-tuning steps of a task.
-      tasks_per_family: tasks of each family in a meta-step.
-      meta_optimizer: updates the meta-parameters; see `clipped_adam`.
-      unroll: how the steps weigh in the outer loss, and how they are differentiated.
-      meta_gradient: evolution strategies, or None for backpropagation through the steps. A meta-step of
-        `PersistentEvolutionStrategies` is one window of an episode, whose particles wait in the state for the next.
-      schedule: a curriculum, and imitation of another optimizer, for the first meta-steps.
-      mesh: devices that share the tasks, see `task_mesh`; None for the default device. The numbers are those of one
+      learner: what is meta-learned, from `lft_jax.learners`.
+      families: one or more task families.
+      num_steps: fine-tuning steps K per task, at least 1.
+      tasks_per_family: tasks of each family per meta-step, at least 1. They are sampled again in every meta-step.
+      meta_optimizer: optax transformation that updates the meta-parameters; see `clipped_adam`.
+      unroll: weights w_k of the steps, and how the steps are differentiated.
+      meta_gradient: evolution strategies, or None for backpropagation through the steps. With
+        `PersistentEvolutionStrategies` a meta-step is one window of an episode, which the next meta-step continues.
+      schedule: a curriculum and imitation for the first meta-steps.
+      mesh: devices that share the tasks, see `task_mesh`. None for the default device. The results are those of one
         device up to the order of summation.
 
     Returns:
-      The trainer: its `init` and its `step`.
+      A `MetaTrainer`, with functions `init` and `step`.
 
     Raises:
-      ValueError: for no families, numbers below 1, tasks that the mesh cannot share evenly, families that the
-        learner cannot serve together, evolution strategies with a window, a second-order learner, Reptile or several
-        devices, Reptile with a window or imitation, a curriculum that does not ascend to K, and persistent evolution
-        strategies whose window does not divide K, is one of a curriculum, or leaves no weight for some windows.
+      ValueError: for
+
+        - no families, or numbers below 1;
+        - tasks that cannot be divided evenly among the devices of the mesh;
+        - evolution strategies together with a truncation window, a second-order learner, Reptile or several devices;
+        - Reptile together with a truncation window or imitation;
+        - a curriculum that does not ascend to K;
+        - persistent evolution strategies together with a curriculum, or whose window does not divide K or has step
+          weights of 0 only.
+
+        `init` raises it for families that the learner cannot serve together.
       TypeError: for a family that is not a registered pytree.
+
+    References:
+      Zhao et al., Learned fine-tuner for incongruous few-shot adversarial learning, arXiv 2009.13714.
 
     Examples:
       >>> from lft_jax.meta import learners
@@ -172,27 +227,22 @@ def meta_trainer(
     if isinstance(meta_gradient, PersistentEvolutionStrategies):
         _check_windows(meta_gradient.window, num_steps, unroll, schedule)
     groups, order = _group(families)
-    stages = _stages(num_steps, schedule)
+    stages = _stages(num_steps, schedule, meta_gradient)
     gradients = [_stage_gradient(s, learner, unroll, meta_gradient, tasks_per_family, mesh) for s in stages]
-    begins = jnp.asarray([stage.first for stage in stages[1:]], jnp.int32)
     optimizer = _skipping(meta_optimizer)
 
     @jax.jit
     def step(state, groups):
-        # Each of these samples tasks, fine-tunes, takes outer losses and their gradient (`family_gradient`).
-        (losses, last), grads, particles = jax.lax.switch(jnp.sum(state.step >= begins), gradients, state, groups)
+        """One meta-step: sample tasks, fine-tune, outer loss, its gradient, update."""
+        stage, keys, window = _task_keys(state, stages, [group.size for group in groups], tasks_per_family)
+        carried = state.particles or ((),) * len(groups)
+        # For each family: a task per key, fine-tuned; the outer loss and its gradient (`gradients.family_gradient`).
+        (losses, last), grads, carried = jax.lax.switch(stage, gradients, state.params, groups, keys, carried, window)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": jnp.mean(losses[order]),
-            "family_loss": losses[order],
-            "final_loss": last[order],
-            "grad_norm": optax.tree.norm(grads),
-            "skipped": optimizer_state.total_notfinite,
-            "skipped_in_a_row": optimizer_state.notfinite_count,
-        }
-        particles = particles if state.particles else ()
-        return MetaState(params, optimizer_state, state.key, state.step + 1, particles), metrics
+        particles = carried if state.particles else ()
+        after = MetaState(params, optimizer_state, state.key, state.step + 1, particles)
+        return after, _metrics(losses[order], last[order], grads, after.optimizer_state)
 
     def init(key):
         state = init_state(learner, families, meta_optimizer, key)
@@ -204,6 +254,32 @@ def meta_trainer(
     replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
     groups = replicate(groups)
     return MetaTrainer(lambda key: replicate(init(key)), lambda state: step(replicate(state), groups))
+
+
+def _task_keys(state, stages, group_sizes, tasks_per_family):
+    """The stage of a meta-step, the keys `[families, tasks]` of each group's tasks, and the window of their episode."""
+    firsts, windows = (jnp.asarray([getattr(s, name) for s in stages], jnp.int32) for name in ("first", "windows"))
+    stage = jnp.sum(state.step >= firsts[1:])
+    episode, window = jnp.divmod(state.step - firsts[stage], windows[stage])
+    # All windows of an episode have the same tasks.
+    key = jax.random.fold_in(state.key, firsts[stage] + episode)
+    keys = [
+        jax.random.split(jax.random.fold_in(key, number), (size, tasks_per_family))
+        for number, size in enumerate(group_sizes)
+    ]
+    return stage, keys, window
+
+
+def _metrics(family_loss, final_loss, grads, optimizer_state):
+    """The metrics that `MetaTrainer` describes."""
+    return {
+        "loss": jnp.mean(family_loss),
+        "family_loss": family_loss,
+        "final_loss": final_loss,
+        "grad_norm": optax.tree.norm(grads),
+        "skipped": optimizer_state.total_notfinite,
+        "skipped_in_a_row": optimizer_state.notfinite_count,
+    }
 
 
 def _check_families(families):
@@ -219,29 +295,28 @@ def _check_families(families):
 
 def _check_meta_gradient(meta_gradient, learner, unroll, mesh):
     if learner.objective == "end" and unroll.window is not None:
-        raise ValueError(f"window: {learner.name} differentiates nothing through its steps; leave it out.")
+        raise ValueError(f"window: {learner.name} differentiates nothing through its steps; use window=None.")
     if meta_gradient is None:
         return
     if unroll.window is not None or learner.second_order:
         raise ValueError(
-            "meta_gradient: evolution strategies differentiate nothing; leave window out, and take a first-order "
-            "learner."
+            "meta_gradient: evolution strategies differentiate nothing; use window=None, and a first-order learner."
         )
     if mesh is not None and mesh.size > 1:
         raise ValueError(f"meta_gradient: evolution strategies run on one device, got a mesh of {mesh.size}.")
     if learner.objective == "end":
         raise ValueError(
-            f"meta_gradient: {learner.name} has no outer loss for evolution strategies, only a meta-gradient."
+            f"meta_gradient: {learner.name} has no outer loss for evolution strategies; use meta_gradient=None."
         )
 
 
 def _check_windows(window, num_steps, unroll, schedule):
     if num_steps % window or schedule.curriculum:
         raise ValueError(
-            f"meta_gradient: its window of {window} must divide num_steps = {num_steps}, and a curriculum has no use."
+            f"meta_gradient: its window of {window} must divide num_steps = {num_steps}, without a curriculum."
         )
     if not np.all(step_weights(unroll.step_weights, num_steps).reshape(-1, window).any(axis=1)):
-        raise ValueError("step_weights: they leave some windows of the meta-gradient without a loss; choose others.")
+        raise ValueError("step_weights: they are 0 in some windows of the meta-gradient, which would have no loss.")
 
 
 def _particles(learner, params, groups, tasks_per_family, meta_gradient):
@@ -254,36 +329,31 @@ def _particles(learner, params, groups, tasks_per_family, meta_gradient):
 
 
 def _stage_gradient(stage, learner, unroll, meta_gradient, tasks_per_family, mesh):
-    """`(state, groups) -> (losses [families], last step's losses), mean meta-gradient, particles` of one stage."""
+    """The meta-gradient of one stage, with the signature of `_mean_gradient` without `of_family`."""
     if stage.imitation is not None:
-        # Imitation differentiates no model, so there is no call for evolution strategies.
-        learner, unroll = (
-            imitating(learner, stage.imitation.teacher),
-            dataclasses.replace(unroll, step_weights="uniform"),
-        )
+        # Backpropagation differentiates the rule alone here, not the model, so evolution strategies are not needed.
+        learner = imitating(learner, stage.imitation.teacher)
+        unroll = dataclasses.replace(unroll, step_weights="uniform")
         meta_gradient = None
     of_family = family_gradient(learner, num_steps=stage.num_steps, unroll=unroll, meta_gradient=meta_gradient)
     gradient = functools.partial(_mean_gradient, of_family)
-    if mesh is not None:
-        gradient = _shared(gradient, mesh, tasks_per_family)
-    persistent = isinstance(meta_gradient, PersistentEvolutionStrategies)
-    windows = stage.num_steps // meta_gradient.window if persistent else 1
-
-    def of_state(state, groups):
-        since = state.step - stage.first
-        # All windows of an episode have the same tasks.
-        key = jax.random.fold_in(state.key, stage.first + since // windows)
-        keys = [
-            jax.random.split(jax.random.fold_in(key, number), (group.size, tasks_per_family))
-            for number, group in enumerate(groups)
-        ]
-        return gradient(state.params, groups, keys, state.particles or ((),) * len(groups), since % windows)
-
-    return of_state
+    return gradient if mesh is None else _shared(gradient, mesh, tasks_per_family)
 
 
 def _mean_gradient(of_family, params, groups, keys, particles, window):
-    """The mean of all families' meta-gradients; losses are in the order of the groups' members."""
+    """The mean of the meta-gradients `of_family` over all families.
+
+    Args:
+      of_family: a `FamilyGradient`.
+      params: the meta-parameters.
+      groups: stacked families.
+      keys: `[families, tasks]` PRNG keys, for each group.
+      particles: of each group, with a leading axis `[families]`; `()` without persistent evolution strategies.
+      window: `[]` int32, index of the window in its episode.
+
+    Returns:
+      `(losses, losses after the last step)` `[families]`, in the order of the groups; the meta-gradient; particles.
+    """
     losses, last, after, total = [], [], [], jax.tree.map(jnp.zeros_like, params)
     for group, *inputs in zip(groups, keys, particles, strict=True):
 
@@ -291,10 +361,10 @@ def _mean_gradient(of_family, params, groups, keys, particles, window):
             member, member_keys, member_particles = inputs
             return of_family(params, group.member(member), member_keys, member_particles, window)
 
-        ((of_group, of_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
+        ((group_losses, group_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
         total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
-        losses.append(of_group)
-        last.append(of_last)
+        losses.append(group_losses)
+        last.append(group_last)
         after.append(carried)
     num_families = sum(group.size for group in groups)
     mean = jax.tree.map(lambda t: t / num_families, total)
@@ -302,77 +372,104 @@ def _mean_gradient(of_family, params, groups, keys, particles, window):
 
 
 class _Stage(NamedTuple):
-    """Meta-steps that are alike, from the `first` on: their K, and what they imitate, if anything."""
+    """Meta-steps with the same settings.
+
+    Attributes:
+      first: index of the first of them.
+      num_steps: fine-tuning steps K.
+      imitation: what is imitated, or None.
+      windows: meta-steps per episode, above 1 only with persistent evolution strategies.
+    """
 
     first: int
     num_steps: int
     imitation: Imitation | None
+    windows: int
 
 
-def _stages(num_steps, schedule):
+def _stages(num_steps, schedule, meta_gradient):
     """The stages of a run, in order."""
     curriculum, imitation = schedule.curriculum, schedule.imitation
     lengths = [*(length for length, _ in curriculum), num_steps]
     for number, (length, meta_steps) in enumerate(curriculum):
         if not 1 <= length < lengths[number + 1] or not meta_steps >= 1:
             raise ValueError(
-                f"curriculum must be pairs of steps that ascend from at least 1 to num_steps = {num_steps}, and "
-                f"meta-steps, at least 1, got {tuple(curriculum)}."
+                "curriculum must be pairs (steps, meta_steps), both at least 1, with steps ascending to num_steps = "
+                f"{num_steps}, got {tuple(curriculum)}."
             )
     begins = np.cumsum([0, *(meta_steps for _, meta_steps in curriculum)])
     imitated = imitation.meta_steps if imitation else 0
-    firsts = sorted({*begins.tolist(), imitated})
-    return [
-        _Stage(
-            first, lengths[np.searchsorted(begins, first, side="right") - 1], imitation if first < imitated else None
-        )
-        for first in firsts
-    ]
+    stages = []
+    for first in sorted({*begins.tolist(), imitated}):
+        length = lengths[np.searchsorted(begins, first, side="right") - 1]
+        windowed = isinstance(meta_gradient, PersistentEvolutionStrategies) and first >= imitated
+        windows = length // meta_gradient.window if windowed else 1
+        stages.append(_Stage(first, length, imitation if first < imitated else None, windows))
+    return stages
 
 
 def task_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
-    """The mesh of one axis, `task`, over the first `num_devices` devices of all hosts, or over all of them.
+    """Returns a mesh with one axis, `task`, for the `mesh` of `meta_trainer`.
+
+    Args:
+      num_devices: number of devices, counted over all hosts. None for all.
 
     Raises:
-      ValueError: if there are not so many devices.
+      ValueError: if there are fewer devices.
+
+    Examples:
+      >>> dict(task_mesh(1).shape)
+      {'task': 1}
     """
     devices = jax.devices()
     if num_devices is not None and not 1 <= num_devices <= len(devices):
-        raise ValueError(f"num_devices must be from 1 to the {len(devices)} there are, got {num_devices!r}.")
+        raise ValueError(f"num_devices must be from 1 to {len(devices)}, the devices available, got {num_devices!r}.")
     return jax.sharding.Mesh(np.asarray(devices[:num_devices]), (TASK_AXIS,))
 
 
-def _shared(meta_gradient, mesh, tasks_per_family):
-    """`meta_gradient` with the tasks of each family, the last axis of its keys, split over the mesh."""
+def _shared(gradient, mesh, tasks_per_family):
+    """`gradient`, with the tasks of each family (the last axis of `keys`) split over the mesh."""
     if mesh.axis_names != (TASK_AXIS,) or tasks_per_family % mesh.size:
         raise ValueError(
-            f"mesh must have the one axis {TASK_AXIS!r}, of a size that divides tasks_per_family = "
-            f"{tasks_per_family}, got {dict(mesh.shape)}."
+            f"mesh must have one axis, {TASK_AXIS!r}, whose size divides tasks_per_family = {tasks_per_family}, got "
+            f"{dict(mesh.shape)}."
         )
     everywhere, by_task = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, TASK_AXIS)
     specs = (everywhere, everywhere, by_task, everywhere, everywhere)
 
     def on_each_device(*inputs):
-        return jax.lax.pmean(meta_gradient(*inputs), TASK_AXIS)
+        return jax.lax.pmean(gradient(*inputs), TASK_AXIS)
 
-    # Unchecked, since with the check `grad` itself would sum over devices what is averaged here.
+    # check_vma=False: with it, `grad` would already sum over devices what is averaged here.
     return jax.shard_map(on_each_device, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=False)
 
 
 def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float = 1.0) -> optax.GradientTransformation:
-    """The default meta-optimizer: Adam under a cosine schedule that ends at a tenth, gradients clipped by norm."""
+    """Returns the default meta-optimizer: Adam with clipped gradients and a cosine learning rate schedule.
+
+    Args:
+      learning_rate: of the first meta-step. It decays to a tenth of that, and then stays constant.
+      num_meta_steps: meta-steps of the decay.
+      max_norm: l2 norm that gradients are clipped to.
+
+    Examples:
+      >>> tx = clipped_adam(0.01, num_meta_steps=100)
+      >>> updates, _ = jax.jit(tx.update)(jnp.ones(2), tx.init(jnp.ones(2)))
+      >>> round(float(updates[0]), 4)
+      -0.01
+    """
     schedule = optax.cosine_decay_schedule(learning_rate, num_meta_steps, alpha=0.1)
     return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(schedule))
 
 
 def _skipping(optimizer):
-    # Skipping is optax's; it would give in after max_consecutive_errors, which is for the caller to decide.
+    # With the largest max_consecutive_errors no update that is not finite is ever applied; callers decide when to stop.
     return optax.apply_if_finite(optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
 
 
 @jax.tree_util.register_pytree_node_class
 class _Group:
-    """Families of one structure: leaves that are the same array in all are kept once, the others are stacked."""
+    """Families of one structure and shapes. Leaves that are the same array in all are stored once, others stacked."""
 
     def __init__(self, shared, stacked, structure, size):
         self.shared, self.stacked, self.structure, self.size = shared, stacked, structure, size
@@ -393,7 +490,7 @@ class _Group:
 
 
 def _group(families):
-    """Groups families that can be stacked; `order[i]` is the place of family i among the groups' members."""
+    """Groups families that can be stacked; `order[i]` is the index of family i among the members of all groups."""
     members = {}
     for index, family in enumerate(families):
         leaves, structure = jax.tree.flatten(family)

@@ -1,15 +1,16 @@
-"""Optimizers that fine-tune: the learned one, hand-designed ones, and the loop that runs either.
+"""Optimizers for fine-tuning, learned and hand-designed, and the loop that runs them.
 
 How the pieces compose::
 
-    gradient --features--> inputs --Rule (a recurrent network)--> step          `features`, `rules`
+    gradient --features--> inputs --Rule (a recurrent network)--> update        `features`, `rules`
     (params, rule) --learned_fine_tuner--> optax transformation                 `transform`
-    optax transformation --learned_sampler, guided--> the same, which also
-        says how the next zeroth-order directions are spread                    `sampling`
-    pgd, adam, ... in units of the constraint                                   `hand_designed`
+    optax transformation --learned_sampler, guided--> optax transformation
+        that also sets the covariance of the next random directions             `sampling`
+    pgd, adam, ... with steps in units of the feasible set                      `hand_designed`
     (optax transformation, oracle, theta) --fine_tune--> Trajectory             `fine_tuning`
 
-Anything that steps is an `optax.GradientTransformation`, so nothing downstream knows whether it was learned.
+All optimizers are `optax.GradientTransformation`s. The rest of the package does not distinguish learned ones from
+hand-designed ones.
 """
 
 from lft_jax.optimizers.fine_tuning import Part, Paused, fine_tune, fine_tune_step

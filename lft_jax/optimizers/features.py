@@ -1,40 +1,38 @@
-"""What an update rule sees of each coordinate: small feature sets, joined by name.
+"""Inputs of an update rule at each coordinate: small feature sets, selected by name.
 
-A feature set maps one leaf's `Signal` to features `[size, *leaf.shape]` and keeps a state of its own (moments, say).
-All of them are safe at zero gradients: finite, with finite derivatives. An extra argument that the caller did not
-give reads as zero, but for `second`, which then is the gradient itself.
+A feature set maps the `Signal` of one leaf to features `[size, *leaf.shape]`, and keeps a state of its own (moments,
+for example). Features and their derivatives are finite even where gradients are 0. If an extra argument is absent, its
+features are 0, except for `second`, which then takes the gradient itself. docs/method.md lists all feature sets.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lft_jax.base import safe_sqrt
+from lft_jax.base import PyTree, safe_sqrt
 
-PyTree = Any
-
-LOG_SIGN_P = 10.0  # Andrychowicz et al. 2016, appendix A
+LOG_SIGN_P = 10.0  # Andrychowicz et al. 2016, arXiv 1606.04474, appendix A
 ADAM_DECAYS = (0.9, 0.999)
 MOMENTUM_DECAYS = (0.0, 0.5, 0.9)
 POSITION_HARMONICS = 4
 
 
 class Signal(NamedTuple):
-    """One leaf's part of an update call, in the dtype that the rule computes in.
+    """What a rule sees of one leaf in an update, in the dtype that the rule computes in.
 
     Attributes:
       grad: the gradient of the leaf, any shape.
       param: like `grad`, the leaf itself, or None.
-      spread: like `grad`, standard deviation of the per-example gradients, or None.
-      context: `[2, *grad.shape]` mean and standard deviation of the support examples, or None.
-      scale: `[]` the size of a coordinate that the feasible set suggests.
-      progress: `[]` the fraction of the fine-tuning steps that are done, in [0, 1).
-      second: like `grad`, the gradient of one of the losses that `grad` is of the sum of, or None.
-      update: like `grad`, the update that followed it, which only a sampler sees (`learned_sampler`), or None.
+      spread: like `grad`, the standard deviation of the per-example gradients, or None.
+      context: `[2, *grad.shape]`, mean and standard deviation of the support examples, or None.
+      scale: `[]`, the size of a coordinate in the feasible set.
+      progress: `[]`, the fraction of the fine-tuning steps that are done, in [0, 1).
+      second: like `grad`, the gradient of the second loss alone, if the loss is a sum of two, or None.
+      update: like `grad`, the update that followed from this gradient, or None; only for `learned_sampler`.
     """
 
     grad: jax.Array
@@ -48,7 +46,13 @@ class Signal(NamedTuple):
 
 
 class FeatureSet(NamedTuple):
-    """`size` features; `init(leaf) -> state`; `apply(signal, state) -> ([size, *leaf.shape], state)`."""
+    """A named set of features.
+
+    Attributes:
+      size: number of features per coordinate.
+      init: `leaf -> state`, before the first update.
+      apply: `(signal, state) -> (features [size, *leaf.shape], next state)`.
+    """
 
     size: int
     init: Callable[[jax.Array], PyTree]
@@ -56,21 +60,21 @@ class FeatureSet(NamedTuple):
 
 
 def root_mean_square(x: jax.Array) -> jax.Array:
-    """`[]`, of all entries of `x`; 0 where it has none."""
-    x, largest = _of_largest(x)
+    """`[]`, the root mean square of all entries of `x`; 0 if it has none."""
+    x, largest = _divided_by_largest(x)
     return largest * safe_sqrt(jnp.sum(x * x) / max(x.size, 1))
 
 
 def unit_rms(x: jax.Array) -> jax.Array:
-    """`x` divided by the root mean square of all its entries; 0 where `x` is all zeros."""
-    x, _ = _of_largest(x)
+    """`x` divided by the root mean square of all its entries; 0 if all entries are 0."""
+    x, _ = _divided_by_largest(x)
     rms = safe_sqrt(jnp.sum(x * x) / max(x.size, 1))
     return x / jnp.where(rms > 0, rms, 1)
 
 
-def _of_largest(x):
-    # Divided by its largest entry, so that squaring neither under- nor overflows. What is made of it does not depend on
-    # that divisor, so it may be a constant: its own derivative is infinite at tiny entries.
+def _divided_by_largest(x):
+    # Squares of the quotient neither underflow nor overflow. The callers' results do not depend on the divisor, so it
+    # can be a constant; its own derivative would be infinite for tiny entries.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
     return x / jnp.where(largest > 0, largest, 1), largest
 
@@ -84,7 +88,7 @@ def _raw(signal):
 
 
 def _log_sign(signal):
-    # [max(log|g| / p, -1), clip(g e^p, -1, 1)], with the maximum taken before the log to stay finite at 0.
+    # [max(log|g| / p, -1), clip(g e^p, -1, 1)]. The maximum is taken before the log, which is then finite at 0.
     floor = math.exp(-LOG_SIGN_P)
     magnitude = jnp.log(jnp.maximum(jnp.abs(signal.grad), floor)) / LOG_SIGN_P
     return jnp.stack([magnitude, jnp.clip(signal.grad / floor, -1, 1)])
@@ -95,7 +99,7 @@ def _adam_init(leaf):
 
 
 def _adam(signal, state):
-    # RNNProp (Lv et al. 2017): [m_hat / sqrt(v_hat), g / sqrt(v_hat)].
+    # RNNProp (Lv et al. 2017, arXiv 1703.03633): [m_hat / sqrt(v_hat), g / sqrt(v_hat)].
     count, mean, square = state
     decay_mean, decay_square = ADAM_DECAYS
     count = count + 1
@@ -125,11 +129,11 @@ def _no_momenta(leaf):
 
 
 def _spread(signal):
-    # The mean over the examples in units of its size plus their spread: +-1 where all examples agree, 0 where the
-    # mean is noise.
+    # mean / (|mean| + standard deviation) over the examples: +-1 where all examples agree, near 0 where the mean is
+    # noise.
     if signal.spread is None:
         return jnp.zeros_like(signal.grad)[None]
-    size = jax.lax.stop_gradient(jnp.abs(signal.grad) + signal.spread)  # a constant divisor, as in `unit_rms`
+    size = jax.lax.stop_gradient(jnp.abs(signal.grad) + signal.spread)  # as in `_divided_by_largest`
     size = jnp.where(size > 0, size, 1)
     grad, spread = signal.grad / size, signal.spread / size
     total = jnp.abs(grad) + spread
@@ -147,12 +151,12 @@ def _progress(signal):
 
 
 def _position(signal):
-    # Cosines along the first two axes: the same smooth functions of relative position at every size.
+    # Cosines along the first two axes: functions of the relative position, so the same for all image sizes.
     shape = signal.grad.shape
     features = []
     for axis in range(2):
         length = shape[axis] if axis < len(shape) else 1
-        relative = (np.arange(length) + 0.5) / length  # numpy's, since XLA would compute the cosines in each update
+        relative = (np.arange(length) + 0.5) / length  # NumPy: XLA would compute the cosines in each update
         along = [length if a == axis else 1 for a in range(len(shape))]
         for harmonic in range(1, POSITION_HARMONICS + 1):
             wave = np.cos(np.pi * harmonic * relative) if length > 1 else np.zeros(length)
@@ -170,6 +174,7 @@ def _update(signal):
     return (jnp.zeros_like(signal.grad) if signal.update is None else signal.update)[None]
 
 
+#: All feature sets by name.
 FEATURES: dict[str, FeatureSet] = {
     "raw": _stateless(1, _raw),
     "log_sign": _stateless(2, _log_sign),

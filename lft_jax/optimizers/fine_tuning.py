@@ -1,40 +1,49 @@
-"""The one inner loop: every optimizer, learned or hand-designed, fine-tunes here."""
+"""The fine-tuning loop, the same for all optimizers, learned or hand-designed."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
-from lft_jax.base import Estimate, Oracle, Trajectory
-
-PyTree = Any
+from lft_jax.base import Estimate, Oracle, PyTree, Trajectory
 
 
 class Paused(NamedTuple):
-    """Where a run that is made in parts stopped.
+    """Where a run that is computed in parts has stopped.
 
     Attributes:
       theta: the optimizee.
-      state: of the optimizer.
-      done: `[]` int32, steps done, below K; at 0 the run begins, and `theta` and `state` are ignored.
+      state: the optimizer's state.
+      done: `[]` int32, number of steps done, below `num_steps`. At 0 the run begins, and `theta` and `state` are
+        ignored.
     """
 
     theta: PyTree
     state: PyTree
-    done: jax.Array
+    done: jax.Array | int
 
 
 class Part(NamedTuple):
-    """A part of a run: together, the parts of a run give what it gives in one go.
+    """A part of a fine-tuning run, for `fine_tune(part=)`. All parts together equal the whole run.
 
     Attributes:
-      length: steps of the part, from 1, which must not lead beyond K; static.
-      paused: where the part before, of equal arguments, stopped; None to begin.
+      length: number of steps of this part, static; at least 1, and at most the number of steps that are left.
+      paused: where the previous part, which had the same arguments, stopped. None for the first part.
+
+    Examples:
+      >>> from lft_jax import oracles
+      >>> oracle = oracles.gradient(lambda theta: theta**2)
+      >>> options = dict(num_steps=4, part=Part(3))
+      >>> first = fine_tune(optax.sgd(0.25), oracle, jnp.ones(()), jax.random.key(0), **options)
+      >>> first.thetas.tolist()
+      [0.5, 0.25, 0.125]
+      >>> rest = Part(1, Paused(first.thetas[-1], first.state, done=3))
     """
 
     length: int
@@ -46,25 +55,44 @@ def fine_tune_step(
     oracle: Oracle,
     theta: PyTree,
     state: PyTree,
-    key: jax.Array,
+    key: PRNGKeyArray,
     *,
-    progress: float | jax.Array,
+    progress: float | Float[Array, ""],
     project: Callable[[PyTree], PyTree] = lambda theta: theta,
     second_order: bool = False,
 ) -> tuple[PyTree, PyTree, Estimate]:
-    """One step: ask the oracle, update, project. Arguments as for `fine_tune`; `progress` is k/K.
+    """One fine-tuning step: evaluates the oracle, updates and projects.
+
+    Args:
+      optimizer: any optax transformation, see `fine_tune`.
+      oracle: `(theta, key) -> Estimate`.
+      theta: the optimizee, any pytree of floating-point arrays.
+      state: the optimizer's state.
+      key: PRNG key, for oracles that sample.
+      progress: fraction of the run that is done, k / K in step k = 0 ... K - 1.
+      project: applied to the updated optimizee.
+      second_order: whether derivatives flow through the oracle's estimate.
 
     Returns:
-      The new `theta`, the optimizer's new state, and the oracle's estimate at the old `theta`.
+      The next `theta`, the next state of the optimizer, and the oracle's estimate at the given `theta`.
+
+    Examples:
+      >>> from lft_jax import oracles
+      >>> optimizer, theta = optax.sgd(0.25), jnp.array([2.0])
+      >>> oracle = oracles.gradient(lambda theta: jnp.sum(theta**2))
+      >>> state, key = optimizer.init(theta), jax.random.key(0)
+      >>> theta, state, estimate = fine_tune_step(optimizer, oracle, theta, state, key, progress=0.0)
+      >>> theta.tolist(), float(estimate.value)
+      ([1.0], 4.0)
     """
     sampling = getattr(state, "sampling", {})
     if second_order:
         estimate = oracle(theta, key, **sampling)
     else:
-        answer = oracle(jax.lax.stop_gradient(theta), key, **sampling)
-        estimate = jax.tree.map(jax.lax.stop_gradient, answer)
-        if sampling:  # how the directions were spread is the optimizer's doing: that much is no constant
-            estimate = estimate._replace(grads=answer.grads)
+        traced = oracle(jax.lax.stop_gradient(theta), key, **sampling)
+        estimate = jax.tree.map(jax.lax.stop_gradient, traced)
+        if sampling:  # the optimizer chose the covariance of the directions, so derivatives flow through that part
+            estimate = estimate._replace(grads=traced.grads)
     optimizer = optax.with_extra_args_support(optimizer)
     extras = {"value": estimate.value, "progress": progress, **estimate.extras}
     updates, state = optimizer.update(estimate.grads, state, theta, **extras)
@@ -75,7 +103,7 @@ def fine_tune(
     optimizer: optax.GradientTransformation,
     oracle: Oracle,
     theta: PyTree,
-    key: jax.Array,
+    key: PRNGKeyArray,
     *,
     num_steps: int,
     project: Callable[[PyTree], PyTree] = lambda theta: theta,
@@ -85,38 +113,55 @@ def fine_tune(
     part: Part | None = None,
     watch: Callable[[PyTree], PyTree] = lambda state: (),
 ) -> Trajectory:
-    """Fine-tunes `theta` for `num_steps` (K) steps in one `jax.lax.scan` (PAPER "The method").
+    """Fine-tunes `theta` for `num_steps` (K) steps in one `jax.lax.scan`.
+
+    In step k = 1 ... K, with `g_k` from the oracle at `theta_(k-1)`:
+
+        theta_k = project(theta_(k-1) + optimizer update for g_k)
 
     Args:
-      optimizer: any optax transformation; as extra arguments it is given the oracle's `value` and extras, and
-        `progress` (k/K). If its state has a field `sampling`, a dict, the oracle is given its entries as keyword
-        arguments (`lft_jax.oracles.covariance`; of lft_jax's own oracles `zeroth_order` takes them).
+      optimizer: any optax transformation. Its extra arguments are the oracle's `value` and extras, and `progress`, the
+        fraction of the run that is done. If its state has a field `sampling`, a dict, the entries are passed to the
+        oracle as keyword arguments (`guided`, `learned_sampler`); zeroth-order oracles take them.
       oracle: `(theta, key) -> Estimate`.
       theta: initial optimizee, any pytree of floating-point arrays.
-      key: split over the steps, for oracles that sample.
+      key: PRNG key, split over the steps, for oracles that sample.
       num_steps: K, at least 1.
-      project: applied after each step.
-      second_order: let derivatives flow through the oracle's answers. By default they are constants (as in
-        Andrychowicz et al. 2016), so that only the recurrence is differentiated through time and no derivative
-        of the model is taken inside the scan; what an estimate owes to the state's `sampling` is no constant.
-      remat: store the state only after every sqrt(K)-th step and compute the steps between again in the backward pass:
-        memory grows with sqrt(K) instead of K, for one more forward pass.
-      window: T, of truncated backpropagation: after every T-th step `theta` and the optimizer's state go on as
-        constants, so that no derivative spans more than T steps. None for K.
-      part: the part of the run to make; None for all K steps.
-      watch: `optimizer state -> tree of arrays`, called after each step.
+      project: applied to the optimizee after each step.
+      second_order: whether derivatives flow through the oracle's estimates. By default these are constants: only the
+        recurrence is differentiated, and no second derivative of the model is taken. Derivatives with respect to
+        `sampling` are always kept.
+      remat: stores the state only after every sqrt(K)-th step, and recomputes the steps between in the backward pass.
+        Memory then grows with sqrt(K) instead of K, for one more forward pass.
+      window: T of truncated backpropagation: `theta` and the optimizer's state become constants after every T-th step,
+        so that derivatives span at most T steps. None for no truncation.
+      part: the part of the run to compute; None for all steps.
+      watch: `optimizer state -> pytree of arrays`, recorded after each step.
 
     Returns:
-      The trajectory, of this part alone.
+      The trajectory of the steps that were computed.
 
     Raises:
-      ValueError: if `num_steps`, `window` or the length of the part is below 1, or that length is above `num_steps`.
+      ValueError: if `num_steps`, `window` or `part.length` is below 1, or if `part.length` is above `num_steps`.
+
+    Examples:
+      >>> from lft_jax import oracles
+      >>> oracle = oracles.gradient(lambda theta: jnp.sum(theta**2))
+      >>> trajectory = fine_tune(optax.sgd(0.25), oracle, jnp.ones(2), jax.random.key(0), num_steps=3)
+      >>> trajectory.thetas.tolist()
+      [[0.5, 0.5], [0.25, 0.25], [0.125, 0.125]]
+      >>> trajectory.values.tolist(), trajectory.queries.tolist()
+      ([2.0, 0.5, 0.125], [1, 2, 3])
+
+    References:
+      Andrychowicz et al. 2016, Learning to learn by gradient descent by gradient descent, arXiv 1606.04474, section 2
+      (constant inner gradients).
     """
     base.check_at_least("num_steps", num_steps, 1)
     if window is not None:
         base.check_at_least("window", window, 1)
     if part is not None and not 1 <= part.length <= num_steps:
-        raise ValueError(f"part: its length must be from 1 to num_steps = {num_steps}, got {part.length!r}.")
+        raise ValueError(f"part.length must be between 1 and num_steps = {num_steps}, got {part.length!r}.")
 
     def step(carry, xs):
         theta, state = carry
@@ -149,17 +194,17 @@ def fine_tune(
 
 
 def block_length(num_steps: int) -> int:
-    """Steps between two stored states with `remat`: the square root of K, rounded up."""
+    """Number of steps between two stored states with `remat`: the square root of K, rounded up."""
     return math.isqrt(num_steps - 1) + 1
 
 
 def _nested_scan(step, carry, xs):
-    """`jax.lax.scan` in blocks, whose insides are not stored."""
+    """`jax.lax.scan` in blocks; states within a block are recomputed, not stored."""
     return _in_blocks(jax.checkpoint(functools.partial(jax.lax.scan, step)), block_length(len(xs[0])), carry, xs)
 
 
 def _truncated_scan(scan, window, step, carry, xs):
-    """`scan` in blocks, which no derivative leaves."""
+    """`scan` in blocks; derivatives stop at the end of a block."""
 
     def steps(carry, xs):
         carry, outputs = scan(step, carry, xs)
@@ -169,7 +214,7 @@ def _truncated_scan(scan, window, step, carry, xs):
 
 
 def _in_blocks(steps, block, carry, xs):
-    """Scans `steps`, which takes `block` inputs at a time, the last time what is left."""
+    """Scans `steps`, which takes `block` inputs at a time; the last block may be shorter."""
     length = len(xs[0])
     whole = length // block * block
     blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block, *x.shape[1:]), xs)

@@ -1,47 +1,63 @@
 """Update rules: small recurrent networks that turn a gradient into an update, for arrays of any shape.
 
-A rule is a hashable description; its weights are the meta-parameters `params`. It is applied leaf by leaf with the
-same weights at every coordinate, so one set of weights serves every shape (PAPER, "The method"). Internally a leaf's
-coordinates trail and the network's channels lead, `[channels, *leaf.shape]`: matrix products with the long axis last.
+A `Rule` is a hashable description of the network; its weights are the meta-parameters `params`. It is applied leaf by
+leaf, with the same weights at every coordinate, so that one set of weights serves all shapes (docs/method.md, "Update
+rule"). Inside the network, channels lead and coordinates trail, `[channels, *leaf.shape]`: the long axis of matrix
+products is the last one.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
+from lft_jax.base import PyTree
 from lft_jax.optimizers.features import FEATURES, Signal, root_mean_square
 
-PyTree = Any
-
-#: What the base update may go along.
+#: Directions of a base update.
 ALONG = ("sign", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
 class MomentumUpdate:
-    """A strong hand-designed update that the output of the network is added to: momentum PGD, or gradient descent.
+    """The base update of a rule: a hand-designed update that the network's output is added to.
 
-    The rule's update of a leaf is `scale * (size * direction + b)`, where `size` is `step` and `b` is 0 before
-    meta-training, up to a network's outputs `a` and `b` near 0. The direction is, along
+    With outputs `a` and `b` of the network, both near 0 before meta-training, a rule subtracts from a leaf
 
-    - "sign": the sign of the gradient's momentum, with `size = sigmoid(a + logit(step))`: at first, momentum PGD.
-      Coordinates whose gradient is small on the support images still matter on others. The sigmoid keeps the first
-      step from the border of an linf ball, where meta-gradients end.
-    - "gradient": the momentum in units of the root mean square of the leaf's first gradient that is not 0, with
-      `size = step * exp(a)`, `a` clipped to -5 and 5: at first, gradient descent with momentum whose learning rate the
-      first gradient sets, so that a large model's steps are no larger than another's. They shrink with the gradient,
-      that is as the support images are fooled. If the first gradient is far smaller than later ones, it is the feasible
-      set alone that bounds the steps.
+        scale * (size * direction + b)
+
+    where the momentum is `m = decay * m + gradient`, and
+
+        along "sign":      direction = sign(m),                        size = sigmoid(a + logit(step))
+        along "gradient":  direction = m / RMS of the first gradient,  size = step * exp(a)
+
+    "sign" begins as PGD with momentum. It moves all coordinates alike, since those with small gradients on the support
+    images can matter on others. The sigmoid keeps the first step inside an linf ball; at its border meta-gradients
+    vanish.
+
+    "gradient" begins as gradient descent with momentum. The first gradient of the leaf that is not 0 sets the learning
+    rate, so that steps do not depend on the size of a model's gradients. They shrink as the gradient does, that is when
+    the support images are fooled. If later gradients are much larger than the first, only the feasible set bounds the
+    steps. `a` is clipped to [-5, 5].
 
     Attributes:
-      step: as a fraction of the feasible set's scale; in (0, 1) along the sign, else above 0, the root mean square of
-        the first step.
-      decay: of the momentum, in [0, 1).
+      step: step size as a fraction of the feasible set's scale. Along "sign" in (0, 1); along "gradient" above 0, the
+        root mean square of the first step.
+      decay: decay of the momentum, in [0, 1).
       along: "sign" or "gradient".
+
+    Raises:
+      ValueError: for values outside these ranges.
+
+    Examples:
+      >>> rule = coordinate_lstm(base_update=MomentumUpdate(step=0.4, decay=0.9))
+      >>> rule.base_update.along
+      'sign'
     """
 
     step: float = 0.8
@@ -57,20 +73,28 @@ class MomentumUpdate:
         if not 0 <= self.decay < 1:
             raise ValueError(f"MomentumUpdate.decay must be in [0, 1), got {self.decay!r}.")
 
-    def init(self, leaf: jax.Array) -> PyTree:
-        """The state for one leaf: the momentum, and the unit of the steps where there is one."""
+    def init(self, leaf: Float[Array, "..."]) -> PyTree:
+        """Returns the state for one leaf: the momentum and, along "gradient", the RMS of the first gradient."""
         unit = {"unit": jnp.zeros((), leaf.dtype)} if self.along == "gradient" else {}
         return {"momentum": jnp.zeros_like(leaf), **unit}
 
-    def apply(self, change: jax.Array, grad: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
-        """`(size * direction, state)`, with `change` for `a`."""
+    def apply(
+        self, change: Float[Array, "*shape"], grad: Float[Array, "*shape"], state: PyTree
+    ) -> tuple[Float[Array, "*shape"], PyTree]:
+        """Returns `size * direction` and the next state.
+
+        Args:
+          change: the network's output `a`.
+          grad: the gradient of the leaf.
+          state: from `init` or the previous call.
+        """
         momentum = self.decay * state["momentum"] + grad
         if self.along == "sign":
             size = jax.nn.sigmoid(change + math.log(self.step / (1 - self.step)))
             return size * jnp.sign(momentum), {"momentum": momentum}
         unit = jnp.where(state["unit"] > 0, state["unit"], root_mean_square(grad))
         divisor = jnp.where(unit > 0, unit, 1)
-        near = jax.lax.stop_gradient(divisor)  # it cancels; a tiny unit's square, in the derivative, would be 0
+        near = jax.lax.stop_gradient(divisor)  # cancels; without it, unit^2 would underflow in the derivative
         direction = (momentum / near) / (divisor / near)
         return self.step * jnp.exp(jnp.clip(change, -5, 5)) * direction, {"momentum": momentum, "unit": unit}
 
@@ -84,10 +108,19 @@ class Rule:
     Attributes:
       hidden: units of each LSTM layer.
       layers: number of LSTM layers.
-      features: names from `lft_jax.optimizers.features.FEATURES`.
+      features: names of feature sets, from `lft_jax.optimizers.features.FEATURES`.
       output_scale: factor on the network's output.
-      base_update: the hand-designed update that the output is added to, or None: the output is the update.
+      base_update: the hand-designed update that the output is added to. None: the output is the update.
       maps: feature maps of each convolution; empty for a coordinatewise rule.
+
+    Raises:
+      ValueError: for sizes below 1, an `output_scale` that is not above 0, or unknown feature names.
+
+    Examples:
+      >>> rule = Rule(hidden=2, layers=1, features=("raw",), output_scale=0.1)
+      >>> params = jax.eval_shape(rule.init, jax.random.key(0))
+      >>> params["cells"][0]["weight"].shape  # 4 gates of 2 units; inputs: 1 feature and 2 units
+      (8, 3)
     """
 
     hidden: int
@@ -110,18 +143,27 @@ class Rule:
 
     @property
     def num_features(self) -> int:
-        """Features of a coordinate."""
+        """Number of features per coordinate."""
         return sum(FEATURES[name].size for name in self.features)
 
-    def init(self, key: jax.Array) -> PyTree:
-        """Draws the rule's weights, float32: LeCun-normal matrices, forget gates open, a head near 0."""
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Draws initial weights.
+
+        Matrices are LeCun normal, and those of the head a tenth of that. Biases are 0, and those of forget gates 1.
+
+        Args:
+          key: PRNG key of the weights.
+
+        Returns:
+          A dict of float32 arrays.
+        """
         keys = iter(jax.random.split(key, len(self.maps) + self.layers + 1))
 
         def dense(fan_out, fan_in, gain=1.0):
             weight = jax.random.normal(next(keys), (fan_out, fan_in), jnp.float32) * (gain / math.sqrt(fan_in))
             return {"weight": weight, "bias": jnp.zeros((fan_out,), jnp.float32)}
 
-        params = {"convolutions": [], "cells": []}
+        params: dict[str, Any] = {"convolutions": [], "cells": []}
         channels = self.num_features
         for size in self.maps:
             params["convolutions"].append(dense(size, 9 * channels))
@@ -135,10 +177,10 @@ class Rule:
         params["head"] = dense(2 if self.base_update else 1, self.hidden, gain=0.1)
         return params
 
-    def init_state(self, leaf: jax.Array) -> PyTree:
-        """The rule's state for one leaf, in the leaf's dtype."""
+    def init_state(self, leaf: Float[Array, "..."]) -> PyTree:
+        """Returns the rule's initial state for one leaf, in the leaf's dtype."""
 
-        def hidden():  # a buffer of its own for each, so that the state can be donated to a jitted step
+        def hidden():  # separate buffers, so that the state can be donated to a jitted step
             return jnp.zeros((self.hidden, leaf.size), leaf.dtype)
 
         return {
@@ -147,8 +189,17 @@ class Rule:
             "base_update": self.base_update.init(leaf) if self.base_update else (),
         }
 
-    def apply(self, params: PyTree, signal: Signal, state: PyTree) -> tuple[jax.Array, PyTree]:
-        """`(step, state)`: the step to *subtract* from the leaf, PAPER "The method", and the next state."""
+    def apply(self, params: PyTree, signal: Signal, state: PyTree) -> tuple[Float[Array, "..."], PyTree]:
+        """Applies the rule to one leaf.
+
+        Args:
+          params: the rule's weights, from `init` or meta-training.
+          signal: gradient of the leaf, and what else the features need.
+          state: from `init_state` or the previous call.
+
+        Returns:
+          The step to *subtract* from the leaf, like the gradient, and the next state.
+        """
         columns, feature_states = [], []
         for name, feature_state in zip(self.features, state["features"], strict=True):
             column, feature_state = FEATURES[name].apply(signal, feature_state)
@@ -160,7 +211,7 @@ class Rule:
             for convolution in params["convolutions"]:
                 maps = jax.nn.relu(_convolution(convolution, maps))
             inputs = jnp.concatenate([inputs, maps])
-        inputs = _flat(inputs)  # a product's gradient is twice as fast with one long axis
+        inputs = _flat(inputs)  # with one long axis, the gradient of a product is twice as fast
         cells = []
         for cell, carry in zip(params["cells"], state["cells"], strict=True):
             inputs, carry = _lstm(cell, inputs, carry)
@@ -178,22 +229,38 @@ def coordinate_lstm(
     hidden: int = 20,
     layers: int = 2,
     *,
-    features: str | tuple[str, ...] = "log_sign",
+    features: str | Sequence[str] = "log_sign",
     output_scale: float = 0.1,
     base_update: MomentumUpdate | None = None,
 ) -> Rule:
-    """The paper's coordinatewise recurrent rule (Andrychowicz et al. 2016: two LSTM layers of 20 units).
+    """A rule that treats each coordinate by itself: LSTM layers and a linear head, as in L2O.
+
+    The defaults are those of L2O: two layers of 20 units on LogAndSign features, and an output scale of 0.1.
 
     Args:
-      hidden: units of each layer.
-      layers: number of layers.
-      features: one name or several of `lft_jax.optimizers.features.FEATURES`; "log_sign" is the paper's, "raw" that of
-        ZO-L2L, "adam" that of RNNProp.
-      output_scale: factor on the network's output (0.1 in the paper's appendix).
-      base_update: a hand-designed update to add the output to, which is then in units of the feasible set's scale.
+      hidden: units of each LSTM layer.
+      layers: number of LSTM layers.
+      features: one or several names from `lft_jax.optimizers.features.FEATURES`. L2O has "log_sign", ZO-L2L "raw",
+        RNNProp "adam".
+      output_scale: factor on the network's output.
+      base_update: the hand-designed update that the output is added to, in units of the feasible set's scale. None:
+        the output is the update.
+
+    Returns:
+      The rule.
 
     Raises:
-      ValueError: for sizes below 1 or an unknown feature name.
+      ValueError: for sizes below 1, an `output_scale` that is not above 0, or unknown feature names.
+
+    Examples:
+      >>> rule = coordinate_lstm(features=("momentum", "progress"), base_update=MomentumUpdate())
+      >>> rule.hidden, rule.layers, rule.num_features
+      (20, 2, 4)
+
+    References:
+      Andrychowicz et al. 2016, Learning to learn by gradient descent by gradient descent, arXiv 1606.04474.
+      Ruan et al. 2020, Learning to learn by zeroth-order oracle, arXiv 1910.09464.
+      Lv et al. 2017, Learning gradient descent: better generalization and longer horizons, arXiv 1703.03633.
     """
     names = (features,) if isinstance(features, str) else tuple(features)
     return Rule(hidden, layers, names, output_scale, base_update)
@@ -203,16 +270,37 @@ def spatial_lstm(
     hidden: int = 20,
     layers: int = 1,
     *,
-    maps: tuple[int, ...] = (16, 16),
-    features: str | tuple[str, ...] = ("momentum", "spread", "constraint", "progress", "context"),
+    maps: Sequence[int] = (16, 16),
+    features: str | Sequence[str] = ("momentum", "spread", "constraint", "progress", "context"),
     output_scale: float = 1.0,
     base_update: MomentumUpdate | None = MomentumUpdate(),
 ) -> Rule:
-    """A rule for images that sees each coordinate's neighbourhood: 3x3 convolutions, then LSTM layers (ours).
+    """A rule for images that also sees the neighbours of each pixel: 3x3 convolutions before the LSTM layers.
 
-    Leaves `[H, W]` and `[H, W, C]` are images, each channel convolved alike; any other leaf is taken as a line of
-    its coordinates. Works at every image size. Arguments as for `coordinate_lstm`; `maps` are the feature maps of
-    each convolution.
+    Leaves `[H, W]` and `[H, W, C]` are images of any size; all channels share the convolutions. Other leaves are
+    treated as one line of coordinates.
+
+    Args:
+      hidden: units of each LSTM layer.
+      layers: number of LSTM layers.
+      maps: number of feature maps of each convolution.
+      features: one or several names from `lft_jax.optimizers.features.FEATURES`.
+      output_scale: factor on the network's output.
+      base_update: the hand-designed update that the output is added to, in units of the feasible set's scale. None:
+        the output is the update.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: for sizes below 1, an `output_scale` that is not above 0, or unknown feature names.
+
+    Examples:
+      >>> rule = spatial_lstm(hidden=8, maps=(4,))
+      >>> leaf = jnp.zeros((28, 28, 1))
+      >>> state = jax.eval_shape(rule.init_state, leaf)
+      >>> [array.shape for array in state["cells"][0]]  # hidden state and memory of the LSTM
+      [(8, 784), (8, 784)]
     """
     names = (features,) if isinstance(features, str) else tuple(features)
     return Rule(hidden, layers, names, output_scale, base_update, tuple(maps))
@@ -222,30 +310,51 @@ RULES = {"coordinate_lstm": coordinate_lstm, "spatial_lstm": spatial_lstm}
 
 
 def rule_to_dict(rule: Rule) -> dict[str, Any]:
-    """A JSON-serialisable description of the rule, for configurations and cards."""
+    """Describes a rule by values that JSON can hold, for configurations and model cards.
+
+    Args:
+      rule: the rule.
+
+    Returns:
+      The fields of `Rule`, and those of its base update.
+
+    Examples:
+      >>> description = rule_to_dict(coordinate_lstm(hidden=4))
+      >>> description["hidden"], description["features"]
+      (4, ('log_sign',))
+      >>> rule_from_dict(description) == coordinate_lstm(hidden=4)
+      True
+    """
     return dataclasses.asdict(rule)
 
 
 def rule_from_dict(description: dict[str, Any]) -> Rule:
-    """The rule that `rule_to_dict` described; rules that were stored before version 0.2 say "start" for "base_update".
+    """Builds the rule that `rule_to_dict` described.
+
+    Args:
+      description: the fields of a `Rule`. Files from before version 0.2 have "start" for "base_update".
+
+    Returns:
+      The rule.
 
     Raises:
-      ValueError: for unknown or missing entries.
+      ValueError: for unknown or missing fields, or values that `Rule` does not accept.
     """
     described = dict(description)
     if "start" in described:
         described["base_update"] = described.pop("start")
     known = {field.name for field in dataclasses.fields(Rule)}
     if described.keys() != known:
-        raise ValueError(f"a rule is described by {sorted(known)}, got {sorted(description)}.")
+        raise ValueError(f"the fields of a rule are {sorted(known)}, got {sorted(description)}.")
     base_update = described["base_update"]
     if base_update:
         known = {field.name for field in dataclasses.fields(MomentumUpdate)}
         if not base_update.keys() <= known:
-            raise ValueError(f"base_update: described by {sorted(known)}, got {sorted(base_update)}.")
+            raise ValueError(f"the fields of a base_update are {sorted(known)}, got {sorted(base_update)}.")
         base_update = MomentumUpdate(**base_update)
-    lists = {name: tuple(described[name]) for name in ("features", "maps")}
-    return Rule(**{**described, **lists, "base_update": base_update})
+    lists = {name: tuple(described[name]) for name in ("features", "maps")}  # JSON has no tuples
+    fields: dict[str, Any] = {**described, **lists, "base_update": base_update}
+    return Rule(**fields)
 
 
 def _affine(layer, x):
@@ -256,8 +365,8 @@ def _affine(layer, x):
 def _lstm(cell, x, carry):
     hidden, memory = carry
     weight = jnp.concatenate([cell["weight"], cell["bias"][:, None]], axis=1).astype(x.dtype)
-    # The bias is one more input, and the rows are joined under an axis of 1, or XLA makes two products of one and adds
-    # them up: all that is as large as the gates is slow to write and read.
+    # The bias is one more input. Rows are concatenated under an axis of size 1; otherwise XLA splits the product in two
+    # and adds the results, and arrays as large as the gates are slow to write and read.
     rows = [part[:, None] for part in (x, hidden, jnp.ones((1, x.shape[1]), x.dtype))]
     hidden, memory = _gated(weight @ jnp.concatenate(rows).reshape(weight.shape[1], x.shape[1]), memory)
     return hidden, (hidden, memory)
@@ -265,7 +374,7 @@ def _lstm(cell, x, carry):
 
 @jax.custom_vjp
 def _gated(gates, memory):
-    """`[4 hidden, n]`, `[hidden, n]` -> the next hidden state and memory."""
+    """Next hidden state and memory of an LSTM, from gates `[4 hidden, n]` and memory `[hidden, n]`."""
     write, forget, read, candidate = _activations(gates)
     memory = forget * memory + write * candidate
     return read * jnp.tanh(memory), memory
@@ -277,27 +386,27 @@ def _activations(gates):
 
 
 def _gated_backward(saved, cotangents):
-    # Autodiff would store each activation; recomputing them from the gates is twice as fast, since what a scan stores
-    # costs more than arithmetic.
+    # Autodiff would store each activation. Recomputing them from the gates is twice as fast: in a scan, storing costs
+    # more than arithmetic.
     gates, memory = saved
-    of_hidden, of_memory = cotangents
+    d_hidden, d_memory = cotangents
     write, forget, read, candidate = _activations(gates)
     squashed = jnp.tanh(forget * memory + write * candidate)
-    of_memory += of_hidden * read * (1 - squashed**2)
-    of_gates = [
-        of_memory * candidate * write * (1 - write),
-        of_memory * memory * forget * (1 - forget),
-        of_hidden * squashed * read * (1 - read),
-        of_memory * write * (1 - candidate**2),
+    d_memory += d_hidden * read * (1 - squashed**2)
+    d_gates = [
+        d_memory * candidate * write * (1 - write),
+        d_memory * memory * forget * (1 - forget),
+        d_hidden * squashed * read * (1 - read),
+        d_memory * write * (1 - candidate**2),
     ]
-    return jnp.concatenate(of_gates), of_memory * forget
+    return jnp.concatenate(d_gates), d_memory * forget
 
 
 _gated.defvjp(lambda gates, memory: (_gated(gates, memory), (gates, memory)), _gated_backward)
 
 
 def _convolution(layer, x):
-    """`[in, *shape] -> [out, *shape]`: 3x3, zeros beyond the border; see `spatial_lstm` for what an image is."""
+    """A 3x3 convolution with zero padding, `[in, *shape] -> [out, *shape]`, of images as in `spatial_lstm`."""
     weight, bias = layer["weight"].astype(x.dtype), layer["bias"].astype(x.dtype)
     return _weighted_neighbours(weight, x) + bias.reshape(-1, *[1] * (x.ndim - 1))
 
@@ -306,19 +415,19 @@ def _convolution(layer, x):
 def _weighted_neighbours(weight, x):
     """`weight [out, 9 in]` times the neighbourhoods of `x [in, *shape]`: `[out, *shape]`.
 
-    A convolution is so a matrix product, whose gradients are fast inside `lax.scan` on every backend.
+    This makes a convolution a matrix product, whose gradients are fast inside `lax.scan` on every backend.
     """
     return (weight @ _flat(_neighbours(x))).reshape(weight.shape[0], *x.shape[1:])
 
 
 def _weighted_neighbours_backward(saved, cotangent):
-    # Only x is stored, not its nine-fold neighbourhoods; those of the cotangent serve both gradients.
+    # Only x is stored, not its neighbourhoods, which are 9 times as large. Both gradients use those of the cotangent.
     weight, x = saved
     around = _flat(_neighbours(cotangent))
-    by_offset = weight.reshape(weight.shape[0], 9, -1)[:, ::-1]  # seen from the input, offsets are mirrored
-    of_x = by_offset.transpose(2, 1, 0).reshape(x.shape[0], -1) @ around
-    of_weight = (around @ _flat(x).T).reshape(9, weight.shape[0], -1)[::-1]
-    return of_weight.swapaxes(0, 1).reshape(weight.shape), of_x.reshape(x.shape)
+    by_offset = weight.reshape(weight.shape[0], 9, -1)[:, ::-1]  # for the input, offsets are mirrored
+    d_x = by_offset.transpose(2, 1, 0).reshape(x.shape[0], -1) @ around
+    d_weight = (around @ _flat(x).T).reshape(9, weight.shape[0], -1)[::-1]
+    return d_weight.swapaxes(0, 1).reshape(weight.shape), d_x.reshape(x.shape)
 
 
 _weighted_neighbours.defvjp(
@@ -331,7 +440,7 @@ def _flat(x):
 
 
 def _neighbours(x):
-    """`[channels, *shape] -> [9 channels, *shape]`: the 3x3 neighbourhood of each pixel, zeros beyond the border."""
+    """The 3x3 neighbourhood of each pixel, zero padded, `[channels, *shape] -> [9 channels, *shape]`."""
     shape = x.shape[1:]
     height, width = shape[:2] if len(shape) in (2, 3) else (1, math.prod(shape))
     depth = shape[2] if len(shape) == 3 else 1

@@ -1,15 +1,16 @@
-"""Optimizers that say along which directions their zeroth-order oracle should look next.
+"""Optimizers that set the covariance of the random directions of a zeroth-order oracle.
 
-Both wrap an optimizer and add a field `sampling` to its state, which `lft_jax.fine_tune` hands to the oracle::
+Both functions wrap an optimizer and add a field `sampling` to its state, which `lft_jax.fine_tune` passes to the
+oracle::
 
-    estimate, update --learned_sampler--> deviation of each coordinate  --+
-    estimates of late --guided----------> subspace -----------------------+--> the oracle's next directions
+    estimate, update --learned_sampler--> standard deviation of each coordinate --+
+    last estimates --guided-------------> subspace -------------------------------+--> the oracle's next directions
 
-How the directions follow from either is `lft_jax.oracles.covariance`'s. The wrapper must be the outermost
-transformation: within `optax.chain`, say, its state is not where `fine_tune` looks, and directions stay isotropic.
+`lft_jax.oracles.covariance` makes directions from either. The wrapper must be the outermost transformation. Inside
+`optax.chain`, for example, `fine_tune` does not find its state, and directions stay isotropic.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from lft_jax.base import PyTree, check_at_least
 from lft_jax.optimizers.rules import Rule, coordinate_lstm
 from lft_jax.optimizers.transform import initial_states, leaf_signals
 
-#: ZO-L2L's sampler (PAPER "Constants of the precursors").
+#: The sampler of ZO-L2L (Ruan et al. 2020, arXiv 1910.09464, section 4.1).
 QUERY_RNN = coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)
 
 
@@ -28,8 +29,8 @@ class LearnedSamplerState(NamedTuple):
 
     Attributes:
       optimizer: the wrapped optimizer's state.
-      leaves: the sampler's state for each leaf, in the order of `jax.tree.leaves`.
-      sampling: `{"deviation": like theta}`, for the next estimate.
+      leaves: the rule's state for each leaf, in the order of `jax.tree.leaves`.
+      sampling: `{"deviation": like theta}`, standard deviations of the next directions, up to a common factor.
     """
 
     optimizer: PyTree
@@ -40,31 +41,40 @@ class LearnedSamplerState(NamedTuple):
 def learned_sampler(
     params: PyTree, rule: Rule, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets a (meta-learned) rule set the deviation of the next directions: the QueryRNN of ZO-L2L.
+    """Wraps an optimizer so that a meta-learned rule sets the standard deviation of the next directions.
 
-    After each update the rule sees the last estimate and the update that the optimizer made of it, and with its output
-    `o` the next directions have deviations `|1 + o|`, rescaled to keep their length. The first ones are isotropic.
-    Only an estimate along these directions carries a meta-gradient to `params`; what the rule sees are constants.
+    This is the QueryRNN of ZO-L2L. After each update, the rule sees the estimate and the update that followed from it.
+    With its output `o`, the next directions have standard deviations `|1 + o|` per coordinate, rescaled to keep their
+    mean squared length. The first directions are isotropic.
+
+    Estimates along these directions carry a meta-gradient to `params`. The inputs of the rule are constants in it.
+    Unlike ZO-L2L, isotropic directions are never drawn at random in between, in training or in testing.
 
     Args:
-      params: the sampler's weights, from `rule.init(key)` or meta-training.
-      rule: the sampler; ZO-L2L's is `coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)`.
-      optimizer: what makes updates of the estimates: a learned fine-tuner or any optax transformation.
+      params: the rule's weights, from `rule.init(key)` or meta-training.
+      rule: the rule of the sampler, without a base update. That of ZO-L2L is
+        `coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)`.
+      optimizer: the optimizer to wrap: a learned fine-tuner or any optax transformation.
 
     Returns:
-      The transformation, whose oracle must be a zeroth-order one. Unlike ZO-L2L's it never goes back to isotropic
-      directions at random, in testing as in training.
+      The transformation, to be used with a zeroth-order oracle.
 
     Raises:
-      ValueError: for a rule with a hand-made start; in `init`, if a leaf is not floating-point.
+      ValueError: if the rule has a base update; in `init`, if a leaf is not floating-point.
+
+    Examples:
+      >>> rule = coordinate_lstm(2, 1, features=("raw", "update"), output_scale=1.0)
+      >>> params = rule.init(jax.random.key(0))
+      >>> optimizer = learned_sampler(params, rule, optax.sgd(0.5))
+      >>> state = optimizer.init(jnp.zeros(2))
+      >>> state.sampling["deviation"].tolist()
+      [1.0, 1.0]
 
     References:
       Ruan et al. 2020, Learning to learn by zeroth-order oracle, arXiv 1910.09464.
     """
     if rule.base_update is not None:
-        raise ValueError(
-            f"rule: a sampler's output is no step, it has no start to be added to; got {rule.base_update!r}."
-        )
+        raise ValueError(f"rule: the rule of a sampler must not have a base update, got {rule.base_update!r}.")
     weights = params
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -75,7 +85,8 @@ def learned_sampler(
     def update_fn(updates, state, params=None, **extra_args):
         grads = updates
         updates, inner = optimizer.update(grads, state.optimizer, params, **extra_args)
-        signals = jax.lax.stop_gradient(leaf_signals(grads, params, **{**extra_args, "update": updates}))
+        arguments: dict[str, Any] = {**extra_args, "update": updates}
+        signals = jax.lax.stop_gradient(leaf_signals(grads, params, **arguments))
         deviations, leaves = [], []
         last, structure = jax.tree.flatten(state.sampling["deviation"])
         for deviation, signal, leaf_state in zip(last, signals, state.leaves, strict=True):
@@ -92,7 +103,7 @@ class GuidedState(NamedTuple):
 
     Attributes:
       optimizer: the wrapped optimizer's state.
-      sampling: `{"subspace": like theta with a leading axis [k]}`, the last estimates, the latest one first.
+      sampling: `{"subspace": like theta with a leading axis [k]}`, the last `k` estimates, the latest first.
     """
 
     optimizer: PyTree
@@ -100,20 +111,35 @@ class GuidedState(NamedTuple):
 
 
 def guided(optimizer: optax.GradientTransformation, size: int = 2) -> optax.GradientTransformationExtraArgs:
-    """Guided evolution strategies: half of the next directions' variance is in the span of the last estimates.
+    """Wraps an optimizer so that half of the variance of the next directions is in the span of the last estimates.
 
-    With `U` an orthonormal basis of the span of the last `k` estimates, the directions are
-    `N(0, I / 2 + d / (2 k) U U^T)`, as long as isotropic ones; those of the first estimate are isotropic.
+    These are the directions of guided evolution strategies. With `U` an orthonormal basis of the span of the last `k`
+    estimates, the directions are drawn from
+
+        N(0, I / 2 + d / (2 k) U U^T)
+
+    which has the same trace as the isotropic N(0, I). The first directions are isotropic.
 
     Args:
-      optimizer: what makes updates of the estimates.
+      optimizer: the optimizer to wrap.
       size: `k`, at least 1.
 
+    Returns:
+      The transformation, to be used with a zeroth-order oracle.
+
     Raises:
-      ValueError: for a size below 1.
+      ValueError: if `size` is below 1.
+
+    Examples:
+      >>> optimizer = guided(optax.sgd(0.5), size=2)
+      >>> state = optimizer.init(jnp.zeros(3))
+      >>> updates, state = optimizer.update(jnp.array([1.0, 2.0, 3.0]), state)
+      >>> state.sampling["subspace"].tolist()
+      [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]
 
     References:
-      Maheswaranathan et al. 2019, Guided evolutionary strategies: augmenting random search with surrogate gradients.
+      Maheswaranathan et al. 2019, Guided evolutionary strategies: augmenting random search with surrogate gradients,
+      arXiv 1806.10230.
     """
     check_at_least("size", size, 1)
     optimizer = optax.with_extra_args_support(optimizer)

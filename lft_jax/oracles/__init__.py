@@ -1,20 +1,26 @@
-"""Gradient oracles: how a fine-tuner learns which way its loss falls, and what each answer costs in queries.
+"""Gradient oracles: the gradient of a loss, or an estimate of it, and the queries that it takes.
 
-==========================  ==================================================================================
-`gradient`                  one `jax.value_and_grad` of the loss
-`per_example_gradient`      the same, with the spread of the per-example gradients at no extra model cost
-`zeroth_order`              finite differences along random directions of a loss that is only evaluated, be it a
+How the pieces compose::
+
+    (loss, settings) --gradient | zeroth_order | ...--> oracle
+    (theta, key) --oracle--> Estimate (value, grads, queries, extras)
+
+==========================  ===================================================================================
+`gradient`                  automatic differentiation of the loss
+`per_example_gradient`      the same, with the spread of the per-example gradients at no extra model evaluation
+`zeroth_order`              finite differences along random directions; the loss is only evaluated, and may be a
                             JAX function or an opaque one (NumPy, PyTorch, a remote service)
-`per_example_zeroth_order`  the same of a mean over examples, each with directions of its own
-==========================  ==================================================================================
+`per_example_zeroth_order`  the same for a mean over examples, with independent directions for each example
+`ZerothOrder`               the settings of a zeroth-order oracle as one value
+==========================  ===================================================================================
 
-Finite differences are taken of a *batched* loss `thetas [n, ...] -> [n]`. Directions are drawn, tried and summed up
-in chunks; all that differs between a JAX loss and an opaque one is who loops over the chunks, `lax.scan` or Python::
+Finite differences are taken of a *batched* loss `thetas [n, ...] -> [n]`. Directions are drawn, evaluated and
+accumulated in chunks. JAX losses and opaque ones differ only in the loop over the chunks, `lax.scan` or Python::
 
     seeds [n] --probe--> directions, points --batched loss--> losses --accumulate--> weighted sum of directions
 
-Letters in shape comments: `q` directions, `n` of them in one chunk, `S` examples, `d` coordinates of `theta`, all its
-leaves together.
+Letters in shape comments: `q` directions, `n` of them in one chunk, `S` examples, `d` coordinates of `theta` over all
+its leaves.
 """
 
 from lft_jax.oracles.finite_differences import (

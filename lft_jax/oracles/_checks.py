@@ -1,16 +1,19 @@
-"""Checks that the oracles share."""
+"""Checks shared by the oracles."""
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 
-def check_count(argument, value):
+def check_count(argument: str, value: Any) -> None:
+    """Raises a ValueError unless `value` is an integer of at least 1."""
     if not (isinstance(value, int | np.integer) and value >= 1):
         raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}.")
 
 
-def check_losses(argument, losses, count):
-    """Returns the losses of a batch if they are floating-point `[count]`."""
+def check_losses(argument: str, losses: Any, count: int) -> Any:
+    """Returns the losses of a batch; raises a ValueError unless they are floating-point of shape `[count]`."""
     if losses.shape != (count,) or not jnp.issubdtype(losses.dtype, jnp.floating):
         raise ValueError(
             f"{argument} must give one floating-point loss for each of {count} copies of theta, i.e. shape ({count},), "

@@ -1,4 +1,4 @@
-"""The parts of a finite difference along random directions: points to try, sums of what was found, and who loops.
+"""Building blocks of finite differences along random directions: points to evaluate, sums, and loops over chunks.
 
 Letters in shape comments are those of `lft_jax.oracles`.
 """
@@ -15,7 +15,7 @@ from lft_jax.oracles.directions import DRAW, UNIT_LENGTH
 
 @functools.partial(jax.jit, static_argnames=("subspace", "directions", "antithetic"))
 def probe(flat, seeds, smoothing, root, subspace, *, directions, antithetic):
-    """Isotropic directions `[n, d]` and the points to try: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
+    """Isotropic directions `[n, d]` and the points to evaluate: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
     us = subspace.expand(jax.vmap(lambda seed: DRAW[directions](seed, subspace.size, flat.dtype))(seeds))
     steps = smoothing * covariance.spread(us, jax.lax.stop_gradient(root))
     plus, minus = flat[None] + steps, flat[None] - steps
@@ -25,18 +25,18 @@ def probe(flat, seeds, smoothing, root, subspace, *, directions, antithetic):
 @jax.jit
 def accumulate(total, us, slopes, smoothing):
     """`total + sum_i slopes_i / smoothing * u_i`, `[d]`."""
-    weights = slopes.astype(total.dtype) / smoothing
-    # Not a matrix product, which accelerators may round to fewer bits.
-    return total + jnp.sum(weights[:, None] * us, axis=0)
+    coefficients = slopes.astype(total.dtype) / smoothing
+    # Not a matrix product: accelerators may compute those in lower precision.
+    return total + jnp.sum(coefficients[:, None] * us, axis=0)
 
 
 def factor(directions, subspace, num_directions):
-    """c / q of the estimate: see `lft_jax.oracles.zeroth_order`."""
+    """The factor `c / q` of the estimate, see `lft_jax.oracles.zeroth_order`."""
     return (subspace.size if directions in UNIT_LENGTH else 1) / num_directions
 
 
 def in_chunks(scan, step, total, seeds, chunk):
-    """Scans `step` over seeds `[q]`, `chunk` at a time, the last time what is left; outputs are joined to `[q]`."""
+    """Scans `step` over seeds `[q]` in chunks of size `chunk`, then over the remainder; outputs are joined to `[q]`."""
     outputs = []
     if len(seeds) > chunk:
         whole = len(seeds) // chunk * chunk
@@ -59,7 +59,7 @@ def eager_scan(step, total, chunks):
 
 
 def on_numpy(batched_loss):
-    """Calls an opaque loss with copies that it may write to. Its dtype is kept, float64 included."""
+    """Wraps an opaque loss: it receives writable NumPy copies. The dtype of its result is kept, float64 included."""
 
     def called(points):
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(points)):

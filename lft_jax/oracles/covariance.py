@@ -1,13 +1,15 @@
-"""How the random directions of a zeroth-order oracle are spread: along which coordinates, and how far.
+"""The covariance of the random directions of a zeroth-order oracle.
 
-An optimizer whose state has a field `sampling` hands it to the oracle (`lft_jax.fine_tune`). It holds one of
+An optimizer whose state has a field `sampling` sets it (`lft_jax.fine_tune` passes the field to the oracle). The field
+holds one of
 
 - `deviation`, like `theta`: the standard deviation of each coordinate, up to a common factor;
-- `subspace`, like `theta` with one more, leading axis `[k]`: vectors whose span takes half of the variance.
+- `subspace`, like `theta` with one more, leading axis `[k]`: vectors whose span receives half of the variance, as in
+  guided evolution strategies (Maheswaranathan et al. 2019, arXiv 1806.10230).
 
-Either is a symmetric linear map `A` of isotropic directions `e` with `tr(A^2) = d`, so that `u = A e` are as long as
-`e`, in root mean square. On a linear function of gradient `g` the estimate, a mean of `(u . g) u`, has the expectation
-`A^2 g`. Shape letters: `d` coordinates of `theta`, all its leaves together, `k` vectors, `n` directions.
+Either defines a symmetric linear map `A` with `tr(A^2) = d`. Directions are `u = A e` for isotropic `e`, and have the
+same root mean square length as `e`. On a linear function with gradient `g` the estimate, a mean of `(u . g) u`, has
+the expectation `A^2 g`. Shape letters: `d` coordinates of `theta` over all its leaves, `k` vectors, `n` directions.
 """
 
 import jax
@@ -15,19 +17,25 @@ import jax.numpy as jnp
 
 from lft_jax.base import PyTree, safe_sqrt
 
-#: The part of the variance that a subspace leaves to all coordinates alike (alpha of Maheswaranathan et al. 2019).
+#: Share of the variance that is isotropic when a subspace is given (alpha of arXiv 1806.10230).
 ISOTROPIC = 0.5
 
 
 def root(theta: PyTree, sampling: dict[str, PyTree], dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """The map `A` over the coordinates of all leaves together, for `spread`; empty for an empty `sampling`.
+    """The map `A` over the coordinates of all leaves, in the form that `spread` takes.
+
+    Args:
+      theta: the optimizee.
+      sampling: `{"deviation": ...}`, `{"subspace": ...}`, or empty for isotropic directions.
+      dtype: dtype of the result.
 
     Returns:
-      `{"deviation": [d]}` of root mean square 1 (all 1 where nothing is given but zeros), or `{"subspace": [k, d]}`,
-      orthonormal rows, or zeros in place of those that depend on others.
+      `{"deviation": [d]}` with root mean square 1 (all ones if the given deviation is zero everywhere),
+      `{"subspace": [k, d]}` with orthonormal rows (zeros in place of linearly dependent rows), or an empty dict.
 
     Raises:
-      ValueError: for two of them, an unknown one, or one that is not like `theta`.
+      ValueError: for both entries at once, an unknown entry, or one that does not have the structure and shapes of
+        `theta`.
     """
     if not sampling:
         return {}
@@ -51,7 +59,7 @@ def root(theta: PyTree, sampling: dict[str, PyTree], dtype: jnp.dtype) -> dict[s
 
 
 def spread(us: jax.Array, root: dict[str, jax.Array]) -> jax.Array:
-    """`A e` of isotropic directions `[n, d]`, with what `root` returned."""
+    """`A e` for isotropic directions `[n, d]`; `root` is the result of the function `root`."""
     if "deviation" in root:
         return us * root["deviation"][None]
     if "subspace" in root:
@@ -59,7 +67,7 @@ def spread(us: jax.Array, root: dict[str, jax.Array]) -> jax.Array:
         dimension = jnp.sum(basis * basis)
         isotropic = jnp.where(dimension > 0, ISOTROPIC, 1).astype(us.dtype)
         along = isotropic + (1 - isotropic) * us.shape[1] / jnp.maximum(dimension, 1)
-        # No accelerator is to round these products to fewer bits.
+        # Full precision on accelerators too.
         inside = jnp.matmul(jnp.matmul(us, basis.T, precision="highest"), basis, precision="highest")
         return jnp.sqrt(isotropic) * us + (jnp.sqrt(along) - jnp.sqrt(isotropic)) * inside
     return us

@@ -1,6 +1,6 @@
-"""Random directions that finite differences are taken along, and the subspaces that they may be kept to.
+"""Random directions of finite differences, and the subspaces that directions can be restricted to.
 
-The optimizee is here one vector of all its leaves' coordinates.
+Here the optimizee is one vector, the coordinates of all its leaves.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ def _gaussian(key, size, dtype):
 
 def _sphere(key, size, dtype):
     u = _gaussian(key, size, dtype)
-    return u / jnp.maximum(jnp.sqrt(jnp.sum(u**2)), jnp.finfo(dtype).tiny)  # one coordinate alone can be 0
+    return u / jnp.maximum(jnp.sqrt(jnp.sum(u**2)), jnp.finfo(dtype).tiny)  # a single coordinate can be 0
 
 
 def _rademacher(key, size, dtype):
@@ -34,13 +34,13 @@ def _coordinate(index, size, dtype):
     return (jnp.arange(size) == index).astype(dtype)
 
 
-#: `(seed, size, dtype) -> z [size]`.
+#: `{name: (seed, size, dtype) -> z [size]}`.
 DRAW = {"gaussian": _gaussian, "sphere": _sphere, "rademacher": _rademacher, "coordinate": _coordinate}
 UNIT_LENGTH = ("sphere", "coordinate")  # |z| = 1; for the others E|z|^2 = size
 
 
 def direction_seeds(directions: str, key: jax.Array, num_directions: int, size: int) -> jax.Array:
-    """What the directions are drawn from, leading axis `[q]`: a key each, or the index of a coordinate."""
+    """The seeds of the directions, with leading axis `[q]`: PRNG keys, or indices of coordinates for "coordinate"."""
     if directions != "coordinate":
         return jax.random.split(key, num_directions)
     if num_directions > size:
@@ -53,13 +53,16 @@ def direction_seeds(directions: str, key: jax.Array, num_directions: int, size: 
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
-    """Where directions lie: `u = B z` for `z [size]`, whose coordinates are as large as those of `z` on average.
+    """The subspace of the directions, `u = B z` for `z [size]`.
+
+    The coordinates of `u` have the same mean square as those of `z`.
 
     Attributes:
-      shapes: of the optimizee's leaves, together d coordinates.
-      resolution: `r` tiles, or frequencies, along each of the first two axes of a leaf `[H, W]` or `[H, W, C]` (each
-        channel on its own), and along the line of coordinates of any other leaf; None for all d dimensions.
-      basis: "tiles": constant on tiles; "dct": the lowest frequencies of a discrete cosine transform.
+      shapes: shapes of the optimizee's leaves, with `d` coordinates in total.
+      resolution: number `r` of tiles or frequencies along each of the first two axes of a leaf `[H, W]` or `[H, W, C]`
+        (separately per channel), and along the flattened coordinates of any other leaf; None for all `d` dimensions.
+      basis: "tiles" for directions that are constant on tiles, "dct" for the lowest frequencies of a discrete cosine
+        transform.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -68,12 +71,12 @@ class Subspace:
 
     @classmethod
     def of(cls, theta: PyTree, resolution: int | None, basis: str) -> "Subspace":
-        """That of an optimizee."""
+        """The subspace for the optimizee `theta`."""
         return cls(tuple(leaf.shape for leaf in jax.tree.leaves(theta)), resolution, basis)
 
     @property
     def size(self) -> int:
-        """Its dimensions."""
+        """Number of dimensions."""
         if self.resolution is None:
             return sum(map(math.prod, self.shapes))
         if self.basis == "dct":
@@ -81,7 +84,7 @@ class Subspace:
         return int(self._tiles.max()) + 1
 
     def expand(self, zs: jax.Array) -> jax.Array:
-        """`B z`, `[n, size] -> [n, d]`."""
+        """`B z` for a batch: `[n, size] -> [n, d]`."""
         if self.resolution is None:
             return zs
         if self.basis == "tiles":
@@ -98,7 +101,7 @@ class Subspace:
         return jnp.concatenate(pieces, axis=1)
 
     def project(self, total: jax.Array) -> jax.Array:
-        """What makes `B B^T g` the projection of `g [d]` onto the subspace, applied to the former."""
+        """Scales `B B^T g`, `[d]`, to the orthogonal projection of `g` onto the subspace."""
         if self.resolution is None:
             return total
         if self.basis == "tiles":
@@ -107,26 +110,28 @@ class Subspace:
         sizes = [math.prod(shape) for shape in self._images()]
         return total * np.repeat(ratios, sizes).astype(total.dtype)
 
-    def _images(self):
-        """The leaves with coordinates, as images or lines."""
+    def _images(self) -> list[tuple[int, ...]]:
+        """Shapes of the leaves that are not empty: of images as they are, of others flattened to one axis."""
         shapes = (shape for shape in self.shapes if math.prod(shape))
         return [shape if len(shape) in (2, 3) else (math.prod(shape),) for shape in shapes]
 
-    def _frequencies(self, shape):
+    def _frequencies(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        assert self.resolution is not None
         return tuple(min(self.resolution, length) if axis < 2 else length for axis, length in enumerate(shape))
 
     @functools.cached_property
-    def _tiles(self):
-        """`[d]`, the number of the tile that each coordinate is in."""
+    def _tiles(self) -> np.ndarray:
+        """`[d]`, the index of the tile of each coordinate."""
+        assert self.resolution is not None
         parts, first = [], 0
         for shape in self._images():
-            number = np.zeros(shape, np.int64)
+            index = np.zeros(shape, np.int64)
             for axis, length in enumerate(shape):
-                tile = -(-length // self.resolution) if axis < 2 else 1  # channels are not joined
+                tile = -(-length // self.resolution) if axis < 2 else 1  # channels are separate
                 along = np.arange(length) // tile
-                number = number * (along[-1] + 1) + along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-            parts.append(first + number.ravel())
-            first += number.max() + 1
+                index = index * (along[-1] + 1) + along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            parts.append(first + index.ravel())
+            first += index.max() + 1
         return np.concatenate(parts)
 
 
@@ -137,7 +142,7 @@ def _waves(length, count):
 
 
 def floats(theta: PyTree) -> PyTree:
-    """`theta` as JAX arrays. Raises a ValueError unless all are floating-point."""
+    """`theta` as JAX arrays; raises a ValueError unless all leaves are floating-point."""
     theta = jax.tree.map(jnp.asarray, theta)
     for path, x in jax.tree_util.tree_leaves_with_path(theta):
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -147,7 +152,15 @@ def floats(theta: PyTree) -> PyTree:
 
 
 def flatten(theta: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
-    """`theta` as one vector `[d]` in its widest dtype, at least float32, and the way back for batches `[n, d]`."""
+    """Flattens `theta` to a vector `[d]` in its widest dtype, at least float32.
+
+    Returns:
+      The vector, and a function that turns a batch `[n, d]` of vectors into a tree like `theta` with leading axis
+      `[n]`, in the dtypes of `theta`.
+
+    Raises:
+      ValueError: for a `theta` without coordinates, or with leaves that are not floating-point.
+    """
     leaves, treedef = jax.tree.flatten(floats(theta))
     if not any(x.size for x in leaves):
         raise ValueError("theta must have at least one coordinate, got none.")

@@ -4,24 +4,31 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lft_jax.base import Estimate, Oracle, PyTree, safe_sqrt
 from lft_jax.oracles._checks import check_count, check_losses
 from lft_jax.oracles.directions import floats
 
 
-def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) -> Oracle:
-    """The gradient by automatic differentiation.
+def gradient(loss_fn: Callable[[PyTree], Float[Array, ""]], *, evaluations: int = 1) -> Oracle:
+    """The exact gradient, by automatic differentiation.
 
     Args:
       loss_fn: `theta -> []`, differentiable.
-      evaluations: examples that one call of `loss_fn` evaluates, at least 1: the queries of one answer.
+      evaluations: number of examples that one call of `loss_fn` evaluates, at least 1: the queries of one answer.
 
     Returns:
-      An oracle without extras, which ignores its key.
+      An oracle `(theta, key) -> Estimate` without extras. It ignores its key.
 
     Raises:
       ValueError: for `evaluations` below 1; when called, for a `theta` with leaves that are not floating-point.
+
+    Examples:
+      >>> oracle = gradient(lambda theta: jnp.sum(theta**2), evaluations=5)
+      >>> answer = oracle(jnp.array([1.0, 2.0]), jax.random.key(0))
+      >>> answer.grads.tolist(), int(answer.queries)
+      ([2.0, 4.0], 5)
     """
     check_count("evaluations", evaluations)
 
@@ -34,31 +41,39 @@ def gradient(loss_fn: Callable[[PyTree], jax.Array], *, evaluations: int = 1) ->
 
 
 def per_example_gradient(
-    example_losses: Callable[[PyTree], jax.Array],
+    example_losses: Callable[[PyTree], Float[Array, " S"]],
     *,
     num_examples: int,
-    second_losses: Callable[[PyTree], jax.Array] | None = None,
+    second_losses: Callable[[PyTree], Float[Array, " S"]] | None = None,
 ) -> Oracle:
-    """The gradient of a mean over examples, and how much the examples disagree on it.
+    """The gradient of a mean over examples, and its spread across the examples.
 
-    Every example gets its own copy of `theta`, as a universal perturbation does anyway when it is added to a batch
-    of images. One backward pass of the summed losses then leaves each example's gradient in its copy.
+    Every example gets its own copy of `theta`, as happens anyway when a universal perturbation is added to a batch of
+    images. One backward pass of the summed losses then leaves the gradient of each example in its copy.
 
     Args:
-      example_losses: `thetas -> [S]`, where `thetas` is like `theta` with a leading axis `[S]`. Loss s may depend on
-        copy s only (so no batch statistics inside).
+      example_losses: `thetas -> [S]`, where `thetas` is like `theta` with a leading axis `[S]`. Loss `s` may depend on
+        copy `s` only, so batch statistics are not allowed.
       num_examples: `S`, at least 1.
-      second_losses: like `example_losses`, another loss of the same examples, or None. The two are added up, and the
-        mean gradient of this one is also an extra of its own, `second`: for a second backward pass a fine-tuner can
-        tell the two apart.
+      second_losses: a second loss of the same examples, with the signature of `example_losses`, or None. The two
+        losses are added. The mean gradient of the second loss alone is also returned, as the extra `second`; it takes
+        a second backward pass, but no further queries.
 
     Returns:
-      An oracle whose value and grads are means over `S`, with the extra `spread` (like `theta`, not negative): the
-      population standard deviation of the per-example gradients. It ignores its key; an answer costs `S` queries.
+      An oracle `(theta, key) -> Estimate` whose value and grads are means over `S`, with the extra `spread` (like
+      `theta`, not negative): the population standard deviation of the per-example gradients. It ignores its key. An
+      answer costs `S` queries.
 
     Raises:
-      ValueError: for `num_examples` below 1; when called, for a `theta` with leaves that are not floating-point or
+      ValueError: for `num_examples` below 1; when called, for a `theta` with leaves that are not floating-point, or
         losses that are not `[S]`.
+
+    Examples:
+      >>> targets = jnp.array([[0.0], [2.0]])  # two examples of one coordinate
+      >>> oracle = per_example_gradient(lambda thetas: jnp.sum((thetas - targets) ** 2, axis=1), num_examples=2)
+      >>> answer = oracle(jnp.array([3.0]), jax.random.key(0))
+      >>> answer.grads.tolist(), answer.extras["spread"].tolist(), int(answer.queries)
+      ([4.0], [2.0], 2)
     """
     check_count("num_examples", num_examples)
 
@@ -66,20 +81,20 @@ def per_example_gradient(
         del key
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_examples, *x.shape)), floats(theta))
 
-        def seconds(thetas):
-            return check_losses("second_losses", second_losses(thetas), num_examples)
+        def seconds(thetas, losses_fn):
+            return check_losses("second_losses", losses_fn(thetas), num_examples)
 
         def summed(thetas):
             losses = check_losses("example_losses", example_losses(thetas), num_examples)
             if second_losses is not None:
-                losses = losses + seconds(thetas)
+                losses = losses + seconds(thetas, second_losses)
             return jnp.sum(losses), losses
 
         grads, losses = jax.grad(summed, has_aux=True)(copies)
         mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         extras = {"spread": jax.tree.map(lambda g: safe_sqrt(jnp.var(g, axis=0)), grads)}
         if second_losses is not None:
-            grads = jax.grad(lambda thetas: jnp.sum(seconds(thetas)))(copies)
+            grads = jax.grad(lambda thetas: jnp.sum(seconds(thetas, second_losses)))(copies)
             extras["second"] = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         return Estimate(jnp.mean(losses), mean, jnp.asarray(num_examples, jnp.int32), extras)
 

@@ -1,4 +1,14 @@
-"""Stored update rules: weights as safetensors, and beside them a JSON card that says where they came from."""
+"""Stored update rules: weights as safetensors, and a JSON card with their description and provenance.
+
+How the pieces compose::
+
+    params, rule, card --save_rule--> name.safetensors, name.json
+    name of a shipped rule, or path --load_pretrained--> params, rule --learned_fine_tuner--> optax transformation
+    name of a shipped rule, or path --load_fine_tuner--> the same optax transformation, cached
+    name of a shipped rule, or path --pretrained_card--> card
+
+A rule ships with the package if its two files are in this folder; `list_pretrained` lists the names.
+"""
 
 import functools
 import json
@@ -15,51 +25,112 @@ from lft_jax._files import read_arrays, save_arrays
 from lft_jax.optimizers.rules import Rule, rule_from_dict, rule_to_dict
 from lft_jax.optimizers.transform import learned_fine_tuner
 
-PyTree = Any
+__all__ = ["list_pretrained", "load_fine_tuner", "load_pretrained", "pretrained_card", "save_rule"]
+
+PyTree = base.PyTree
 _FOLDER = Path(__file__).parent
 
 
 def list_pretrained() -> list[str]:
-    """The names of the rules that ship with the package."""
+    """The names of the rules that ship with the package, sorted.
+
+    Examples:
+      >>> "uap-linf" in list_pretrained()
+      True
+    """
     return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
 
 def load_pretrained(name: str) -> tuple[PyTree, Rule]:
-    """A stored rule: `(params, rule)`, ready for `lft_jax.learned_fine_tuner`.
+    """Loads the parameters of a stored rule, and the rule itself.
 
     Args:
-      name: of a rule that ships with the package, or the path of a `.safetensors` file made by `save_rule`.
+      name: name of a rule that ships with the package, or path of a `.safetensors` file written by `save_rule`.
+
+    Returns:
+      `(params, rule)`, the arguments of `lft_jax.learned_fine_tuner`. `params` is a new tree at every call.
 
     Raises:
-      ValueError: for an unknown name, a file that is missing, truncated or lacks its card, or weights that do not
-        fit the rule that the card describes.
+      ValueError: for an unknown name, a file that is missing or truncated, a missing or damaged card, or weights that
+        do not fit the rule that the card describes.
+
+    Examples:
+      >>> params, rule = load_pretrained("uap-linf")
+      >>> sorted(params)
+      ['cells', 'convolutions', 'head']
+      >>> tx = learned_fine_tuner(params, rule)
     """
     params, rule, _ = _load(*_contents(name))
     return jax.tree.map(lambda leaf: leaf, params), rule
 
 
 def load_fine_tuner(name: str) -> optax.GradientTransformationExtraArgs:
-    """`learned_fine_tuner(*load_pretrained(name))`, the same object as long as the files are the same."""
+    """Loads a stored rule as an optax transformation, `learned_fine_tuner(*load_pretrained(name))`.
+
+    Calls return the same object as long as the files do not change, so that programs compiled for it are reused.
+
+    Args:
+      name: name of a rule that ships with the package, or path of a `.safetensors` file written by `save_rule`.
+
+    Returns:
+      The optax transformation.
+
+    Raises:
+      ValueError: as for `load_pretrained`.
+
+    Examples:
+      >>> load_fine_tuner("uap-linf") is load_fine_tuner("uap-linf")
+      True
+    """
     return _load(*_contents(name))[2]
 
 
 def pretrained_card(name: str) -> dict[str, Any]:
-    """The card of a stored rule: its description under "rule", and how it was made."""
+    """The card of a stored rule.
+
+    Args:
+      name: name of a rule that ships with the package, or path of a `.safetensors` file written by `save_rule`.
+
+    Returns:
+      The JSON object: the description of the rule under "rule", the other entries as given to `save_rule`, such as the
+      command and the seeds of the meta-training.
+
+    Raises:
+      ValueError: for an unknown name, or a card that is missing or damaged.
+
+    Examples:
+      >>> pretrained_card("uap-linf")["rule"]["hidden"] > 0
+      True
+    """
     path = _locate(name).with_suffix(".json")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(card, dict):
-            raise ValueError(f"it holds no object but {type(card).__name__}")
+            raise ValueError(f"it must be a JSON object, got {type(card).__name__}")
         return card
     except (OSError, ValueError) as error:
         raise ValueError(f"name: the card {path} of {name!r} cannot be read ({error}).") from error
 
 
 def save_rule(path: str | os.PathLike[str], params: PyTree, rule: Rule, card: Mapping[str, Any]) -> None:
-    """Stores a rule as `path` (`.safetensors`) and its card as the `.json` beside it.
+    """Stores a rule: its parameters as a `.safetensors` file, and its card as a `.json` file of the same stem.
+
+    Args:
+      path: path of the `.safetensors` file; missing folders are created.
+      params: parameters of the rule.
+      rule: the rule; its description is stored in the card under "rule".
+      card: further entries of the card, as JSON can store them: how the rule was made.
 
     Raises:
-      ValueError: for another suffix.
+      ValueError: if `path` has another suffix.
+
+    Examples:
+      >>> import tempfile
+      >>> params, rule = load_pretrained("uap-linf")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_rule(folder + "/mine.safetensors", params, rule, {"seeds": [0]})
+      ...     pretrained_card(folder + "/mine.safetensors")["seeds"]
+      [0]
     """
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -1,13 +1,13 @@
-"""Task families: what a meta-training run draws its episodes from, and what an attack is made of.
+"""Task families, and the parts of a universal attack.
 
-How the pieces compose::
+How the modules fit together::
 
-    AttackLoss, Constraint                                   what is minimised, what bounds it     `perturbation`
-    Augmentation, WaveSearch --AttackRecipe--> oracle, start                                       `recipe`
-    images, labels, model --uap_family--> UapFamily          few-shot universal perturbations      `uap`
-    SingleImageFamily, SineFamily, ClassificationFamily, QuadraticFamily          other problems, one module each
+    AttackLoss, Constraint                                   the loss and the bound of a perturbation   `perturbation`
+    Augmentation, WaveSearch --AttackRecipe--> oracle, start                                            `recipe`
+    images, labels, model --uap_family--> UapFamily          few-shot universal perturbations           `uap`
+    SingleImageFamily, SineFamily, ClassificationFamily, QuadraticFamily       other problems, one module each
 
-A family subclasses `lft_jax.TaskFamily`, six methods; `docs/own_tasks.md` shows one in full.
+A family subclasses `lft_jax.TaskFamily` and implements its six abstract methods; see `docs/own_tasks.md`.
 """
 
 from lft_jax.tasks.augmentation import Augmentation

@@ -1,25 +1,41 @@
-"""Changed support images, so that a perturbation fits the images that they stand for and not these few alone."""
+"""Random changes of the support images, against overfitting them."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Shifts images, mixes them and adds noise; the perturbation stays where it is. Costs no queries.
+    """Shifts, mixes and adds noise to the support images, re-sampled in each step.
 
-    Few support images are what a universal perturbation overfits. Changed anew in every step, they keep its gradient
-    from settling on what is special to them. Mixing is that of admix (Wang et al. 2021), which made adversarial
-    examples of single images carry over between models; labels are not mixed.
+    A universal perturbation overfits the few images that it is fine-tuned on. Changing these images in each step keeps
+    its gradient from settling on their details. With `x` an image that is randomly shifted, `x'` another one of the
+    batch and `u` uniform in [-1, 1] for each pixel and channel, the changed image is::
+
+        clip((1 - mix) * x + mix * x' + noise * u, 0, 1)
+
+    The perturbation is not shifted, labels are not mixed, and no queries are spent.
 
     Attributes:
-      shift: images are moved by up to this fraction of their height and width, rounded to whole pixels, in [0, 1);
-        what comes in from outside repeats the border.
-      mix: weight, in [0, 1), of the image that a permutation of the batch puts in the same place, now and then itself.
-      noise: half-width of uniform noise, in units of the image range, in [0, 1].
+      shift: largest shift, as a fraction of the height and of the width, in [0, 1). Shifts are whole pixels; pixels
+        beyond the border repeat it.
+      mix: mixing coefficient, in [0, 1). A random permutation of the batch pairs the images; it may pair an image with
+        itself.
+      noise: half-width of the uniform noise, in units of the image range, in [0, 1].
+
+    Examples:
+      >>> images = jnp.full((2, 10, 10, 3), 0.5)
+      >>> changed = Augmentation(noise=0.25)(images, jax.random.key(0))
+      >>> changed.shape, bool(jnp.all(jnp.abs(changed - 0.5) <= 0.25))
+      ((2, 10, 10, 3), True)
+
+    References:
+      Mixing: Wang et al. 2021, Admix, arXiv 2102.00436.
     """
 
     shift: float = 0.1
@@ -27,7 +43,11 @@ class Augmentation:
     noise: float = 0.2
 
     def check(self) -> "Augmentation":
-        """Returns itself; raises a ValueError if a field is out of range."""
+        """Returns itself.
+
+        Raises:
+          ValueError: for a field out of range.
+        """
         for name in ("shift", "mix"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"augmentation: {name} must be in [0, 1), got {getattr(self, name)!r}.")
@@ -36,9 +56,18 @@ class Augmentation:
         return self
 
     @functools.partial(jax.jit, static_argnums=0)
-    def __call__(self, images: jax.Array, key: jax.Array) -> jax.Array:
-        """`[N, H, W, C]` in [0, 1] -> the same, changed."""
+    def __call__(self, images: Float[Array | np.ndarray, "N H W C"], key: PRNGKeyArray) -> Float[Array, "N H W C"]:
+        """The changed images.
+
+        Args:
+          images: `[N, H, W, C]` in [0, 1].
+          key: PRNG key of the changes.
+
+        Returns:
+          `[N, H, W, C]` in [0, 1].
+        """
         key_shift, key_mix, key_noise = jax.random.split(key, 3)
+        images = jnp.asarray(images)
         reach = [round(self.shift * side) for side in images.shape[1:3]]
         if any(reach):
             images = _shifted(images, reach, key_shift)
@@ -52,13 +81,13 @@ class Augmentation:
 
 
 def _shifted(images, reach, key):
-    """Each image moved on its own by up to `reach` (rows, columns)."""
+    """Shifts each image on its own by up to `reach` (rows, columns)."""
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), *[(r, r) for r in reach], (0, 0)), mode="edge")
     axes = zip(jax.random.split(key), reach, strict=True)
     offsets = jnp.stack([jax.random.randint(k, (len(images),), 0, 2 * r + 1) for k, r in axes], axis=1)
 
-    def moved(image, offset):
+    def shifted(image, offset):
         return jax.lax.dynamic_slice(image, (*offset, 0), (height, width, image.shape[-1]))
 
-    return jax.vmap(moved)(padded, offsets)
+    return jax.vmap(shifted)(padded, offsets)

@@ -1,37 +1,40 @@
-"""Small classifiers whose weights are the optimizee: plain functions, fast where each of many tasks has its own.
+"""Small classifiers whose weights are the optimizee, as plain functions that are fast under `jax.vmap` over tasks.
 
-Weights are `{"body": [layer, ...], "head": {"weight": [in, ways], "bias": [ways]}}`; a layer of "conv4" is `{"kernel",
-"scale", "bias"}`, one of "mlp" `{"weight", "bias"}`. No layer looks at other images of a batch, so an image's logits do
-not depend on what it is asked with.
+Weights are `{"body": [layer, ...], "head": {"weight": [in, ways], "bias": [ways]}}`. A layer of "conv4" is `{"kernel",
+"scale", "bias"}`, one of "mlp" is `{"weight", "bias"}`. No layer mixes the images of a batch, so the logits of an image
+do not depend on the rest of its batch.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
 from lft_jax._layers import conv_by_patches, max_pool
 from lft_jax.base import PyTree
 
-#: Customary widths: maps of a convolution, units of a hidden layer.
+#: Default widths: channels of each convolution, or units of the hidden layer.
 WIDTHS = {"linear": 0, "mlp": 32, "conv4": 16}
 _BLOCKS = 4
 _EPSILON = 1e-5
 
 
-def init_network(architecture: str, width: int, shape: tuple[int, ...], ways: int, key: jax.Array, dtype) -> PyTree:
-    """Weights for images of `shape` `[H, W, C]`: normal with variance 1 / inputs (2 / inputs before a relu), biases 0.
+def init_network(
+    architecture: str, width: int, shape: tuple[int, ...], ways: int, key: PRNGKeyArray, dtype: jax.typing.DTypeLike
+) -> PyTree:
+    """Random weights: normal with variance 1 / inputs, or 2 / inputs before a relu; biases are 0.
 
     Args:
-      architecture: "linear" (the head alone), "mlp" (a hidden layer), or "conv4" (Vinyals et al. 2016: four blocks of
-        a 3x3 convolution, normalisation, relu and 2x2 pooling; here normalised over each image's own maps and
-        positions, not over a batch, and pooled first, as long as there are two pixels to pool).
-      width: of the hidden layer, or maps of each convolution; "linear" has none.
-      shape: of an image.
-      ways: outputs.
-      key: of the draw.
-      dtype: of the weights.
+      architecture: "linear" is the head alone, "mlp" has one hidden layer. "conv4" has four blocks of a 3x3
+        convolution, 2x2 pooling (while both sides exceed one pixel), normalization and relu, after Vinyals et al. 2016;
+        it normalizes each image over its own channels and positions, not over a batch.
+      width: units of the hidden layer, or channels of each convolution; "linear" ignores it.
+      shape: `(H, W, C)` of an image.
+      ways: number of outputs.
+      key: PRNG key of the draw.
+      dtype: dtype of the weights.
     """
     key_head, *keys = jax.random.split(key, 1 + _BLOCKS)
 
@@ -55,15 +58,16 @@ def init_network(architecture: str, width: int, shape: tuple[int, ...], ways: in
     return {"body": body, "head": head}
 
 
-def apply_network(theta: PyTree, images: jax.Array) -> jax.Array:
-    """Logits `[N, ways]` of images `[N, H, W, C]` in [0, 1]; the weights tell which architecture it is."""
+def apply_network(theta: PyTree, images: Float[Array, "N H W C"]) -> Float[Array, "N ways"]:
+    """Logits of images in [0, 1]; the structure of the weights determines the architecture."""
     x = images
     for layer in theta["body"]:
         if "kernel" in layer:
-            # Pooled before anything else: XLA computes what is elementwise anew wherever it is read, with other
-            # rounding, and the gradient of a maximum that is found nowhere is NaN. Less is left to normalise, too.
+            # Pool right after the convolution. XLA may recompute elementwise results wherever they are read, with
+            # different rounding; pooling would then find no entry equal to the maximum, and its gradient is NaN.
+            # There is also less to normalize.
             x = conv_by_patches(x, layer["kernel"])
-            x = _normalised(max_pool(x) if min(x.shape[1:3]) > 1 else x)
+            x = _normalized(max_pool(x) if min(x.shape[1:3]) > 1 else x)
             x = jax.nn.relu(x * layer["scale"][None, None, None] + layer["bias"][None, None, None])
         else:
             x = jax.nn.relu(_affine(layer, x.reshape(len(x), -1)))
@@ -71,11 +75,15 @@ def apply_network(theta: PyTree, images: jax.Array) -> jax.Array:
 
 
 def check_network(architecture: str, width: int | None) -> int:
-    """The width, or the customary one for None; raises a ValueError for an unknown architecture or a bad width."""
+    """The width, or the default one of the architecture for None.
+
+    Raises:
+      ValueError: for an unknown architecture or a width out of range.
+    """
     base.check_name("architecture", architecture, WIDTHS)
     if architecture == "linear":
         if width is not None:
-            raise ValueError(f"width: 'linear' has no hidden layer to be {width!r} wide; leave it out.")
+            raise ValueError(f"width: 'linear' has no hidden layer, got {width!r}; leave it out.")
         return 0
     width = WIDTHS[architecture] if width is None else width
     base.check_at_least("width", width, 1)
@@ -86,6 +94,6 @@ def _affine(layer, x):
     return x @ layer["weight"] + layer["bias"][None]
 
 
-def _normalised(x):
+def _normalized(x):
     offset = x - jnp.mean(x, (1, 2, 3), keepdims=True)
     return offset * jax.lax.rsqrt(jnp.mean(offset**2, (1, 2, 3), keepdims=True) + _EPSILON)

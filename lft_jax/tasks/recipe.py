@@ -1,10 +1,11 @@
-"""How the support images of an attack become gradients and a start, whichever optimizer makes the steps."""
+"""What an attack does with its support images: their loss and augmentation, and the start."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base, oracles
 from lft_jax.base import Estimate, Oracle
@@ -22,21 +23,21 @@ LogitsFn = Callable[[jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttackRecipe:
-    """What a universal attack does with the support images, whichever optimizer makes the steps.
+    """What a universal attack does with its support images, for any optimizer.
 
-    `uap_family` and `universal_perturbation` take the same recipes, so that a rule can be used as it was meta-trained.
+    `uap_family` and `universal_perturbation` take the same recipes, so a rule can be used as it was meta-trained.
 
     Attributes:
-      loss: what is minimised on the support images, a kind of `AttackLoss` or one of those. None: the objective of a
-        family, the clamped cross-entropy of `universal_perturbation`.
-      second_loss: added to it, a kind of `AttackLoss` or one of those, for a second backward pass; a rule may see its
-        gradient alone too (the feature "second"). None for none. For exact gradients only. A search for a start
-        ignores it.
-      augmentation: how the support images are re-sampled in each step, which costs no queries; None to keep them as
-        they are. A few images are overfitted without it; on hundreds of images it was not measured.
-      start: the initial perturbation, "zeros", or "random": uniform within the scale of the constraint.
-      waves: a search among plane waves for a better start, or None. Where only a few thousand queries can be made, it
-        finds more than all the steps that follow.
+      loss: the loss on the support images, an `AttackLoss` or the name of its kind. None for the default: the objective
+        of a family, the clamped cross-entropy in `universal_perturbation`.
+      second_loss: a loss that is added to it, an `AttackLoss` or the name of its kind; None for none. It takes a second
+        backward pass, and is for exact gradients only. A rule can also see its gradient on its own (the feature
+        "second"). The search for a start ignores it.
+      augmentation: random changes of the support images in each step, which cost no queries; None for none. Without
+        them, a perturbation overfits a few images; their effect on hundreds of images was not measured.
+      start: the initial perturbation: "zeros", or "random", uniform within the scale of the constraint.
+      waves: a search for a better start among plane waves, or None. With a few thousand queries, it gains more
+        than all the steps that follow.
 
     Examples:
       >>> AttackRecipe(loss="hinge", waves=WaveSearch.within(100)).check().start
@@ -50,7 +51,11 @@ class AttackRecipe:
     waves: WaveSearch | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def check(self) -> "AttackRecipe":
-        """Returns itself; raises a ValueError if a field is out of range."""
+        """Returns itself.
+
+        Raises:
+          ValueError: for a field out of range.
+        """
         base.check_name("start", self.start, STARTS)
         for part in (self.augmentation, self.waves):
             if part is not None:
@@ -61,11 +66,12 @@ class AttackRecipe:
         """The recipe with both losses as `AttackLoss`, checked.
 
         Args:
-          objective: the loss where the recipe names none; the second loss must have its target.
-          num_classes: of the model, to check targets; None if unknown.
+          objective: the loss if the recipe has none. Losses that are given by name take its target, and the second loss
+            must have the same target.
+          num_classes: classes of the model, to check targets; None if unknown.
 
         Raises:
-          ValueError: for a field out of range, and a second loss with another target than the objective's.
+          ValueError: for a field out of range, or a second loss whose target is not the objective's.
         """
         self.check()
         loss = objective if self.loss is None else as_attack_loss(self.loss, "loss of the recipe", objective.target)
@@ -80,17 +86,28 @@ class AttackRecipe:
         return dataclasses.replace(self, loss=loss.check(num_classes), second_loss=second)
 
 
-def as_attack_loss(loss: str | AttackLoss, argument: str = "loss", target: int | None = None) -> AttackLoss:
-    """An `AttackLoss`, checked; a kind that is only named is given the target."""
+def as_attack_loss(loss: str | AttackLoss, argument: str = "loss", target: int | jax.Array | None = None) -> AttackLoss:
+    """An `AttackLoss`, checked; a loss that is given by name takes `target`."""
     if not isinstance(loss, AttackLoss):
         loss = AttackLoss(base.check_name(argument, loss, LOSSES), target=target)
     return loss.check()
 
 
+def resolved_loss(recipe: AttackRecipe) -> AttackLoss:
+    """The loss of a recipe that is resolved.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    if not isinstance(recipe.loss, AttackLoss):
+        raise ValueError(f"recipe: its loss must be an AttackLoss (see AttackRecipe.resolved), got {recipe.loss!r}.")
+    return recipe.loss
+
+
 def initial_perturbation(
-    start: str, constraint: Constraint, shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array
-) -> jax.Array:
-    """`[H, W, C]` of zeros, or uniform within the scale of the constraint, projected; see `AttackRecipe.start`."""
+    start: str, constraint: Constraint, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, key: PRNGKeyArray
+) -> Float[Array, "H W C"]:
+    """Zeros, or uniform within the scale of the constraint and projected; see `AttackRecipe.start`."""
     theta = jnp.zeros(shape, dtype)
     if start == "zeros":
         return theta
@@ -102,27 +119,31 @@ def search_start(
     support: Batch,
     recipe: AttackRecipe,
     constraint: Constraint,
-    theta: jax.Array,
-    key: jax.Array,
+    theta: Float[Array, "H W C"],
+    key: PRNGKeyArray,
     *,
     opaque: bool = False,
-) -> tuple[jax.Array, int]:
-    """The better of a start and of the recipe's search for one, and the queries that the search costs.
+) -> tuple[Float[Array, "H W C"], int]:
+    """The better one of a start and the best plane wave, if the recipe searches for one.
 
     Args:
       logits_fn: the model.
       support: the support images and their labels.
-      recipe: resolved; whose `waves` are searched, if any.
+      recipe: resolved; its `waves` are the search.
       constraint: the ball or the penalty.
-      theta: `[H, W, C]`, the start that is compared with.
+      theta: `[H, W, C]`, the start.
       key: PRNG key of the search.
       opaque: whether JAX cannot trace `logits_fn`.
+
+    Returns:
+      The start, and the queries that the search costs.
     """
     if recipe.waves is None:
         return theta, 0
+    loss = resolved_loss(recipe)
 
     def support_loss(theta):
-        losses = recipe.loss(logits_fn(perturb(support.images, theta)), support.labels)
+        losses = loss(logits_fn(perturb(support.images, theta)), support.labels)
         return jnp.mean(losses) + constraint.cost(theta)
 
     best = recipe.waves(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
@@ -136,14 +157,14 @@ def attack_oracle(
     constraint: Constraint,
     estimator: Callable[..., Oracle] | None = None,
 ) -> Oracle:
-    """The gradient of the support loss of a recipe, with the extras that a rule for perturbations can use.
+    """The oracle of the support loss of a recipe, with the extras that a rule for perturbations can use.
 
     Args:
       logits_fn: the model.
       support: the support images and their labels.
       recipe: resolved.
       constraint: the ball or the penalty.
-      estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`.
+      estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`.
     """
 
     def losses(loss, images):
@@ -164,27 +185,27 @@ def attack_oracle(
 def constrained_oracle(
     attack: Callable[[jax.Array], Oracle],
     constraint: Constraint,
-    images: jax.Array,
+    images: Float[Array, "S H W C"],
     augmentation: Augmentation | None = None,
 ) -> Oracle:
-    """An oracle of the attack loss on support images, with the penalty, if any, and the extras `scale` and `context`.
+    """An oracle of the attack loss plus the penalty, if any, with the extras `scale` and `context`.
 
     Args:
-      attack: images like those given -> an oracle of the attack loss on them.
+      attack: images `[S, H, W, C]` -> an oracle of the attack loss on them.
       constraint: the ball or the penalty.
       images: `[S, H, W, C]`, the support images.
-      augmentation: how they are re-sampled in each step, or None.
+      augmentation: random changes of the support images in each step, or None.
     """
     context = jnp.stack([jnp.mean(images, 0), jnp.std(images, 0)])
 
     def oracle(theta, key, **sampling):
-        seen = images
+        changed = images
         if augmentation is not None:
             key, key_images = jax.random.split(key)
-            seen = augmentation(images, key_images)
-        estimate = attack(seen)(theta, key, **sampling)
+            changed = augmentation(images, key_images)
+        estimate = attack(changed)(theta, key, **sampling)
         extras = {**estimate.extras, "scale": constraint.scale(theta), "context": context}
-        # The penalty does not touch the victim: its gradient is always exact.
+        # The penalty costs no queries, so its gradient is always exact.
         cost, pull = jax.value_and_grad(constraint.cost)(theta)
         return Estimate(estimate.value + cost, estimate.grads + pull, estimate.queries, extras)
 

@@ -1,10 +1,11 @@
-"""Few-shot regression of sine curves, the settings of MAML (Finn et al. 2017, section 5.1) and of Meta-SGD."""
+"""Few-shot regression of sine curves, as in MAML (arXiv 1703.03400, section 5.1) and Meta-SGD (arXiv 1707.09835)."""
 
 import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base, oracles
 from lft_jax.base import Episode, Oracle, PyTree, TaskFamily
@@ -15,22 +16,24 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SineFamily(TaskFamily):
-    """Fit `y = amplitude * sin(frequency * x - phase)` from a few points with a small network.
+    """Sine-curve tasks: fit a curve from a few of its points with a small network. Built by `sine_family`.
 
-    Build it with `sine_family`.
+    A task draws a curve and points on it, all parameters uniformly::
 
-    The optimizee is the network: a list of layers `{"weight": [in, out], "bias": [out]}`, relu between them. Families
-    of other widths share no variables: incongruous tasks. Data are pairs `(x [n], y [n])`, the loss is the mean squared
-    error.
+        y = amplitude * sin(frequency * x - phase)
+
+    Support and query set are pairs `(x [n], y [n])`; the loss is the mean squared error. The optimizee is the network,
+    a list of layers `{"weight": [in, out], "bias": [out]}` with a relu between them. Families of different `widths` are
+    incongruous: their optimizees have different shapes.
 
     Attributes:
-      amplitude: `[2]`, ends of the range that a task's amplitude is drawn from, uniformly.
-      frequency: `[2]`, the same of its angular frequency, in radians a unit of x.
-      phase: `[2]`, the same of its phase, in radians.
-      x: `[2]`, the same of the points.
-      widths: of the hidden layers.
-      shots: support points.
-      query_shots: query points.
+      amplitude: `[2]`, lower and upper end of the range of amplitudes.
+      frequency: `[2]`, range of angular frequencies, in radians per unit of x.
+      phase: `[2]`, range of phases, in radians.
+      x: `[2]`, range of the points.
+      widths: units of each hidden layer.
+      shots: number of support points.
+      query_shots: number of query points.
     """
 
     amplitude: jax.Array
@@ -41,20 +44,20 @@ class SineFamily(TaskFamily):
     shots: int = dataclasses.field(metadata=_STATIC)
     query_shots: int = dataclasses.field(metadata=_STATIC)
 
-    def sample(self, key: jax.Array) -> Episode:
-        """Points of one curve."""
+    def sample(self, key: PRNGKeyArray) -> Episode:
+        """Draws a curve, and support and query points on it."""
         keys, dtype = jax.random.split(key, 4), self.x.dtype
 
-        def uniform(key, ends, shape=()):
-            return jax.random.uniform(key, shape, dtype, ends[0], ends[1])
+        def uniform(key, bounds, shape=()):
+            return jax.random.uniform(key, shape, dtype, bounds[0], bounds[1])
 
         x = uniform(keys[2], self.x, (self.shots + self.query_shots,))
         angle = uniform(keys[3], self.frequency) * x - uniform(keys[1], self.phase)
         y = uniform(keys[0], self.amplitude) * jnp.sin(angle)
         return Episode((x[: self.shots], y[: self.shots]), (x[self.shots :], y[self.shots :]))
 
-    def init(self, key: jax.Array) -> PyTree:
-        """A network with LeCun-normal weights and biases of 0."""
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """The start: a network with LeCun-normal weights and biases of 0."""
         sizes = (1, *self.widths, 1)
         layers = []
         keys = jax.random.split(key, len(sizes) - 1)
@@ -64,11 +67,11 @@ class SineFamily(TaskFamily):
         return layers
 
     def oracle(self, support: PyTree) -> Oracle:
-        """The exact gradient; a query is a point."""
+        """The exact gradient, at one query per point."""
         return oracles.gradient(lambda theta: self.loss(theta, support), evaluations=self.shots)
 
-    def loss(self, theta: PyTree, data: PyTree) -> jax.Array:
-        """`[]`, the mean squared error."""
+    def loss(self, theta: PyTree, data: PyTree) -> Float[Array, ""]:
+        """The mean squared error over the points."""
         x, y = data
         hidden = x[:, None]
         for number, layer in enumerate(theta):
@@ -81,7 +84,7 @@ class SineFamily(TaskFamily):
         """The identity."""
         return theta
 
-    def metrics(self, theta: PyTree, data: PyTree) -> dict[str, jax.Array]:
+    def metrics(self, theta: PyTree, data: PyTree) -> dict[str, Float[Array, ""]]:
         """`error`, the mean squared error."""
         return {"error": self.loss(theta, data)}
 
@@ -96,17 +99,39 @@ def sine_family(
     phase: tuple[float, float] = (0.0, math.pi),
     x: tuple[float, float] = (-5.0, 5.0),
 ) -> SineFamily:
-    """A `SineFamily`; the defaults are MAML's. With a `frequency` of (0.8, 1.2) it is Meta-SGD's (Li et al. 2017).
+    """A family of sine-curve tasks; see `SineFamily`.
+
+    The defaults are the setting of MAML; a `frequency` of (0.8, 1.2) gives that of Meta-SGD.
+
+    Args:
+      widths: units of each hidden layer, at least 1.
+      shots: number of support points, at least 1.
+      query_shots: number of query points, at least 1.
+      amplitude: lower and upper end of the range of amplitudes.
+      frequency: range of angular frequencies, in radians per unit of x; the two ends may be equal.
+      phase: range of phases, in radians.
+      x: range of the points.
 
     Raises:
-      ValueError: for ranges that do not ascend (a frequency may be constant), or numbers below 1.
+      ValueError: for a range that does not ascend, or a number below 1.
+
+    Examples:
+      >>> family = sine_family(widths=(8,), shots=5, query_shots=20)
+      >>> (x, y), _ = jax.eval_shape(family.sample, jax.random.key(0))
+      >>> x.shape, y.shape
+      ((5,), (5,))
+      >>> [layer["weight"].shape for layer in jax.eval_shape(family.init, jax.random.key(0))]
+      [(1, 8), (8, 1)]
+
+    References:
+      Finn et al. 2017, MAML, arXiv 1703.03400, section 5.1; Li et al. 2017, Meta-SGD, arXiv 1707.09835.
     """
     ranges = {"amplitude": amplitude, "frequency": frequency, "phase": phase, "x": x}
-    for name, ends in ranges.items():
-        constant = name == "frequency" and len(ends) == 2 and ends[0] == ends[1]
-        if not constant and (len(ends) != 2 or not ends[0] < ends[1]):
-            raise ValueError(f"{name} must be two ascending numbers, got {ends!r}.")
+    for name, bounds in ranges.items():
+        constant = name == "frequency" and len(bounds) == 2 and bounds[0] == bounds[1]
+        if not constant and (len(bounds) != 2 or not bounds[0] < bounds[1]):
+            raise ValueError(f"{name} must be two ascending numbers, got {bounds!r}.")
     for name, value in (("shots", shots), ("query_shots", query_shots), *(("widths", width) for width in widths)):
         base.check_at_least(name, value, 1)
-    arrays = {name: jnp.asarray(ends, jnp.result_type(float)) for name, ends in ranges.items()}
+    arrays = {name: jnp.asarray(bounds, jnp.result_type(float)) for name, bounds in ranges.items()}
     return SineFamily(**arrays, widths=tuple(widths), shots=shots, query_shots=query_shots)

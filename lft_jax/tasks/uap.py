@@ -1,6 +1,6 @@
 """Few-shot universal adversarial perturbations (UAPs): one perturbation for all images of a task.
 
-Task, losses and metrics follow arXiv 2009.13714; UAPs are from arXiv 1610.08401.
+The task follows arXiv 2009.13714; UAPs are from arXiv 1610.08401.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
 from lft_jax._deprecation import old_keywords
 from lft_jax.base import Episode, Oracle, TaskFamily
@@ -25,29 +26,34 @@ from lft_jax.tasks.recipe import (
 )
 
 _STATIC = {"static": True}
-#: The default of `uap_family`: the support images as they are, from a start of zeros.
+#: The default of `uap_family`: no augmentation, and a start of zeros.
 PLAIN = AttackRecipe(augmentation=None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UapFamily(TaskFamily):
-    """UAP tasks on one image source against one victim. Build it with `uap_family`, which checks its arguments.
+    """UAP tasks on one image source against one victim. Built by `uap_family`, which checks its arguments.
 
-    Losses, oracle and start can be changed with `dataclasses.replace` and `with_recipe`; the arrays are then shared.
+    A task draws classes, and disjoint support and query images of each. Its optimizee `theta`, `[H, W, C]`, is added to
+    all images, and its loss is the mean over them, plus the penalty, if any::
+
+        mean_i objective(logits_fn(clip(x_i + theta, 0, 1)), y_i) + penalty * ||theta||
+
+    Fields can be changed with `dataclasses.replace` and `with_recipe`; the copies share their arrays.
 
     Attributes:
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
-      labels: `[N]` int32.
-      table: `[classes, most]` int32, the rows of `images` of each class that episodes draw from, padded.
-      counts: `[classes]` int32, how many entries of each row of `table` count.
-      logits_fn: `images -> logits`, the victim.
-      objective: the loss that the outer loss and the metrics are made of.
+      labels: `[N]` int32, the true classes.
+      table: `[classes, most]` int32, the indices into `images` of each class, padded; see `lft_jax.data.class_table`.
+      counts: `[classes]` int32, number of valid entries in each row of `table`; 0 for a class that is never drawn.
+      logits_fn: the victim: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`.
+      objective: the loss that the outer loss and the metrics use.
       constraint: the ball or the penalty.
-      recipe: what is done with the support images, its losses resolved (`AttackRecipe.resolved`).
-      size: classes, support and query images of a task.
-      estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`, for instance
-        `lft_jax.oracles.ZerothOrder(num_directions=20)`.
+      recipe: what is done with the support images; its losses are resolved (`AttackRecipe.resolved`).
+      size: numbers of classes, support and query images of a task.
+      estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`, such as
+        `lft_jax.ZerothOrder()`.
     """
 
     images: jax.Array
@@ -62,74 +68,82 @@ class UapFamily(TaskFamily):
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def with_recipe(self, **changes: Any) -> "UapFamily":
-        """The family with other fields of its recipe, losses among them given as `AttackLoss`."""
+        """The family with some fields of its recipe replaced; losses must be given as `AttackLoss`."""
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes))
 
-    def sample(self, key: jax.Array) -> Episode:
-        """Draws classes, then disjoint support and query images of each: a `Batch` of each set."""
+    def sample(self, key: PRNGKeyArray) -> Episode:
+        """Draws classes, then disjoint support and query images of each; both sets are a `Batch`."""
         support, query = draw_rows(key, self.table, self.counts, self.size)
         return Episode(self.batch(support.ravel()), self.batch(query.ravel()))
 
-    def batch(self, rows: jax.Array) -> Batch:
-        """The images of the given rows `[n]`, in [0, 1]."""
+    def batch(self, rows: Integer[Array | np.ndarray, " n"]) -> Batch:
+        """The images with these indices `[n]`, in [0, 1], and their labels."""
         return Batch(unit_range(self.images[rows]), self.labels[rows])
 
-    def init(self, key: jax.Array) -> jax.Array:
-        """`[H, W, C]`, the initial perturbation."""
+    def init(self, key: PRNGKeyArray) -> Float[Array, "H W C"]:
+        """The start of the recipe, before any search."""
         dtype = self.images.dtype if jnp.issubdtype(self.images.dtype, jnp.floating) else jnp.float32
         return initial_perturbation(self.recipe.start, self.constraint, self.images.shape[1:], dtype, key)
 
-    def warm_start(self, theta: jax.Array, support: Batch, key: jax.Array) -> tuple[jax.Array, int]:
-        """The best of `theta` and of the recipe's search for a start on the support images, if there is one."""
+    def warm_start(
+        self, theta: Float[Array, "H W C"], support: Batch, key: PRNGKeyArray
+    ) -> tuple[Float[Array, "H W C"], int]:
+        """The better one of `theta` and what the recipe's search on the support images finds, and its queries."""
         return search_start(self.logits_fn, support, self.recipe, self.constraint, theta, key)
 
     def oracle(self, support: Batch) -> Oracle:
-        """The gradient of the support loss, with the extras that a rule for perturbations can use."""
+        """The gradient of the support loss or an estimate of it, with the extras that a rule can use."""
         return attack_oracle(self.logits_fn, support, self.recipe, self.constraint, self.estimator)
 
-    def loss(self, theta: jax.Array, data: Batch) -> jax.Array:
-        """`[]`, the mean objective over the images plus the penalty, if any."""
+    def loss(self, theta: Float[Array, "H W C"], data: Batch) -> Float[Array, ""]:
+        """The mean objective over the images, plus the penalty, if any."""
         losses = self.objective(self.logits_fn(perturb(data.images, theta)), data.labels)
         return jnp.mean(losses) + self.constraint.cost(theta)
 
-    def project(self, theta: jax.Array) -> jax.Array:
-        """Onto the ball; the identity under a penalty."""
+    def project(self, theta: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
+        """The projection onto the ball; the identity under a penalty."""
         return self.constraint.project(theta)
 
-    def metrics(self, theta: jax.Array, data: Batch) -> dict[str, jax.Array]:
-        """See `attack_metrics`."""
+    def metrics(self, theta: Float[Array, "H W C"], data: Batch) -> dict[str, Float[Array, ""]]:
+        """`asr`, `clean_accuracy`, `margin`, `loss`, `l1`, `l2`, `linf`; see `lft_jax.tasks.uap.attack_metrics`."""
         clean, attacked = self.logits_fn(data.images), self.logits_fn(perturb(data.images, theta))
         return attack_metrics(clean, attacked, data.labels, theta, self.objective, self.constraint)
 
 
 def attack_metrics(
-    clean_logits: jax.Array,
-    logits: jax.Array,
-    labels: jax.Array,
-    theta: jax.Array,
+    clean_logits: Float[Array, "N classes"],
+    logits: Float[Array, "N classes"],
+    labels: Integer[Array, " N"],
+    theta: Float[Array, "H W C"],
     loss: AttackLoss,
     constraint: Constraint,
-) -> dict[str, jax.Array]:
-    """Attack success rate over the images that are right when clean, and the perturbation's size.
+) -> dict[str, Float[Array, ""]]:
+    """Success rate, loss and size of a perturbation.
 
     Args:
       clean_logits: `[N, classes]` of the clean images.
       logits: `[N, classes]` of the perturbed images.
-      labels: `[N]`.
+      labels: `[N]`, the true classes.
       theta: `[H, W, C]`, the perturbation.
-      loss: the objective; if it has a target, images of the target class do not count.
-      constraint: whose penalty, if any, is part of the loss.
+      loss: the objective. If it has a target, images of the target class are left out of the success rate.
+      constraint: the ball, or the penalty that is added to the loss.
 
     Returns:
-      `asr` and `clean_accuracy` in [0, 1] (`asr` is 0 if no image is right when clean), `margin` (mean logit of the
-      label above the largest other), `loss`, and the norms `l1`, `l2`, `linf`.
+      A dictionary of scalars:
+
+      - `asr`: the share in [0, 1] of the images classified correctly when clean that the attack succeeds on; 0 if
+        there are none.
+      - `clean_accuracy`: in [0, 1].
+      - `margin`: mean difference between the logit of the true class and the largest other logit.
+      - `loss`: the mean loss, plus the penalty, if any.
+      - `l1`, `l2`, `linf`: norms of the perturbation.
     """
-    right = jnp.argmax(clean_logits, -1) == labels
-    counted = right if loss.target is None else right & (labels != loss.target)
+    correct = jnp.argmax(clean_logits, -1) == labels
+    counted = correct if loss.target is None else correct & (labels != loss.target)
     success = loss.success(logits, labels) & counted
     return {
         "asr": jnp.sum(success) / jnp.maximum(jnp.sum(counted), 1),
-        "clean_accuracy": jnp.mean(right),
+        "clean_accuracy": jnp.mean(correct),
         "margin": jnp.mean(margins(logits, labels)),
         "loss": jnp.mean(loss(logits, labels)) + constraint.cost(theta),
         **{kind: norm(theta, kind) for kind in ("l1", "l2", "linf")},
@@ -143,8 +157,9 @@ def _present_keywords(old, kwargs):
         penalty, name, epsilon = old.pop("penalty"), kwargs.pop("norm", "linf"), kwargs.pop("epsilon", None)
         kwargs["constraint"] = Constraint(name, epsilon, penalty)
     if old:
-        old = {"loss" if name == "support_loss" else name: value for name, value in old.items()}
-        kwargs["recipe"] = AttackRecipe(**{"augmentation": None, **old})
+        fields: dict[str, Any] = {"augmentation": None}
+        fields |= {"loss" if name == "support_loss" else name: value for name, value in old.items()}
+        kwargs["recipe"] = AttackRecipe(**fields)
     return kwargs
 
 
@@ -159,8 +174,8 @@ def _present_keywords(old, kwargs):
     augmentation="recipe=AttackRecipe(augmentation=...)",
 )
 def uap_family(
-    images: np.ndarray,
-    labels: np.ndarray,
+    images: Shaped[Array | np.ndarray, "N H W C"],
+    labels: Integer[Array | np.ndarray, " N"],
     logits_fn: LogitsFn,
     *,
     ways: int = 10,
@@ -173,32 +188,42 @@ def uap_family(
     recipe: AttackRecipe = PLAIN,
     estimator: Callable[..., Oracle] | None = None,
 ) -> UapFamily:
-    """A family of UAP tasks: `ways` classes, `shots` support and `query_shots` query images of each, one victim.
+    """A family of UAP tasks against one victim; see `UapFamily`.
 
     Args:
-      images: `[N, H, W, C]` uint8, or floating-point in [0, 1]; kept on the device as they are.
-      labels: `[N]` integers from 0.
-      logits_fn: the victim, images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`. A `jax.tree_util.Partial` whose
-        arguments are its weights lets victims of one architecture share a compilation.
-      ways: classes of a task.
-      shots: support images per class.
-      query_shots: query images per class, disjoint from the support images.
-      norm: "linf" or "l2", of the ball.
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1]; kept on the device in this dtype.
+      labels: `[N]` integers from 0, the true classes.
+      logits_fn: the victim: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`, traceable. A
+        `jax.tree_util.Partial` whose arguments are its weights lets victims of one architecture share a compilation.
+      ways: classes of a task, at least 1.
+      shots: support images per class, at least 1.
+      query_shots: query images per class, disjoint from the support images, at least 1.
+      norm: "linf" or "l2", the norm of the ball.
       epsilon: radius of the ball, in units of the image range.
-      constraint: given instead of `norm` and `epsilon`: `Constraint("l1", penalty=0.01)`, say.
-      loss: the objective, a kind of `AttackLoss` or one of those: what the outer loss and the metrics are made of.
-      recipe: what is done with the support images: their loss, augmentation, start. By default the objective
-        is minimised on them as they are, from zeros.
-      estimator: None for exact gradients, or `(example_losses, *, num_examples) -> Oracle`, such as
-        `lft_jax.oracles.ZerothOrder()`.
+      constraint: instead of `norm` and `epsilon`, for example `Constraint("l1", penalty=0.01)`.
+      loss: the objective, an `AttackLoss` or the name of its kind. The outer loss and the metrics use it. With a target
+        class, tasks draw no images of that class.
+      recipe: what is done with the support images: their loss and augmentation, and the start. By default the loss is
+        the objective, without augmentation, from a start of zeros.
+      estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`, such as
+        `lft_jax.ZerothOrder()`.
 
     Returns:
       The family, a pytree.
 
     Raises:
       ValueError: for images outside [0, 1], labels out of range, a class with fewer than `shots + query_shots` images,
-        fewer than `ways` classes, names or numbers out of range, and a second loss with another target than the
-        objective's, or with an estimator.
+        fewer than `ways` classes, names or numbers out of range, or a second loss together with an estimator or with
+        another target than the objective's.
+
+    Examples:
+      >>> images = np.random.default_rng(0).uniform(size=(20, 4, 4, 1)).astype(np.float32)
+      >>> weights = jax.random.normal(jax.random.key(0), (16, 2))
+      >>> model = lambda x: x.reshape(len(x), -1) @ weights
+      >>> family = uap_family(images, np.arange(20) % 2, model, ways=2, shots=3, query_shots=5, epsilon=0.1)
+      >>> support, query = jax.eval_shape(family.sample, jax.random.key(0))
+      >>> support.images.shape, query.images.shape, family.init(jax.random.key(0)).shape
+      ((6, 4, 4, 1), (10, 4, 4, 1), (4, 4, 1))
 
     References:
       Zhao et al. 2021, Learned fine-tuner for incongruous few-shot adversarial learning, arXiv 2009.13714.
@@ -207,7 +232,7 @@ def uap_family(
     constraint = as_constraint(norm, epsilon, constraint)
     objective = as_attack_loss(loss)
     if recipe.second_loss is not None and estimator is not None:
-        raise ValueError("second_loss: a zeroth-order estimate is of one loss; leave it or the estimator out.")
+        raise ValueError("second_loss: a zeroth-order estimator takes only one loss; leave one of the two out.")
     recipe = recipe.resolved(objective)
     if not isinstance(logits_fn, jax.tree_util.Partial):
         logits_fn = jax.tree_util.Partial(logits_fn)
@@ -217,20 +242,31 @@ def uap_family(
     objective.check(num_classes)
     recipe.resolved(objective, num_classes)
     images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
-    table, counts = _drawn_classes(labels, objective.target, size.per_class)
+    table, counts = _table_without_target(labels, objective.target, size.per_class)
     if np.sum(counts > 0) < ways:
-        raise ValueError(f"ways: {ways} classes per task were asked for, but the labels have {np.sum(counts > 0)}.")
-    arrays = [jnp.asarray(x) for x in (images, labels, table, counts)]
-    return UapFamily(*arrays, logits_fn, objective, constraint, recipe, size, estimator)
+        raise ValueError(f"ways: a task needs {ways} classes, but there are only {np.sum(counts > 0)}.")
+    return UapFamily(
+        images=jnp.asarray(images),
+        labels=jnp.asarray(labels),
+        table=jnp.asarray(table),
+        counts=jnp.asarray(counts),
+        logits_fn=logits_fn,
+        objective=objective,
+        constraint=constraint,
+        recipe=recipe,
+        size=size,
+        estimator=estimator,
+    )
 
 
-def _drawn_classes(labels, target, needed):
+def _table_without_target(labels, target, needed):
+    """`class_table`, with a count of 0 for the target class; every other class has at least `needed` images or none."""
     table, counts = class_table(labels, int(labels.max()) + 1)
     if target is not None and target < len(counts):
         counts = np.where(np.arange(len(counts)) == target, 0, counts).astype(np.int32)
     for label, count in enumerate(counts):
         if 0 < count < needed:
             raise ValueError(
-                f"shots + query_shots: class {label} has {count} images, fewer than the {needed} asked for."
+                f"shots + query_shots: class {label} has {count} images, but a task needs {needed} per class."
             )
     return table, counts

@@ -1,4 +1,4 @@
-"""A start for attacks that may only ask: plane waves of full contrast, the best one found on the support images."""
+"""A start for query-only attacks: the best plane wave on the support images."""
 
 import dataclasses
 import functools
@@ -6,31 +6,42 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
 
-_TURNS_OF_PHASE = 20 / (2 * jnp.pi)  # a step in frequency moves the phase across an image of about 20 pixels as far
+_PHASE_STEP = 20 / (2 * jnp.pi)  # size of a change of the phase, in turns, per change of a frequency, in cycles/pixel
 
 
 @dataclasses.dataclass(frozen=True)
 class WaveSearch:
-    """Tries stripes `scale * sign(cos(2 pi (f . x + phase)))`, the same in all channels, and keeps the best.
+    """Searches for the plane wave with the lowest loss, as the start of an attack.
 
-    Convolutional networks are fooled by single frequencies far more easily than by noise of the same size, and a wave
-    has three numbers where a perturbation has thousands: the first hundred queries, too few for a useful estimate of
-    a gradient, find a good one. First waves of any frequency are drawn, then the best one is changed a little, at
-    several scales, and the change is kept if the loss falls: a (1+1) evolution strategy.
+    A wave is a pattern of stripes, the same in all channels, with a frequency `f` and a phase::
+
+        scale * sign(cos(2 pi (f . x + phase)))
+
+    Convolutional networks are far more sensitive to single frequencies than to noise of the same size. And a wave has
+    three parameters, a perturbation thousands: a hundred queries find a good wave, but are too few for a useful
+    estimate of a gradient. The search first draws random waves. Then it refines the best one by a (1+1) evolution
+    strategy: it tries small random changes, of various sizes, and keeps those that lower the loss.
 
     Attributes:
-      candidates: waves drawn, at least 1.
-      refinements: changes tried of the best one, at least 0.
-      step: median size of a change, in cycles a pixel, above 0.
+      candidates: number of random waves, at least 1.
+      refinements: number of changes of the best one that are tried, at least 0.
+      step: median scale of the changes of a frequency, in cycles per pixel, above 0.
+
+    Examples:
+      >>> search = WaveSearch(candidates=4, refinements=2)
+      >>> search.evaluations
+      7
+      >>> args = jnp.zeros((4, 4, 3)), jnp.float32(0.25), jax.random.key(0)
+      >>> jax.eval_shape(lambda *args: search(jnp.sum, *args), *args).shape
+      (4, 4, 3)
 
     References:
-      Tsuzuku & Sato 2019, On the structural sensitivity of deep convolutional networks to the directions of Fourier
-      basis functions (single frequencies fool networks).
-      Co et al. 2019, Procedural noise adversarial examples for black-box attacks on deep networks (search over the few
-      parameters of a pattern).
+      Sensitivity to single frequencies: Tsuzuku & Sato 2019, arXiv 1809.04098. Search over the few parameters of a
+      pattern: Co et al. 2019, arXiv 1810.00470.
     """
 
     candidates: int = 50
@@ -39,13 +50,28 @@ class WaveSearch:
 
     @classmethod
     def within(cls, evaluations: int) -> "WaveSearch":
-        """A search of so many evaluations, at least 2: a quarter of them for waves drawn, the others for changes."""
+        """A search with a given number of evaluations of the loss.
+
+        Args:
+          evaluations: at least 2. A quarter is for random waves, one for the start, the others for refinements.
+
+        Raises:
+          ValueError: for fewer than 2 evaluations.
+
+        Examples:
+          >>> WaveSearch.within(100)
+          WaveSearch(candidates=25, refinements=74, step=0.01)
+        """
         base.check_at_least("waves", evaluations, 2)
         candidates = max(1, evaluations // 4)
         return cls(candidates, evaluations - candidates - 1)
 
     def check(self) -> "WaveSearch":
-        """Returns itself; raises a ValueError if a field is out of range."""
+        """Returns itself.
+
+        Raises:
+          ValueError: for a field out of range.
+        """
         base.check_at_least("waves: candidates", self.candidates, 1)
         base.check_at_least("waves: refinements", self.refinements, 0)
         base.check_positive("waves: step", self.step)
@@ -53,53 +79,57 @@ class WaveSearch:
 
     @property
     def evaluations(self) -> int:
-        """Losses that a search takes, that of the start included."""
+        """Evaluations of the loss that a search makes, including that of the start."""
         return 1 + self.candidates + self.refinements
 
     def __call__(
         self,
         loss_fn: Callable[[jax.Array], jax.Array],
-        theta: jax.Array,
-        scale: jax.Array,
-        key: jax.Array,
+        theta: Float[Array, "H W C"],
+        scale: Float[Array, ""],
+        key: PRNGKeyArray,
         *,
         opaque: bool = False,
-    ) -> jax.Array:
-        """`[H, W, C]`: a wave, or `theta` itself if no wave has a lower loss.
+    ) -> Float[Array, "H W C"]:
+        """The best wave, or `theta` if no wave has a lower loss.
 
         Args:
-          loss_fn: `[H, W, C] -> []`, only evaluated.
-          theta: `[H, W, C]`, where the search begins.
-          scale: `[]`, the size of a wave's coordinates.
-          key: of the waves.
-          opaque: whether JAX cannot trace `loss_fn`; then this runs eagerly.
+          loss_fn: `[H, W, C] -> []`; it is evaluated, never differentiated.
+          theta: `[H, W, C]`, the start that waves are compared with.
+          scale: `[]`, absolute value of a wave's coordinates.
+          key: PRNG key of the search.
+          opaque: whether JAX cannot trace `loss_fn`; the search then runs eagerly.
+
+        Returns:
+          `[H, W, C]`.
         """
         mapped, scan = (_eager_map, _eager_scan) if opaque else (jax.lax.map, jax.lax.scan)
         key_candidates, key_changes = jax.random.split(key)
         dtype = theta.dtype
-        low, high = jnp.asarray([0, -0.5, 0], dtype), jnp.asarray([0.5, 0.5, 1], dtype)  # a wave and its mirror are one
+        # A frequency and its negative give the same waves, so the first one need not be negative.
+        low, high = jnp.asarray([0, -0.5, 0], dtype), jnp.asarray([0.5, 0.5, 1], dtype)
 
-        def loss(numbers):
-            return loss_fn(scale * _wave(numbers, theta.shape))
+        def loss(parameters):
+            return loss_fn(scale * _wave(parameters, theta.shape))
 
         drawn = jax.random.uniform(key_candidates, (self.candidates, 3), dtype, low[None], high[None])
         losses = mapped(loss, drawn)
         first = jnp.argmin(losses)
 
         def change(carry, key):
-            numbers, lowest = carry
+            parameters, lowest = carry
             key_size, key_change = jax.random.split(key)
             size = self.step * jnp.exp(1.5 * jax.random.normal(key_size, (), dtype))
-            units = jnp.asarray([1, 1, _TURNS_OF_PHASE], dtype)
-            changed = numbers + size * units * jax.random.normal(key_change, (3,), dtype)
+            units = jnp.asarray([1, 1, _PHASE_STEP], dtype)
+            changed = parameters + size * units * jax.random.normal(key_change, (3,), dtype)
             found = loss(changed)
             better = found < lowest
-            return (jnp.where(better, changed, numbers), jnp.where(better, found, lowest)), None
+            return (jnp.where(better, changed, parameters), jnp.where(better, found, lowest)), None
 
         keys = jax.random.split(key_changes, self.refinements)
-        (numbers, lowest), _ = scan(change, (drawn[first], losses[first]), keys)
-        own = loss_fn(jax.lax.stop_gradient(theta))  # a start that is kept keeps its derivative
-        return jnp.where(lowest < own, scale * _wave(numbers, theta.shape), theta)
+        (parameters, lowest), _ = scan(change, (drawn[first], losses[first]), keys)
+        of_start = loss_fn(jax.lax.stop_gradient(theta))  # the comparison has no derivative, a kept start has its own
+        return jnp.where(lowest < of_start, scale * _wave(parameters, theta.shape), theta)
 
 
 def _eager_map(function, inputs):
@@ -113,9 +143,9 @@ def _eager_scan(step, carry, inputs):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _wave(numbers, shape):
-    """`[H, W, C]` of -1 and 1; `numbers [3]`: cycles a pixel down and across, and the phase in turns."""
-    rows, columns = (jnp.arange(length, dtype=numbers.dtype) for length in shape[:2])
-    turns = numbers[0] * rows[:, None] + numbers[1] * columns[None] + numbers[2]
-    sign = jnp.where(jnp.cos(2 * jnp.pi * turns) >= 0, 1, -1).astype(numbers.dtype)
+def _wave(parameters, shape):
+    """`[H, W, C]` of -1 and 1; `parameters [3]`: cycles per pixel down and across, and the phase in turns."""
+    rows, columns = (jnp.arange(length, dtype=parameters.dtype) for length in shape[:2])
+    turns = parameters[0] * rows[:, None] + parameters[1] * columns[None] + parameters[2]
+    sign = jnp.where(jnp.cos(2 * jnp.pi * turns) >= 0, 1, -1).astype(parameters.dtype)
     return jnp.broadcast_to(sign[..., None], shape)

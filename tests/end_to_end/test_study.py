@@ -53,12 +53,12 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(st
     meta_train.meta_train(_flags(study, meta_steps=2))
     assert (study / "lft" / "metrics.jsonl").read_text() == before
     assert json.loads(card.read_text())["commit"] == "of the day it was made"
-    with pytest.raises(ValueError, match=r"another configuration.*hidden: 3 there, 4 asked for"):
+    with pytest.raises(ValueError, match=r"another configuration.*hidden: 3 stored, 4 given"):
         meta_train.meta_train(_flags(study, meta_steps=2, hidden=4))
 
 
 def test_a_run_of_windows_after_imitation_is_resumed_and_loaded(study):
-    windows = {"meta_gradient": "pes", "es_window": 1, "es_pairs": 2, "imitation_steps": 1, "start": "none"}
+    windows = {"meta_gradient": "pes", "es_window": 1, "es_pairs": 2, "imitation_steps": 1, "base_update": "none"}
     flags = _flags(study, workdir=str(study / "pes"), meta_steps=5, validation_tasks=0, **windows)
     state = meta_train.meta_train(flags)
     assert jax.tree.leaves(state.particles[0].carried)[0].shape[:4] == (1, 2, 2, 1)  # families, pairs, signs, tasks
@@ -133,5 +133,5 @@ def test_unknown_optimizers_and_too_many_shots_are_refused(study):
     settings = {"victim": str(study / "victim"), "output": str(study / "x")}
     with pytest.raises(ValueError, match=r"optimizer: unknown name 'momentun_pgd'\. Did you mean 'momentum_pgd'"):
         attack.attack(attack.Config(**settings, optimizer="momentun_pgd"))
-    with pytest.raises(ValueError, match="shots: 1000 images a class"):
+    with pytest.raises(ValueError, match="shots: 1000 images per class"):
         attack.attack(attack.Config(**settings, optimizer="pgd", shots=1000))

@@ -1,4 +1,4 @@
-"""Hand-designed optimizers against their formulas in numpy, and the grids that they are tuned over."""
+"""Hand-designed optimizers against their formulas in NumPy, and their grids."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ def sizes(step, final):
 
 
 def expected(name):
-    """The updates after each gradient."""
+    """The update for each gradient, by the formula."""
     if name == "projected_gradient":
         return [-size * np.sign(m) for size, m in zip(sizes(0.4, 0.1), momentum(0.5), strict=True)]
     if name == "normalized_gradient":

@@ -1,4 +1,4 @@
-"""One table of the protocol, on a linear victim of 4x4 images."""
+"""The comparison table on a linear victim of 4x4 images."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from lft_jax.tasks.uap import uap_family
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(16, 3)).astype(np.float32)
-#: As many validation as test tasks, one step judged: then tuning and the test share programs.
+#: As many validation as test tasks, measured after one step: then tuning and the test share compiled programs.
 PROTOCOL = Protocol(
     num_steps=2, at=(2,), num_tasks=4, num_validation=4, methods=("uap_sgd",), oracle_steps=15, batch_size=2, seed=7
 )
@@ -47,7 +47,7 @@ TARGET = Target("toy", "linear", False, *(family() for _ in range(3)))
 
 @pytest.fixture(scope="module")
 def compared():
-    """Rows by method, pictures, lines of progress, and the table of baselines, whose grids are smaller than usual."""
+    """Rows by method, perturbations, reported lines, and the baselines, with small grids."""
     table = {
         name: baseline._replace(
             grid=(
@@ -92,8 +92,8 @@ def test_every_method_has_a_row(compared):
         np.testing.assert_allclose(row["asr"][-1], np.mean(row["task_asr"]), atol=1e-4)
 
 
-def test_what_is_tuned_with_the_learned_methods_losses_may_leave_out_the_second(monkeypatch):
-    """The row is the better one on validation tasks, with or without, run by hand; the plain ones are without."""
+def test_augmented_baselines_may_leave_out_the_second_loss(monkeypatch):
+    """The row is the variant that is better on validation tasks; plain baselines have no second loss."""
     table = {"pgd": make_baselines("linf")["pgd"]._replace(grid=(Setting(SETTING, LOSS),))}
     monkeypatch.setattr(comparison.baselines, "make_baselines", lambda norm: table)
     both = {
@@ -119,7 +119,7 @@ def test_what_is_tuned_with_the_learned_methods_losses_may_leave_out_the_second(
     assert row["setting"].get("second_loss") == (chosen and "dominant")
     np.testing.assert_allclose(rows["pgd"]["task_asr"], asr(TARGET.test, test, None, None), atol=1e-4)
     assert "second_loss" not in rows["pgd"]["setting"]
-    np.testing.assert_array_equal(rows["learned"]["task_asr"], rows["pgd"]["task_asr"])  # on tasks of its own
+    np.testing.assert_array_equal(rows["learned"]["task_asr"], rows["pgd"]["task_asr"])  # it changes its tasks
 
 
 def test_rows_survive_json(compared):
@@ -162,7 +162,7 @@ def test_baselines_are_tuned_on_validation_tasks(compared):
         assert rows[f"{name} (untuned)"]["setting"]["step"] == baseline.default.params["step"]
 
 
-def test_fixed_perturbations_are_judged_as_they_are(compared):
+def test_fixed_perturbations_are_not_fine_tuned(compared):
     rows, pictures, _, _ = compared
     metrics = evaluation.evaluate_fixed(jnp.asarray(pictures["oracle"]), TARGET.test, keys()[0], batch_size=2)
     np.testing.assert_allclose(rows["oracle"]["asr"], [np.mean(metrics["asr"])], rtol=1e-6)
@@ -171,7 +171,7 @@ def test_fixed_perturbations_are_judged_as_they_are(compared):
 
 
 def made_up(curves, tasks=7):
-    """Runs of one seed whose mean ASR curves are about these, as `compare` collects them."""
+    """Runs of one seed with about these mean ASR curves, as `compare` collects them."""
     noise = np.random.default_rng(1).uniform(-0.05, 0.05, size=(tasks, 3))
     names = ("clean_accuracy", "loss", "l1", "l2", "linf")
     return {
@@ -182,7 +182,7 @@ def made_up(curves, tasks=7):
 
 @pytest.mark.parametrize("methods", [("pgd", "adam"), ("adam",), ()])
 def test_gaps_and_steps_are_those_of_the_curves(methods):
-    """The best baseline bounds the gap from below, tuned PGD's last point is the goal of the steps."""
+    """The gap starts at the best baseline; steps are counted until the last value of tuned PGD."""
     curves = {
         "pgd": [0.2, 0.3, 0.5],
         "adam": [0.1, 0.2, 0.3],
@@ -207,7 +207,7 @@ def test_gaps_and_steps_are_those_of_the_curves(methods):
 
 
 def test_baselines_are_run_as_published():
-    """Without what is ours in the tasks: augmentation, subspaces, own directions, and a search that costs queries."""
+    """Without augmentation, subspaces, directions per image, and a search; its queries become directions."""
     for antithetic, more in ((True, 3), (False, 5)):  # 25 evaluations in 5 steps
         plain = oracles.ZerothOrder(3, 0.1, antithetic=antithetic)
         estimator = dataclasses.replace(plain, resolution=2, basis="dct", per_example=True)

@@ -1,4 +1,4 @@
-"""Judging fine-tuners on linear victims of 4x4 images, against Python loops."""
+"""Evaluation of fine-tuners on linear victims of 4x4 images, against Python loops."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ def evaluate(learner=PGD.learner, params=SETTING, family=FAMILY, **options):
 
 
 def signed_descent(support, step, final):
-    """The perturbations after each step of PGD on the hinge of a linear victim, in numpy."""
+    """The perturbation after each step of PGD on the hinge of a linear victim, in NumPy."""
     images, labels = (np.asarray(x) for x in support)
     theta, thetas = np.zeros((4, 4, 1)), []
     for k in range(STEPS):
@@ -126,7 +126,7 @@ def test_tuning_reports_all_settings_and_picks_the_best():
     tuned = evaluation.tune(PGD._replace(grid=grid), judged, KEYS, num_steps=STEPS, batch_size=2)
     assert [setting for setting, _ in tuned.scores] == list(grid)
     for setting, score in tuned.scores:
-        # Towards the family's target, though the grid knows none.
+        # The losses of the grid take the target of the family.
         loss = dataclasses.replace(setting.support_loss, target=0)
         again = evaluate(params=setting.params, family=judged.with_recipe(loss=loss), at=(STEPS,))
         np.testing.assert_allclose(score, np.mean(again["asr"]), rtol=1e-6)
@@ -136,15 +136,15 @@ def test_tuning_reports_all_settings_and_picks_the_best():
 
 
 @pytest.mark.standard_promotion
-def test_under_a_penalty_settings_are_chosen_by_the_loss_that_holds_it():
-    """The largest step has the most success and, with such a penalty, the largest loss."""
-    penalised = dataclasses.replace(FAMILY, constraint=Constraint("l1", penalty=1.0))
+def test_under_a_penalty_settings_are_chosen_by_the_loss():
+    """The larger step has the higher success rate and, with this penalty, the higher loss."""
+    penalized = dataclasses.replace(FAMILY, constraint=Constraint("l1", penalty=1.0))
     grid = tuple(baselines.Setting({"learning_rate": r, "decay": 0.0}, FAMILY.recipe.loss) for r in (1e-3, 1.0))
     tuned = evaluation.tune(
-        baselines.make_baselines("l1")["sgd"]._replace(grid=grid), penalised, KEYS, num_steps=STEPS, batch_size=2
+        baselines.make_baselines("l1")["sgd"]._replace(grid=grid), penalized, KEYS, num_steps=STEPS, batch_size=2
     )
     learner = baselines.make_baselines("l1")["sgd"].learner
-    metrics = [evaluate(learner, s.params, penalised, at=(STEPS,)) for s in grid]
+    metrics = [evaluate(learner, s.params, penalized, at=(STEPS,)) for s in grid]
     assert np.mean(metrics[1]["asr"]) > np.mean(metrics[0]["asr"])
     np.testing.assert_allclose([m for _, m in tuned.scores], [-np.mean(m["loss"]) for m in metrics], rtol=1e-5)
     assert tuned.setting == grid[0]
@@ -182,7 +182,7 @@ def test_gap_closed(asr, baseline, ceiling, expected):
     assert evaluation.gap_closed(asr, baseline, ceiling) == (expected and pytest.approx(expected))
 
 
-# ---- With all data ----
+# ---- The full-data oracle ----
 
 
 def full_data(families=(FAMILY,), judge=FAMILY, **options):
@@ -212,7 +212,7 @@ def test_the_full_data_perturbation_is_the_best_of_its_runs(targeted):
     assert asr_of(0 * theta) == 0
 
 
-def test_the_full_data_perturbation_minimises_the_hinge_of_its_judge(monkeypatch):
+def test_the_full_data_perturbation_uses_the_kappa_of_its_judge(monkeypatch):
     tried = []
 
     def run(families, theta, key, step, loss, **options):
@@ -224,7 +224,7 @@ def test_the_full_data_perturbation_minimises_the_hinge_of_its_judge(monkeypatch
     assert tried == [("cross_entropy", 4.0), ("hinge", 4.0)]
 
 
-def test_the_full_data_perturbation_keeps_to_the_target_of_its_judge():
+def test_the_full_data_perturbation_uses_the_target_of_its_judge():
     judge = family(loss=AttackLoss(target=1), epsilon=0.2)
     theta, records = full_data([judge], judge, targeted=True)
     assert {record["target"] for record in records} == {1}
@@ -232,16 +232,16 @@ def test_the_full_data_perturbation_keeps_to_the_target_of_its_judge():
     assert asr_of(theta, target=1) > 0.3
 
 
-def test_a_penalty_holds_the_full_data_perturbation_back():
+def test_a_larger_penalty_gives_a_smaller_full_data_perturbation():
     sizes = []
     for penalty in (1e-6, 100.0):
-        penalised = family(epsilon=None, constraint=Constraint("l2", penalty=penalty))
-        sizes.append(np.abs(full_data([penalised], penalised)[0]).max())
+        penalized = family(epsilon=None, constraint=Constraint("l2", penalty=penalty))
+        sizes.append(np.abs(full_data([penalized], penalized)[0]).max())
     assert sizes[1] < sizes[0] / 2
 
 
 def test_several_victims_are_attacked_at_once():
-    """A second victim that punishes what works against the first, three times as hard."""
+    """A second victim whose logits are -3 times those of the first."""
     opposite = dataclasses.replace(FAMILY, logits_fn=jax.tree_util.Partial(linear, jnp.asarray(-3 * WEIGHTS)))
     theta, _ = full_data([FAMILY, opposite])
     assert asr_of(theta) < asr_of(full_data()[0]) - 0.1

@@ -7,8 +7,9 @@ import pytest
 
 from experiments import common
 from lft_jax import oracles
+from lft_jax.cli import provenance
 from lft_jax.tasks.perturbation import AttackLoss, Constraint
-from lft_jax.victims import Victim, build_model
+from lft_jax.victims import DEFAULT_EPSILON, Victim, build_model
 
 
 def test_provenance_names_the_module_that_runs_and_not_where_the_data_lay(monkeypatch):
@@ -17,7 +18,7 @@ def test_provenance_names_the_module_that_runs_and_not_where_the_data_lay(monkey
     monkeypatch.setattr(
         sys, "argv", ["/somewhere/meta_step.py", "--repeats=2", "--data_dir=/private", "--compilation_cache=/mine"]
     )
-    assert common.provenance([0])["command"] == "python -m benchmarks.meta_step --repeats=2"
+    assert provenance.describe([0])["command"] == "python -m benchmarks.meta_step --repeats=2"
 
 
 def test_tasks_have_a_ball_or_a_penalty_and_exact_or_estimated_gradients():
@@ -26,10 +27,10 @@ def test_tasks_have_a_ball_or_a_penalty_and_exact_or_estimated_gradients():
     card = {"architecture": "small_cnn", "num_classes": 10, "image_shape": [8, 8, 1], "source": "digits"}
     victim = Victim(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(like)), card)
     ball = common.make_family(victim, "train", common.TaskConfig())
-    assert (ball.constraint, ball.estimator) == (Constraint("linf", common.DEFAULT_EPSILON["linf"]["digits"]), None)
-    assert ball.attack_loss == ball.support_loss == AttackLoss("cross_entropy")
+    assert (ball.constraint, ball.estimator) == (Constraint("linf", DEFAULT_EPSILON["linf"]["digits"]), None)
+    assert ball.objective == ball.recipe.loss == AttackLoss("cross_entropy")
     hinge = common.make_family(victim, "train", common.TaskConfig(loss="hinge", kappa=3.0))
-    assert (hinge.attack_loss.kind, hinge.attack_loss.kappa) == ("hinge", 3.0)
+    assert (hinge.objective.kind, hinge.objective.kappa) == ("hinge", 3.0)
     penalty = common.make_family(victim, "train", common.TaskConfig(norm="l1", penalty=0.1, num_directions=4))
     assert (penalty.constraint, penalty.estimator) == (Constraint("l1", None, 0.1), oracles.ZerothOrder(4))
     with pytest.raises(ValueError, match=r"penalty: give a penalty or radii of balls, got 0\.1 and \{'digits': 0\.2\}"):

@@ -1,11 +1,15 @@
+import dataclasses
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import meta_train
+from experiments import config, meta_train
 from lft_jax.evaluation import baselines
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.optimizers import rules
+from lft_jax.pretrained import pretrained_card
 
 
 def flags(**changes):
@@ -14,9 +18,11 @@ def flags(**changes):
 
 def test_flags_describe_rules():
     assert meta_train.rule_of(flags()) == rules.spatial_lstm(base_update=rules.MomentumUpdate(0.8, 0.5))
-    descent = flags(start="gradient", start_step=1.0, start_decay=0.9)
+    descent = flags(base_update="gradient", base_step=1.0, base_decay=0.9)
     assert meta_train.rule_of(descent) == rules.spatial_lstm(base_update=rules.MomentumUpdate(1.0, 0.9, "gradient"))
-    described = flags(rule="coordinate_lstm", features=("adam",), hidden=5, layers=2, start="none", output_scale=0.01)
+    described = flags(
+        rule="coordinate_lstm", features=("adam",), hidden=5, layers=2, base_update="none", output_scale=0.01
+    )
     assert meta_train.rule_of(described) == rules.coordinate_lstm(5, 2, features="adam", output_scale=0.01)
 
 
@@ -25,7 +31,7 @@ def test_flags_describe_tasks():
     assert (tasks.epsilon, tasks.shots, tasks.loss, tasks.start) == ({"digits": 0.1}, 3, "hinge", "random")
 
 
-@pytest.mark.parametrize("name", meta_train.LEARNERS)
+@pytest.mark.parametrize("name", config.LEARNERS)
 def test_flags_describe_learners(name):
     learner = meta_train.learner_of(flags(learner=name))
     assert learner.name == name
@@ -51,9 +57,9 @@ def test_unknown_names_are_refused(changes, message):
         ({"learner": "maml", "hidden": 3}, "hidden: maml learns no update rule; leave it out"),
         ({"kappa": 5.0}, "kappa: lft minimises no hinge; leave it out"),
         ({"learner": "meta_sgd", "features": ("raw",)}, "features: meta_sgd learns no update rule"),
-        ({"start": "none", "start_step": 0.1}, "start_step: lft has no hand-made update to add to"),
+        ({"base_update": "none", "base_step": 0.1}, "base_step: lft has no base update"),
         ({"learner": "joint", "inner_step": 0.1}, "inner_step: joint fine-tunes by its own rule"),
-        ({"learner": "reptile", "weights": "final"}, "weights: reptile differentiates nothing"),
+        ({"learner": "reptile", "step_weights": "final"}, "step_weights: reptile differentiates nothing"),
         ({"learner": "reptile", "second_order": True}, "second_order: reptile differentiates nothing"),
         (
             {"learner": "sign_maml", "second_order": True},
@@ -63,15 +69,15 @@ def test_unknown_names_are_refused(changes, message):
         ({"adaptation_rate": 0.1}, "adaptation_rate: lft does not adapt its weights"),
         ({"learner": "adaptive_lft", "num_directions": 3}, "num_directions: adaptive_lft differentiates the loss"),
         ({"learner": "adaptive_lft", "meta_gradient": "es"}, "meta_gradient: adaptive_lft differentiates the loss"),
-        ({"resolution": 8}, "resolution: lft is given exact gradients, without --num_directions"),
-        ({"sampler": True}, "sampler: lft is given exact gradients, without --num_directions"),
+        ({"resolution": 8}, "resolution: lft uses exact gradients, without --num_directions"),
+        ({"sampler": True}, "sampler: lft uses exact gradients, without --num_directions"),
         ({"sampler": True, "learner": "joint", "num_directions": 3}, "sampler: joint has no sampler of directions"),
-        ({"features": ("raw", "update")}, "features: update is what a sampler sees"),
-        ({"per_example": True}, "per_example: lft is given exact gradients, without --num_directions"),
+        ({"features": ("raw", "update")}, "features: update is for a sampler"),
+        ({"per_example": True}, "per_example: lft uses exact gradients, without --num_directions"),
         ({"basis": "dct", "num_directions": 3}, "basis: lft has no subspace of directions, without --resolution"),
         (
             {"second_loss": "hinge", "num_directions": 3},
-            "second_loss: lft is given estimates of one loss, by --num_directions",
+            "second_loss: lft has estimates of one loss, with --num_directions",
         ),
         ({"features": ("momentum", "second")}, "features: second is the gradient of a second loss, and there is none"),
         ({"second_loss": "cross_entropy"}, "second_loss: cross_entropy is the support loss already"),
@@ -80,7 +86,7 @@ def test_unknown_names_are_refused(changes, message):
         ({"meta_gradient": "pes"}, "es_window: pes needs one that divides num_steps = 20, got None"),
         ({"meta_gradient": "truncated_es", "es_window": 3}, "es_window: truncated_es needs one that divides"),
         ({"meta_gradient": "pes", "es_window": 5, "curriculum": (5, 20)}, "curriculum: lft has windows for short"),
-        ({"meta_gradient": "pes", "es_window": 5, "weights": "final"}, "weights: the last step's alone leave"),
+        ({"meta_gradient": "pes", "es_window": 5, "step_weights": "final"}, "step_weights: final leaves all windows"),
         ({"meta_gradient": "pes", "es_window": 5, "learner": "adaptive_lft"}, "meta_gradient: adaptive_lft diff"),
         ({"curriculum": (5, 10)}, r"curriculum: expected .* to num_steps = 20, got \(5, 10\)"),
         ({"curriculum": (10, 5, 20)}, "curriculum: expected .* numbers that ascend"),
@@ -90,9 +96,12 @@ def test_unknown_names_are_refused(changes, message):
         ({"imitation_decay": 0.9}, "imitation_decay: lft imitates nothing, without imitation_steps"),
         ({"imitation_steps": 1000}, "imitation_steps: expected fewer than meta_steps = 1000, got 1000"),
         ({"imitation_steps": -1}, "imitation_steps: expected fewer than meta_steps = 1000, got -1"),
-        ({"imitation_steps": 5}, "imitation_steps: lft starts from the very update"),
-        ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft is given a penalty"),
-        ({"learner": "maml", "weights": "final", "window": 5}, "window: the last of 20 steps alone, cut off after 5"),
+        ({"imitation_steps": 5}, "imitation_steps: the base update .* is the one to imitate"),
+        ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft has a penalty"),
+        (
+            {"learner": "maml", "step_weights": "final", "window": 5},
+            "window: the last of 20 steps alone, cut off after 5",
+        ),
     ],
 )
 def test_flags_without_a_use_are_refused(changes, message):
@@ -104,12 +113,12 @@ def test_flags_without_a_use_are_refused(changes, message):
     "changes",
     [
         {},
-        {"learner": "maml", "inner_step": 0.1, "weights": "final"},
+        {"learner": "maml", "inner_step": 0.1, "step_weights": "final"},
         {"learner": "maml", "window": 5},
         {"learner": "sign_maml", "inner_step": 0.1},
-        {"learner": "joint", "hidden": 3, "start_step": 0.1},
+        {"learner": "joint", "hidden": 3, "base_step": 0.1},
         {"meta_gradient": "es", "es_pairs": 3},
-        {"meta_gradient": "pes", "es_window": 5, "imitation_steps": 5, "start": "none"},
+        {"meta_gradient": "pes", "es_window": 5, "imitation_steps": 5, "base_update": "none"},
         {"curriculum": (5, 10, 20), "imitation_steps": 5, "imitation_step": 0.2},
         {"second_loss": "dominant", "features": ("momentum", "second")},
     ],
@@ -118,15 +127,17 @@ def test_flags_of_use_are_not(changes):
     meta_train.check(flags(**changes))
 
 
-def test_flags_describe_estimators():
-    assert meta_train.estimator_of(flags()) is None
-    assert meta_train.estimator_of(flags(meta_gradient="es", es_pairs=3, es_sigma=0.1)) == EvolutionStrategies(3, 0.1)
+def test_flags_describe_meta_gradients():
+    assert meta_train.meta_gradient_of(flags()) is None
+    assert meta_train.meta_gradient_of(flags(meta_gradient="es", es_pairs=3, es_sigma=0.1)) == EvolutionStrategies(
+        3, 0.1
+    )
     for name, value in {"second_order": True, "window": 5}.items():
         for estimator in ("es", "pes"):
             with pytest.raises(ValueError, match=f"{name}: evolution strategies differentiate nothing"):
-                meta_train.estimator_of(flags(meta_gradient=estimator, **{name: value}))
+                meta_train.meta_gradient_of(flags(meta_gradient=estimator, **{name: value}))
     for estimator, accumulate in {"pes": True, "truncated_es": False}.items():
-        found = meta_train.estimator_of(flags(meta_gradient=estimator, es_window=5, es_pairs=3))
+        found = meta_train.meta_gradient_of(flags(meta_gradient=estimator, es_window=5, es_pairs=3))
         assert found == PersistentEvolutionStrategies(5, 3, 0.01, accumulate)
 
 
@@ -153,6 +164,23 @@ def test_flags_describe_teachers():
 
 
 def test_what_a_run_lacks_is_the_default_of_its_day():
-    absent = meta_train._absent()
-    assert (absent["augment"], absent["curriculum"], absent["window"]) == (False, (), None)
-    assert not {"victims", "workdir", "remat"} & absent.keys()
+    present = meta_train.present_flags({})
+    assert (present["augment"], present["curriculum"], present["window"]) == (False, (), None)
+    assert not {"victims", "workdir", "remat"} & present.keys()
+
+
+@pytest.mark.parametrize("name", sorted(config.PRESETS))
+def test_a_preset_is_the_run_of_the_shipped_rule(name):
+    """Up to the seed, and to victims that were stored in another folder."""
+    shipped = meta_train.flags_of(pretrained_card(name.replace("_", "-"))["meta_training"])
+    preset = meta_train.Config(workdir="", seed=shipped.seed, **config.PRESETS[name])
+    meta_train.check(preset)
+    assert [Path(v).name for v in preset.victims] == [Path(v).name for v in shipped.victims]
+    assert dataclasses.replace(preset, victims=()) == dataclasses.replace(shipped, victims=())
+
+
+def test_runs_of_the_first_version_are_read_under_the_present_names():
+    old = {"victims": ["a"], "start": "none", "start_step": 0.1, "start_decay": 0.2, "queries": 7, "weights": "linear"}
+    found = meta_train.flags_of(old, "there")
+    assert (found.base_update, found.base_step, found.base_decay) == ("none", 0.1, 0.2)
+    assert (found.query_shots, found.step_weights, found.victims, found.workdir) == (7, "linear", ("a",), "there")

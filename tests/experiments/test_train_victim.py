@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import config, train_victim
+from experiments import train_victim
+from lft_jax.cli import config
 from lft_jax.data import load_source
 from lft_jax.victims import MODELS, clean_accuracy, load_victim
 

@@ -17,7 +17,7 @@ TREE = {
 }
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_a_saved_tree_is_loaded(tmp_path):
     save_tree(tmp_path / "a" / "tree", TREE)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), TREE)
     loaded = load_tree(tmp_path / "a" / "tree", like)
@@ -89,7 +89,7 @@ def test_absent_and_truncated_trees_are_refused(tmp_path):
         load_tree(tmp_path / "empty", {"x": jnp.ones(3)})
 
 
-def test_no_truncated_file_goes_unnoticed(tmp_path):
+def test_every_truncated_file_is_noticed(tmp_path):
     expected = np.random.default_rng(0).normal(size=3000).astype(np.float32)
     save_tree(tmp_path / "tree", {"x": expected})
     noticed = 0

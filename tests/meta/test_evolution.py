@@ -1,4 +1,4 @@
-"""Evolution strategies against gradients, within the sampling error that their formula states."""
+"""Evolution strategies compared with gradients, within their sampling error."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def test_a_linear_loss_has_its_gradient_and_the_stated_variance(x64):
 
     pairs, size = 5000, 50
     (value, aux), grads = EvolutionStrategies(pairs, 0.3)(loss, params, KEY)
-    np.testing.assert_allclose(value, loss(params)[0])  # mirrored tries cancel
+    np.testing.assert_allclose(value, loss(params)[0])  # mirrored points cancel
     np.testing.assert_allclose(aux["twice"], 2 * value)
     error = optax.tree.norm(jax.tree.map(jnp.subtract, grads, slopes)) ** 2
     expected = (size + 1) * optax.tree.norm(slopes) ** 2 / pairs
@@ -49,8 +49,8 @@ def test_in_meta_training_it_agrees_with_backpropagation(x64):
     rule = coordinate_lstm(2, 1, features="raw", output_scale=0.5)
     families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.3, 0.2, 0.1])]
 
-    def gradient(estimator):
-        options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0), "meta_gradient": estimator}
+    def gradient(strategies):
+        options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0), "meta_gradient": strategies}
         trainer = meta_trainer(learners.lft(rule), families, **options)
         state = trainer.init(jax.random.key(0))
         after, metrics = trainer.step(state)
@@ -63,26 +63,26 @@ def test_in_meta_training_it_agrees_with_backpropagation(x64):
         np.testing.assert_allclose(of_found[name], of_exact[name], rtol=1e-4)
     size, norm = optax.tree.size(exact), float(optax.tree.norm(exact))
     error = float(optax.tree.norm(jax.tree.map(jnp.subtract, found, exact)))
-    # Each of two families has half the weight and changes of its own.
+    # Each of two families has half the weight and random directions of its own.
     assert error < 2 * norm * np.sqrt((size + 1) / pairs) < 0.5 * norm
 
 
 # ---- Windows ----
 
 
-def sum_over_windows(estimator, windows, key):
-    """The estimated slope of `sum_t s_t` by x, where `s_t = s_(t-1) + x`: of one step a window."""
+def sum_over_windows(strategies, windows, key):
+    """The estimated derivative of `sum_t s_t` by x, where `s_t = s_(t-1) + x`, with one step per window."""
 
     def loss(x, s):
         return ((s + x, ()), s + x)
 
     def window(particles, inputs):
         number, key = inputs
-        (_, grad), particles = estimator(loss, jnp.asarray(0.7), particles, key, begins=number == 0)
+        (_, grad), particles = strategies(loss, jnp.asarray(0.7), particles, key, begins=number == 0)
         return particles, grad
 
-    # What an earlier episode left must not matter.
-    particles = jax.tree.map(lambda x: x + 5, estimator.init(jnp.asarray(0.0), jnp.asarray(0.0)))
+    # The sum of an earlier episode must be ignored.
+    particles = jax.tree.map(lambda x: x + 5, strategies.init(jnp.asarray(0.0), jnp.asarray(0.0)))
     particles = particles._replace(carried=jnp.zeros_like(particles.carried))
     _, grads = jax.lax.scan(window, particles, (jnp.arange(windows), jax.random.split(key, windows)))
     return jnp.sum(grads)
@@ -90,32 +90,32 @@ def sum_over_windows(estimator, windows, key):
 
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_persistent_ones_are_unbiased_where_truncated_ones_are_not(x64, accumulate):
-    # x acts on s_t through t steps, so that the slope is 1 + 2 + ... + K; on a window by itself, through one. With E_t
-    # the sum of t normal numbers e_t, the estimates are the sums of E_t^2 and of E_t e_t over t.
+    # x acts on s_t through t steps, so the derivative is 1 + 2 + ... + K; truncated to one window it is K. With E_t the
+    # sum of t normal numbers e_t, the estimates are the sums of E_t^2 and of E_t e_t over t.
     windows, pairs = 5, 20_000
-    estimator = PersistentEvolutionStrategies(1, pairs, 0.3, accumulate)
-    found = jax.jit(sum_over_windows, static_argnums=(0, 1))(estimator, windows, KEY)
+    strategies = PersistentEvolutionStrategies(1, pairs, 0.3, accumulate)
+    found = jax.jit(sum_over_windows, static_argnums=(0, 1))(strategies, windows, KEY)
     if accumulate:
         expected = windows * (windows + 1) / 2
         variance = sum(2 * min(t, u) ** 2 for t in range(1, windows + 1) for u in range(1, windows + 1))
     else:
         expected, variance = windows, sum(t + 1 for t in range(1, windows + 1))
     assert abs(found - expected) < 4 * np.sqrt(variance / pairs) < 0.08 * expected
-    one = [sum_over_windows(dataclasses.replace(estimator, pairs=2, accumulate=a), 1, KEY) for a in (True, False)]
-    assert one[0] == one[1]  # a single window has no past
-    assert 4 * np.sqrt(variance / pairs) < 0.1 * (windows * (windows + 1) / 2 - windows)  # and so the two differ
+    one = [sum_over_windows(dataclasses.replace(strategies, pairs=2, accumulate=a), 1, KEY) for a in (True, False)]
+    assert one[0] == one[1]  # the first window is the same in both
+    assert 4 * np.sqrt(variance / pairs) < 0.1 * (windows * (windows + 1) / 2 - windows)  # so the two differ
 
 
-def gradients_of_an_episode(estimator, keys, num_steps=4):
-    """Of every key, the mean of the meta-gradients of as many meta-steps at the same meta-parameters as windows."""
+def gradients_of_an_episode(strategies, keys, num_steps=4):
+    """For each key, the mean meta-gradient over the windows of an episode, at constant meta-parameters."""
     families = [quadratic_family(np.asarray(c), support=3, query=3) for c in ([1.0, 0.5], [0.4, 0.2, 0.1])]
     settings = {"learning_rate": jnp.asarray(0.05), "decay": jnp.asarray(0.5)}
     learner = dataclasses.replace(
-        learners.fixed("momentum", baselines.sgd), init=lambda key, families: settings, second_order=estimator is None
+        learners.fixed("momentum", baselines.sgd), init=lambda key, families: settings, second_order=strategies is None
     )
     options = {"num_steps": num_steps, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
-    trainer = meta_trainer(learner, families, meta_gradient=estimator, **options)
-    windows = num_steps // getattr(estimator, "window", num_steps)
+    trainer = meta_trainer(learner, families, meta_gradient=strategies, **options)
+    windows = num_steps // getattr(strategies, "window", num_steps)
     first = trainer.init(jax.random.key(0))
 
     def episode(key):
@@ -131,41 +131,41 @@ def gradients_of_an_episode(estimator, keys, num_steps=4):
 
 
 def test_estimates_of_an_episode_agree_with_backpropagation(x64):
-    """Over many keys, each with tasks of its own, the mean difference is within what it scatters; if it is to be."""
+    """The mean difference over many keys is within its sampling error, except for truncated strategies."""
     keys = jax.random.split(KEY, 40)
     exact, losses = gradients_of_an_episode(None, keys)
-    for estimator in (
+    for strategies in (
         EvolutionStrategies(100, 1e-2),
         PersistentEvolutionStrategies(2, 100, 1e-2),
         PersistentEvolutionStrategies(2, 100, 1e-2, accumulate=False),
     ):
-        found, tried = gradients_of_an_episode(estimator, keys)
-        np.testing.assert_allclose(np.mean(tried), np.mean(losses), rtol=1e-3)  # windows' losses average to it
+        found, tried = gradients_of_an_episode(strategies, keys)
+        np.testing.assert_allclose(np.mean(tried), np.mean(losses), rtol=1e-3)  # the mean over windows
         differences = np.concatenate(
             [(a - b).reshape(len(keys), -1) for a, b in zip(*map(jax.tree.leaves, (found, exact)), strict=True)], 1
         )
         scatter = np.sum(np.var(differences, 0, ddof=1)) / len(keys)
-        ratio = np.sum(np.mean(differences, 0) ** 2) / scatter  # expected to be 1 without a bias; of two numbers
-        assert ratio > 12 if not getattr(estimator, "accumulate", True) else ratio < 6, (estimator, ratio)
+        ratio = np.sum(np.mean(differences, 0) ** 2) / scatter  # about 1 without a bias
+        assert ratio > 12 if not getattr(strategies, "accumulate", True) else ratio < 6, (strategies, ratio)
         assert scatter < 0.03 * sum(np.sum(np.mean(x, 0) ** 2) for x in jax.tree.leaves(exact))
 
 
 class SearchingFamily(QuadraticFamily):
-    """Quadratic tasks that say when they look for a start."""
+    """Quadratic tasks that record each search for a start."""
 
-    said = []  # noqa: RUF012
+    searches = []  # noqa: RUF012
 
     def warm_start(self, theta, support, key):
-        jax.debug.callback(lambda: self.said.append(1))
+        jax.debug.callback(lambda: self.searches.append(1))
         return theta + jnp.mean(support, 0), 3
 
 
 jax.tree_util.register_dataclass(SearchingFamily, ["curvature", "center", "noise"], ["support", "query"])
 
 
-def test_a_start_is_searched_once_an_episode():
+def test_a_start_is_searched_once_per_episode():
     family = SearchingFamily(jnp.ones(2))
-    SearchingFamily.said.clear()
+    SearchingFamily.searches.clear()
     options = {"num_steps": 6, "tasks_per_family": 1, "meta_optimizer": optax.sgd(0.0)}
     learner = learners.lft(coordinate_lstm(2, 1))
     trainer = meta_trainer(learner, [family], meta_gradient=PersistentEvolutionStrategies(2, 4, 1e-2), **options)
@@ -175,7 +175,7 @@ def test_a_start_is_searched_once_an_episode():
         state, metrics = trainer.step(state)
         losses.append(float(metrics["loss"]))
     jax.effects_barrier()
-    assert len(SearchingFamily.said) == 2 * 4 * 2  # mirrored pairs, in each of two episodes of three windows
+    assert len(SearchingFamily.searches) == 2 * 4 * 2  # mirrored pairs, in each of two episodes of three windows
     assert max(losses) < 2  # about 1 after the search, about 3 without
 
 
@@ -183,8 +183,8 @@ def test_a_start_is_searched_once_an_episode():
     ("options", "message"),
     [
         ({"num_steps": 5}, "its window of 2 must divide num_steps = 5"),
-        ({"num_steps": 4, "schedule": Schedule([(2, 10)])}, "a curriculum has no use"),
-        ({"num_steps": 4, "unroll": Unroll("final")}, "step_weights: they leave some windows .* without a loss"),
+        ({"num_steps": 4, "schedule": Schedule([(2, 10)])}, "without a curriculum"),
+        ({"num_steps": 4, "unroll": Unroll("final")}, "step_weights: they are 0 in some windows"),
     ],
 )
 def test_windows_that_do_not_fit_are_refused(options, message):
@@ -194,7 +194,7 @@ def test_windows_that_do_not_fit_are_refused(options, message):
 
 
 @pytest.mark.parametrize(("window", "same"), [(3, True), (1, False)])
-def test_truncation_by_all_steps_is_none(window, same):
+def test_a_window_of_all_steps_is_no_truncation(window, same):
     options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
     trainers = [
         meta_trainer(learners.lft(coordinate_lstm(2, 1)), [quadratic_family(np.ones(2, np.float32))], **options, **more)
@@ -205,7 +205,7 @@ def test_truncation_by_all_steps_is_none(window, same):
     assert np.isclose(cut["grad_norm"], full["grad_norm"], rtol=1e-5) == same
 
 
-def test_an_opaque_model_can_be_meta_trained_on(opaque_family):
+def test_meta_training_on_a_model_without_gradients(opaque_family):
     family = opaque_family
     learner = learners.lft(coordinate_lstm(2, 1, features="raw"))
     options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.sgd(1.0)}
@@ -220,7 +220,7 @@ def test_an_opaque_model_can_be_meta_trained_on(opaque_family):
 
 
 @pytest.mark.parametrize(("window", "second_order"), [(2, False), (None, True)])
-def test_what_only_derivatives_have_is_refused(window, second_order):
+def test_options_of_backpropagation_are_refused(window, second_order):
     learner = learners.lft(coordinate_lstm(2, 1), second_order=second_order)
     family = quadratic_family(np.ones(2, np.float32))
     with pytest.raises(ValueError, match="meta_gradient: evolution strategies differentiate nothing"):

@@ -1,4 +1,4 @@
-"""Imitation of a hand-made optimizer: the distance against a plain loop, its meta-gradient, and what is learned."""
+"""Imitation of a hand-designed optimizer: the distance, its meta-gradient, and the trained rule."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ WEIGHTS = jnp.asarray(RNG.normal(size=(16, 3)).astype(np.float32))
 
 
 def test_the_distance_is_that_of_a_plain_loop():
-    """On perturbations in a ball, whose oracle tells the scale, and whose projection is not part of an update."""
+    """On perturbations in a ball: the oracle reports a scale, and projection is not part of an update."""
     images = RNG.uniform(size=(30, 4, 4, 1)).astype(np.float32)
     victim = lambda images: images.reshape(len(images), -1) @ WEIGHTS  # noqa: E731
     family = uap_family(images, np.arange(30) % 3, victim, ways=2, query_shots=2, epsilon=EPSILON, loss="cross_entropy")
@@ -55,7 +55,7 @@ def test_the_distance_is_that_of_a_plain_loop():
 
 @pytest.mark.parametrize("window", [None, 1])
 def test_the_teacher_is_a_constant(x64, window):
-    """The learned rate r of descent beside a teacher of rate 1: the updates are 1 - r gradients apart."""
+    """With a learning rate r, and 1 for the teacher, the updates differ by (1 - r) times the gradient."""
     family = quadratic_family(np.asarray([1.0, 0.5]), support=2, query=2)
     learner = imitating(learners.fixed("descent", optax.sgd), optax.sgd(1.0))
     options = {"num_steps": STEPS, "steps": np.arange(STEPS), "unroll": Unroll(window=window)}
@@ -72,8 +72,8 @@ def test_the_teacher_is_a_constant(x64, window):
     np.testing.assert_allclose([value, slope], [0.7**2 * squares, -2 * 0.7 * squares], rtol=1e-10)
 
 
-def test_a_rule_learns_its_teacher_on_a_model_that_can_only_be_called(opaque_family):
-    """By backpropagation, and then goes on to lower the loss, by whatever is asked for."""
+def test_a_rule_learns_from_its_teacher_on_a_model_without_gradients(opaque_family):
+    """Imitation uses backpropagation; the meta-steps after it use the meta-gradient that was chosen."""
     imitation = Imitation(baselines.projected_gradient(0.5), 60)
     trainer = meta_trainer(
         learners.lft(coordinate_lstm(4, 1, output_scale=1.0)),
@@ -89,14 +89,14 @@ def test_a_rule_learns_its_teacher_on_a_model_that_can_only_be_called(opaque_fam
     for _ in range(60):
         state, metrics = trainer.step(state)
         losses.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses[0], 0.25, rtol=0.2)  # a rule that hardly moves
+    np.testing.assert_allclose(losses[0], 0.25, rtol=0.2)  # an untrained rule makes small updates
     assert np.mean(losses[-10:]) < 0.25 * losses[0]
     assert metrics["skipped"] == 0
-    _, metrics = trainer.step(state)  # of the first meta-step without imitation, whose loss has no derivative
+    _, metrics = trainer.step(state)  # the first meta-step without imitation, on a loss without a derivative
     assert metrics["grad_norm"] > 0
 
 
-def test_what_cannot_imitate_is_refused():
+def test_learners_without_an_update_rule_cannot_imitate():
     with pytest.raises(ValueError, match="learner: reptile has no update rule"):
         imitating(learners.reptile(optax.sgd(0.1)), optax.sgd(0.1))
     with pytest.raises(ValueError, match="meta_steps must be at least 1, got 0"):

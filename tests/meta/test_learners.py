@@ -1,4 +1,4 @@
-"""What is meta-learned: each learner's start, optimizer and objective, on linear victims of 4x4 images."""
+"""Learners: the start, optimizer and objective of each, on linear victims of 4x4 images."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ def test_update_rules_are_judged_on_the_right_images(by_hand, make, objective):
 
 
 def test_update_rules_of_one_description_share_an_optimizer():
-    # Programs are found again by it.
+    # Compiled programs are looked up by it.
     again = coordinate_lstm(3, 1, features=("raw", "progress"), output_scale=0.2)
     assert learners.lft(RULE).optimizer is learners.l2o(again).optimizer
     assert learners.lft(RULE).optimizer is not learners.lft(coordinate_lstm(4, 1)).optimizer
@@ -108,7 +108,7 @@ def test_maml_starts_tasks_from_its_parameters_inside_the_ball():
 
 
 def test_an_adaptive_rule_first_descends_on_the_support_loss(by_hand):
-    """Against a loop over its steps, whose gradients are finite differences of the mean loss along the way."""
+    """Compared with a loop of gradient steps on the mean support loss; that gradient against finite differences."""
     params, key, rate = by_hand[1], KEYS[0], 0.5
     adaptive = learners.adaptive_lft(RULE, steps=2, learning_rate=rate)
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
@@ -136,7 +136,7 @@ def test_an_adaptive_rule_first_descends_on_the_support_loss(by_hand):
 
 
 def test_an_adaptive_rule_is_meta_trained_through_its_adaptation_as_first_order_maml(by_hand):
-    """The derivative is that of the loss after adaptation, at the adapted weights."""
+    """The meta-gradient is that of the loss after adaptation, at the adapted weights."""
     params = by_hand[1]
     adaptive = learners.adaptive_lft(RULE, steps=1, learning_rate=0.5)
 
@@ -179,7 +179,7 @@ def test_sign_maml_steps_along_the_sign_in_units_of_the_scale():
         step = 0.2 * EPSILON * np.sign(jax.grad(entropy)(theta, episode.support))
         theta = jnp.clip(theta - step, -EPSILON, EPSILON)
         np.testing.assert_allclose(found, theta, atol=1e-6)
-    # Without a scale, of any tree; and at a gradient of 0 it stays.
+    # Without a scale, on any tree; a gradient of 0 gives an update of 0.
     tx = learner.optimizer(start)
     updates, _ = tx.update({"a": jnp.asarray([3.0, 0.0, -1e-9])}, tx.init(None))
     np.testing.assert_allclose(updates["a"], [-0.2, 0.0, 0.2])
@@ -210,7 +210,7 @@ def test_anil_moves_the_head_alone():
         jax.tree.map(lambda f, e, k=step: np.testing.assert_allclose(f[k], e, rtol=1e-5), trajectory.thetas, theta)
     assert np.abs(theta[1]["weight"] - params[1]["weight"]).max() > 1e-4
 
-    # The body is meta-learned all the same, through where the head ends.
+    # The body is meta-learned too: the loss depends on it.
     def by_hand(params):
         theta = params
         for _ in range(STEPS):
@@ -238,8 +238,8 @@ def losses_of(learner, params, **options):
     return outer_losses(learner, params, FAMILY, KEYS, num_steps=STEPS, steps=np.arange(STEPS), **options)
 
 
-@pytest.mark.parametrize("size", [0.1, 0.6])  # the second one reaches out of the ball
-def test_reptile_goes_where_fine_tuning_ends(size):
+@pytest.mark.parametrize("size", [0.1, 0.6])  # the second one is partly outside the ball
+def test_reptile_moves_towards_the_end_of_fine_tuning(size):
     learner = learners.reptile(optax.sgd(0.5))
     params = jnp.asarray(RNG.uniform(-size, size, (4, 4, 1)), jnp.float32)
     start, ends = jnp.clip(params, -EPSILON, EPSILON), []
@@ -266,7 +266,7 @@ def test_joint_is_the_rule_from_a_start_of_its_own(by_hand):
     params = learner.init(jax.random.key(0), (random, FAMILY))
     assert np.abs(params["start"]).max() > 0
     assert jax.tree.structure(params["rule"]) == jax.tree.structure(weights)
-    # From zeros it is the LFT; from elsewhere it is not; and both parts have meta-gradients.
+    # From zeros it equals the LFT, from another start it does not, and both parts have meta-gradients.
     zero = {"start": jnp.zeros((4, 4, 1)), "rule": weights}
     np.testing.assert_allclose(losses_of(learner, zero), losses_of(learners.lft(RULE), weights), rtol=1e-6)
     moved = losses_of(learner, {**zero, "start": 9 * jnp.ones((4, 4, 1))})
@@ -285,7 +285,7 @@ def test_meta_sgd_is_maml_when_all_rates_are_equal():
     grads = jax.grad(lambda params: jnp.sum(losses_of(ours, params)))(params)
     expected = jax.grad(lambda start: jnp.sum(losses_of(maml, start)))(start)
     np.testing.assert_allclose(grads["start"], expected, rtol=1e-4, atol=1e-7)
-    # All rates together are the one learning rate.
+    # The derivatives of all rates sum to that of one shared learning rate.
     rate = jax.grad(lambda rate: jnp.sum(losses_of(learners.maml(optax.sgd(rate)), start)))(jnp.float32(0.4))
     np.testing.assert_allclose(np.sum(grads["rates"]), rate, rtol=1e-4)
     assert (ours.objective, ours.second_order, learners.meta_sgd(0.1, second_order=False).second_order) == (

@@ -1,3 +1,5 @@
+"""Estimates of memory, and what fits into a budget."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

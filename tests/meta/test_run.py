@@ -1,7 +1,8 @@
-"""Runs on disk: exact resume, what is written, and what is refused."""
+"""Runs on disk: exact resume, files, and errors."""
 
 import collections
 import dataclasses
+import functools
 import json
 import sys
 
@@ -13,11 +14,11 @@ import pytest
 
 from lft_jax import Schedule
 from lft_jax.evaluation import baselines
-from lft_jax.meta import learners
+from lft_jax.meta import learners, run
 from lft_jax.meta.checkpoints import save_tree
 from lft_jax.meta.evolution import PersistentEvolutionStrategies
 from lft_jax.meta.imitation import Imitation
-from lft_jax.meta.run import MetaTrainingDiverged, load_run, meta_train
+from lft_jax.meta.run import MetaTrainingDiverged, load_run
 from lft_jax.meta.trainer import init_state, meta_trainer
 from lft_jax.optimizers.rules import coordinate_lstm
 from lft_jax.tasks.quadratic import quadratic_family
@@ -47,11 +48,11 @@ def trainer():
 
 def train(trainer, workdir, num_meta_steps, **options):
     options = {"config": CONFIG, "checkpoint_every": 2, "progress": False, **options}
-    return meta_train(trainer, KEY, workdir, num_meta_steps=num_meta_steps, **options)
+    return run.train(trainer, KEY, workdir, num_meta_steps=num_meta_steps, **options)
 
 
 def diverging(trainer, first_bad):
-    """A trainer whose loss is NaN from that step on, as optax counts it."""
+    """A trainer that reports meta-gradients that are not finite from the given step on, counted as by optax."""
 
     def step(state):
         after, metrics = trainer.step(state)
@@ -78,7 +79,7 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def whole(trainer, tmp_path_factory):
-    """A run of six steps in one go: its folder and its state."""
+    """An uninterrupted run of six meta-steps: its folder and its state."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, train(trainer, workdir, 6)
 
@@ -121,7 +122,7 @@ def test_a_crash_between_checkpoints_loses_and_repeats_nothing(trainer, whole, t
     assert [entry["step"] for entry in lines(tmp_path)] == list(range(6))
 
 
-def test_the_lines_up_to_a_checkpoint_are_on_disk_before_it(trainer, tmp_path):
+def test_metrics_are_on_disk_before_the_checkpoint_that_follows_them(trainer, tmp_path):
     seen = []
 
     def step(state):
@@ -144,7 +145,7 @@ def test_a_run_is_loaded_with_its_configuration(whole):
 
 
 def test_a_run_resumed_within_an_episode_is_the_uninterrupted_one(trainer, tmp_path):
-    """Particles of two kinds of families, after a meta-step of imitation, which leaves them as they are."""
+    """With particles of families of two shapes, after a meta-step of imitation, which does not change them."""
     families = [quadratic_family(np.ones(n, np.float32), support=2, query=2) for n in (2, 3, 2)]
     pgd = learners.fixed("pgd", baselines.projected_gradient)
     settings = {"step": jnp.float32(0.1), "decay": jnp.float32(0.5)}
@@ -171,14 +172,20 @@ def test_a_run_resumed_within_an_episode_is_the_uninterrupted_one(trainer, tmp_p
     assert [bool(np.any(state.particles[0].change["step"])) for state in states[:2]] == [False, True]
 
 
-def test_a_run_of_before_there_were_particles_and_some_flags_goes_on(trainer, whole, begun):
+def test_a_run_stored_without_particles_and_with_an_old_configuration_is_resumed(trainer, whole, begun):
     state = load_run(begun, like())[0]
     old = collections.namedtuple("MetaState", "params optimizer_state key step")
     save_tree(begun / "checkpoints" / "3", old(*state[:2], jax.random.key_data(state.key), state.step))
-    with pytest.raises(ValueError, match=r"another configuration \(curriculum: \[2\] there, \[2, 3\] asked for"):
-        train(trainer, begun, 6, config={**CONFIG, "curriculum": (2, 3)}, absent={"curriculum": (2,)})
-    flags = {**CONFIG, "curriculum": ()}
-    assert_same(train(trainer, begun, 6, config=flags, absent={"curriculum": (), "epsilon": 9}), whole[1])
+    (begun / "config.json").write_text(json.dumps({"old_rule": "small", "epsilon": 0.3, "ways": [2, 3]}))
+
+    def upgrade(stored, curriculum=()):
+        present = {"rule": stored["old_rule"], "curriculum": curriculum, **stored}
+        return {name: value for name, value in present.items() if name != "old_rule"}
+
+    with pytest.raises(ValueError, match=r"another configuration \(curriculum: \[2\] stored, \[2, 3\] given"):
+        options = {"config": {**CONFIG, "curriculum": (2, 3)}, "upgrade": functools.partial(upgrade, curriculum=(2,))}
+        train(trainer, begun, 6, **options)
+    assert_same(train(trainer, begun, 6, config={**CONFIG, "curriculum": ()}, upgrade=upgrade), whole[1])
 
 
 def test_what_is_written(whole):
@@ -221,12 +228,12 @@ def test_nan_meta_gradients_stop_a_run(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, trainer.init(KEY).params)
 
 
-# ---- Refusals ----
+# ---- Errors ----
 
 
 def test_another_configuration_is_refused_by_name(trainer, begun):
     other = {**CONFIG, "epsilon": 0.4, "extra": 1}
-    with pytest.raises(ValueError, match=r"another configuration \(epsilon: 0.3 there, 0.4 asked for, extra: None"):
+    with pytest.raises(ValueError, match=r"another configuration \(epsilon: 0.3 stored, 0.4 given, extra: None"):
         train(trainer, begun, 6, config=other)
     assert len(lines(begun)) == 3
 
@@ -256,7 +263,7 @@ def test_the_checkpoint_of_another_rule_is_refused(whole):
         load_run(whole[0], like(hidden=4))
 
 
-def test_what_is_no_run_is_refused(trainer, tmp_path):
+def test_a_folder_without_a_run_is_refused(trainer, tmp_path):
     with pytest.raises(ValueError, match=r"workdir: .* holds no run"):
         load_run(tmp_path, like())
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

@@ -39,7 +39,7 @@ def test_the_gap_of_one_step_is_the_closed_form(x64):
     keys = jax.random.split(jax.random.key(0), 5)
     found = theory.meta_gradient_gap(DESCENT, jnp.asarray(0.1), family(4), keys, num_steps=1)
     for index, key in enumerate(keys):
-        episode = family(4).sample(jax.random.split(key, 3)[0])  # as `run_task` draws it
+        episode = family(4).sample(jax.random.split(key, 3)[0])  # as in `run_task`
         s, q = (np.asarray(data).mean(0) for data in episode)
         np.testing.assert_allclose(found.gaps[index], np.abs(np.sum(CURVATURE**2 * s * (s - q))))
         np.testing.assert_allclose(found.norms[index], np.abs(np.sum(CURVATURE**2 * s * (0.1 * CURVATURE * s - q))))
@@ -59,7 +59,7 @@ def test_the_mean_gap_is_the_bias_of_the_support_gradient(x64):
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "final"])
-def test_it_is_the_difference_of_the_meta_gradients_that_training_takes(x64, weighting):
+def test_the_gap_is_the_difference_of_the_meta_gradients_of_training(x64, weighting):
     rule, keys = coordinate_lstm(3, 1, features="raw", output_scale=0.5), jax.random.split(jax.random.key(2), 3)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), rule.init(jax.random.key(3)))
 
@@ -72,16 +72,14 @@ def test_it_is_the_difference_of_the_meta_gradients_that_training_takes(x64, wei
 
     lft, l2o = gradients(learners.lft(rule)), gradients(learners.l2o(rule))
     gaps = [jax.tree.map(jnp.subtract, a, b) for a, b in zip(lft, l2o, strict=True)]
-    found = theory.meta_gradient_gap(
-        learners.l2o(rule), params, family(3), keys, num_steps=4, step_weights=weighting
-    )
+    found = theory.meta_gradient_gap(learners.l2o(rule), params, family(3), keys, num_steps=4, step_weights=weighting)
     np.testing.assert_allclose(found.gaps, [optax.tree.norm(g) for g in gaps], rtol=1e-9)
     np.testing.assert_allclose(found.norms, [optax.tree.norm(g) for g in lft], rtol=1e-9)
     np.testing.assert_allclose(found.mean_gap, optax.tree.norm(jax.tree.map(lambda *g: sum(g) / 3, *gaps)), rtol=1e-9)
     np.testing.assert_allclose(found.mean_norm, optax.tree.norm(jax.tree.map(lambda *g: sum(g) / 3, *lft)), rtol=1e-9)
 
 
-def test_on_one_task_it_falls_with_the_root_of_the_number_of_examples(x64):
+def test_on_one_task_the_gap_falls_with_the_root_of_the_number_of_examples(x64):
     keys, counts = jax.random.split(jax.random.key(4), 300), (4, 16, 64)
     options = {"num_steps": 5, "batch_size": 100}
     gaps = [theory.meta_gradient_gap(DESCENT, jnp.asarray(0.2), family(n), keys, **options).gaps for n in counts]
@@ -98,7 +96,7 @@ def test_variances_of_one_example_are_unknown():
     assert np.all(np.isfinite(found.gaps))
 
 
-def test_a_power_law_is_found_again_and_its_interval_covers_it():
+def test_a_power_law_is_recovered_and_its_interval_covers_it():
     counts, generator = np.asarray([1, 3, 10, 30]), np.random.default_rng(0)
     exact = np.repeat(5.0 * counts[:, None] ** -0.8, 7, axis=1)
     np.testing.assert_allclose(theory.fit_decay(counts, exact, resamples=3), 0.8)

@@ -24,13 +24,13 @@ def signal(grad, **given):
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(name, grad, **given):
-    """A feature set's answer at its first step."""
+    """The features at the first step."""
     return FEATURES[name].apply(signal(grad, **given), FEATURES[name].init(grad))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def history(name, grads):
-    """The features `[T, size, ...]` along a sequence of gradients `[T, ...]`."""
+    """The features `[T, size, ...]` for a sequence of gradients `[T, ...]`."""
 
     def step(state, grad):
         return FEATURES[name].apply(signal(grad), state)[::-1]
@@ -47,7 +47,7 @@ def test_raw(grad):
 
 
 @given(GRADIENTS | hnp.arrays(np.float32, 6, elements=st.floats(-(2.0**-13), 2.0**-13, width=32)))
-def test_log_sign_is_the_papers(grad):
+def test_log_sign_equals_the_formula_of_the_paper(grad):
     with np.errstate(divide="ignore"):
         large, magnitude = np.abs(grad) >= np.exp(-10.0), np.log(np.abs(grad.astype(np.float64))) / 10
     expected = [np.where(large, magnitude, -1), np.where(large, np.sign(grad), np.exp(10.0) * grad)]
@@ -57,8 +57,8 @@ def test_log_sign_is_the_papers(grad):
 @pytest.mark.standard_promotion
 @pytest.mark.usefixtures("x64")
 def test_adam_is_optax_adam():
-    # RNNProp's second feature, g / sqrt(v_hat), is an Adam whose first moment forgets at once. Both place eps = 1e-8
-    # outside the root; the last, tiny gradients make it count.
+    # RNNProp's second feature, g / sqrt(v_hat), is Adam with b1 = 0. Both add eps = 1e-8 outside the root, which
+    # matters for the last, tiny gradients.
     grads = np.random.default_rng(0).normal(size=(5, 3)) * np.array([1.0, 1e-6, 1e-9])
     expected = []
     for decay in (0.9, 0.0):
@@ -81,7 +81,7 @@ def test_momentum(grads):
 
 def test_spread():
     examples = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-    examples[:, 0], examples[:, 1] = 3.0, 0.0  # all agree; nothing there
+    examples[:, 0], examples[:, 1] = 3.0, 0.0  # all equal; all zero
     examples[:, 2] -= examples[:, 2].mean()  # pure noise
     mean, deviation = examples.mean(0), examples.std(0)
     (feature,) = apply("spread", mean, spread=jnp.asarray(deviation))
@@ -109,7 +109,7 @@ def test_context():
 
 
 @pytest.mark.parametrize("name", ["spread", "constraint", "context"])
-def test_an_absent_extra_reads_as_zero(name):
+def test_features_of_an_absent_extra_are_zero(name):
     np.testing.assert_array_equal(apply(name, jnp.ones((2, 3))), np.zeros((FEATURES[name].size, 2, 3)))
 
 
@@ -129,19 +129,19 @@ def test_position_is_a_cosine_basis(shape):
 @settings(max_examples=4)
 @given(st.integers(2, 9), st.integers(2, 9))
 def test_position_is_the_same_function_at_every_size(height, width):
-    # A pixel of a small image has its centre on that of the middle one of 3 x 3 in an image three times the size.
+    # The center of a pixel is that of the middle one of 3 x 3 pixels in an image three times as large.
     small, large = (apply("position", np.zeros((n * height, n * width), np.float32)) for n in (1, 3))
     np.testing.assert_allclose(large[:, 1::3, 1::3], small, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 3)])
-def test_position_says_nothing_along_an_axis_of_one(shape):
+def test_position_is_zero_along_an_axis_of_size_one(shape):
     np.testing.assert_array_equal(apply("position", jnp.ones(shape)), np.zeros((2 * POSITION_HARMONICS, *shape)))
 
 
 @given(hnp.arrays(np.float32, (3, 6), elements=st.floats(-100, 100, width=32)))
-def test_a_second_loss_is_seen_as_the_first_is(grads):
-    np.testing.assert_array_equal(history("second", grads), history("momentum", grads))  # where there is one
+def test_second_equals_momentum_of_the_second_gradient(grads):
+    np.testing.assert_array_equal(history("second", grads), history("momentum", grads))  # without a second loss
     other = apply("second", jnp.ones(6), second=jnp.asarray(grads[0]))
     np.testing.assert_array_equal(other, apply("momentum", jnp.asarray(grads[0])))
 
@@ -181,7 +181,7 @@ def test_finite_with_finite_derivatives(name, shape):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["momentum", "spread"])
 def test_derivatives_are_right_at_tiny_gradients(name):
-    # A feature that ignores the gradient's unit has a derivative of 1 over that unit.
+    # A feature that does not depend on the gradient's unit has a derivative proportional to 1 / unit.
     def jacobian(unit, dtype):
         grad = np.asarray([1.0, -2.0, 0.5], dtype) * dtype(unit)
         return np.float64(jax.jacrev(lambda g: apply(name, g, spread=jnp.abs(jnp.flip(grad))))(grad)) * unit

@@ -29,7 +29,7 @@ def linear_loss(theta):
 
 
 def noisy_oracle(loss, noise=0.1):
-    """An oracle that samples, with everything that an oracle may tell the optimizer."""
+    """An oracle that samples, with all extras that an oracle can have."""
 
     def oracle(theta, key):
         value, grads = jax.value_and_grad(loss)(theta)
@@ -45,17 +45,17 @@ def project(theta):
 
 
 def python_loop(optimizer, oracle, theta, key, *, num_steps, project, second_order=False):
-    """What `fine_tune` should do, with neither scan nor helpers: `(thetas, values, queries)`, three lists."""
+    """A reference for `fine_tune` without scan or helpers. Returns `(thetas, values, queries)`, three lists."""
     optimizer, total = optax.with_extra_args_support(optimizer), 0
     state, thetas, values, queries = optimizer.init(theta), [], [], []
     for k, step_key in enumerate(jax.random.split(key, num_steps)):
-        answer = oracle(theta, step_key)
+        estimate = oracle(theta, step_key)
         if not second_order:
-            answer = Estimate(*(jax.tree.map(jax.lax.stop_gradient, part) for part in answer))
-        updates, state = optimizer.update(answer.grads, state, theta, progress=k / num_steps, **answer.extras)
+            estimate = Estimate(*(jax.tree.map(jax.lax.stop_gradient, part) for part in estimate))
+        updates, state = optimizer.update(estimate.grads, state, theta, progress=k / num_steps, **estimate.extras)
         theta = project(jax.tree.map(lambda x, u: x + u, theta, updates))
-        total += answer.queries
-        thetas, values, queries = [*thetas, theta], [*values, answer.value], [*queries, total]
+        total += estimate.queries
+        thetas, values, queries = [*thetas, theta], [*values, estimate.value], [*queries, total]
     return thetas, values, queries
 
 
@@ -102,8 +102,8 @@ def quadratic(theta, key):
     return Estimate(0.5 * jnp.sum(theta**2), theta, jnp.asarray(1, jnp.int32), {})
 
 
-def test_projects_after_every_step():
-    # Steps of 1.5 times the gradient overshoot by half; the upper bound bites after the first and the third.
+def test_projects_after_each_step():
+    # Steps of 1.5 times the gradient overshoot by half; the upper bound is active after the first step.
     theta = fine_tune(optax.sgd(1.5), quadratic, -1.0, KEY, num_steps=4, project=lambda x: jnp.minimum(x, 0.1)).thetas
     np.testing.assert_allclose(theta, [0.1, -0.05, 0.025, -0.0125])
 
@@ -144,8 +144,8 @@ def test_one_step_is_the_first_of_many():
     assert_close((trajectory.thetas[0], trajectory.values[0], trajectory.state), (new, estimate.value, state))
 
 
-def test_parts_of_a_run_are_together_the_whole():
-    """Keys, progress and the optimizer's state go on; where a run begins, what is carried does not matter."""
+def test_the_parts_of_a_run_equal_the_whole():
+    """Keys, progress and the optimizer's state continue; the first part ignores what it is given as paused."""
     optimizer, options = learned_fine_tuner(weights(), RULE), {"num_steps": 5, "project": project}
     run = functools.partial(fine_tune, optimizer, noisy_oracle(smooth_loss), watch=lambda state: state.count, **options)
     whole = jax.jit(run)(THETA, KEY)
@@ -165,18 +165,18 @@ def test_parts_of_a_run_are_together_the_whole():
 
 
 @pytest.mark.parametrize(("paused", "length"), [(None, 0), (None, 4), (Paused(1.0, (), 2), 4)])
-def test_parts_that_do_not_fit_are_refused(paused, length):
-    with pytest.raises(ValueError, match=f"part: its length must be .*got {length}"):
+def test_parts_of_a_wrong_length_raise(paused, length):
+    with pytest.raises(ValueError, match=f"part.length must be .*got {length}"):
         fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=3, part=Part(length, paused))
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, float("nan")])
-def test_refuses_to_run_no_steps(num_steps):
+def test_too_few_steps_raise(num_steps):
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=num_steps)
 
 
-def test_refuses_an_empty_window():
+def test_an_empty_window_raises():
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         fine_tune(optax.sgd(0.1), quadratic, 1.0, KEY, num_steps=2, window=0)
 
@@ -187,8 +187,8 @@ def test_refuses_an_empty_window():
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_meta_gradient_in_closed_form(second_order, remat):
-    # Gradient descent on theta^2 / 2 shrinks theta by 1 - lr a step. With constant inner gradients, the derivative of
-    # the end with respect to lr is minus the sum of the gradients met.
+    # Gradient descent on theta^2 / 2 multiplies theta by 1 - lr in each step. With constant inner gradients, the
+    # derivative of the last theta with respect to lr is minus the sum of the gradients of all steps.
     def end(rate):
         options = dict(num_steps=5, second_order=second_order, remat=remat)
         return fine_tune(optax.sgd(rate), quadratic, 2.0, KEY, **options).thetas[-1]
@@ -203,7 +203,7 @@ def test_meta_gradient_in_closed_form(second_order, remat):
     ("window", "met"), [(1, [1, 1, 1, 1, 1]), (2, [1, 2, 1, 2, 1]), (3, [1, 2, 3, 1, 2]), (5, [1, 2, 3, 4, 5])]
 )
 def test_truncated_meta_gradients_in_closed_form(window, met, remat):
-    # As above, but only the gradients met since the last cut count; `met` is how many those are after each step.
+    # As above, with only the gradients since the last truncation; `met` is their number after each step.
     def along(rate, window):
         return fine_tune(optax.sgd(rate), quadratic, 2.0, KEY, num_steps=5, remat=remat, window=window).thetas
 
@@ -213,7 +213,7 @@ def test_truncated_meta_gradients_in_closed_form(window, met, remat):
     np.testing.assert_allclose(jax.jacrev(along)(0.1, window), expected, rtol=1e-10)
 
 
-def test_a_start_is_learned_from_the_first_window_alone():
+def test_the_start_gets_a_derivative_from_the_first_window_only():
     def total(theta):
         return jnp.sum(fine_tune(optax.sgd(0.1), quadratic, theta, KEY, num_steps=4, window=2).thetas)
 
@@ -250,5 +250,5 @@ def test_meta_gradient_equals_that_of_a_python_loop(second_order):
 
 @pytest.mark.parametrize(("loss", "second_order"), [(smooth_loss, True), (linear_loss, False)])
 def test_meta_gradient_equals_finite_differences(loss, second_order):
-    # Without second order, only where the inner gradient is constant indeed.
+    # Without second order, only for a loss whose inner gradient is constant.
     check_grads(meta_loss(fine_tune, loss, second_order=second_order), (weights(),), order=1, modes=["rev"])

@@ -27,14 +27,14 @@ def random(seed, *shape):
 
 
 def weights(rule, gain=1.0):
-    """Random weights: every entry counts, biases and the head included."""
+    """Random weights in all arrays, biases and the head included."""
     leaves, structure = jax.tree.flatten(jax.eval_shape(rule.init, KEY))
     return jax.tree.unflatten(structure, [np.float32(gain * random(i, *x.shape)) for i, x in enumerate(leaves)])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def history(rule, params, grads, scale=1.0):
-    """The steps `[T, ...]` that a rule makes along a sequence of gradients `[T, ...]`."""
+    """The steps `[T, ...]` of a rule for a sequence of gradients `[T, ...]`."""
 
     def step(state, grad):
         flat = jnp.ones_like(grad)
@@ -79,7 +79,7 @@ def test_coordinate_lstm_is_a_textbook_lstm_at_each_coordinate(layers):
 
 
 @pytest.mark.usefixtures("x64")
-def test_convolutions_are_same_padded_and_alike_for_each_channel():
+def test_convolutions_are_same_padded_and_shared_by_all_channels():
     maps, height, width, channels = 2, 4, 5, 3
     x = jnp.asarray(random(0, maps, height, width, channels))
     layer = {"weight": jnp.asarray(random(1, 6, 9 * maps)), "bias": jnp.asarray(random(2, 6))}
@@ -88,7 +88,7 @@ def test_convolutions_are_same_padded_and_alike_for_each_channel():
         x, kernel, (1, 1), "SAME", dimension_numbers=("CHWN", "OHWI", "CHWN")
     ) + layer["bias"].reshape(-1, 1, 1, 1)
     np.testing.assert_allclose(rules._convolution(layer, x), expected, rtol=1e-10)
-    # No channel axis: one channel. A line: an image of height one.
+    # Without a channel axis there is one channel. A line is an image of height one.
     np.testing.assert_allclose(rules._convolution(layer, x[..., 0]), expected[..., 0], rtol=1e-10)
     line = rules._convolution(layer, x[:, 0, :, 0])
     np.testing.assert_array_equal(line, rules._convolution(layer, x[:, :1, :, :1]).reshape(line.shape))
@@ -121,7 +121,7 @@ def test_spatial_lstm_feeds_its_features_and_maps_to_the_lstm():
 
 
 @BOTH_KINDS
-def test_a_base_update_with_a_silent_network_is_a_sign_step(build):
+def test_a_base_update_with_a_zero_network_is_a_sign_step(build):
     rule = build(4, 1, features="raw", base_update=SIGN)
     params = weights(rule)
     params["head"] = jax.tree.map(np.zeros_like, params["head"])
@@ -132,7 +132,7 @@ def test_a_base_update_with_a_silent_network_is_a_sign_step(build):
         np.testing.assert_allclose(step, expected, rtol=1e-5)
 
 
-def test_a_network_stretches_and_shifts_its_base_update():
+def test_the_network_scales_and_shifts_its_base_update():
     rule = coordinate_lstm(4, 1, features="raw", base_update=SIGN, output_scale=0.1)
     params, grads = weights(rule), random(0, 2, 3)
     a, b = np.moveaxis(
@@ -145,24 +145,24 @@ def test_a_network_stretches_and_shifts_its_base_update():
 
 
 @BOTH_KINDS
-def test_along_the_gradient_a_silent_network_is_sgd_whose_rate_the_first_gradient_sets(build):
+def test_along_the_gradient_a_zero_network_is_sgd_with_a_rate_set_by_the_first_gradient(build):
     rule = build(4, 1, features="raw", base_update=DESCENT)
     params = weights(rule)
     params["head"] = jax.tree.map(np.zeros_like, params["head"])
     grads = random(0, 5, 3, 2).astype(np.float32)
-    grads[0] = 0  # has no size that could be a unit: the next one sets it
+    grads[0] = 0  # the learning rate is set by the next one
     sgd = optax.sgd(0.2 * 1.5 / np.sqrt(np.mean(grads[1] ** 2)), momentum=0.9)
     state = sgd.init(grads[0])
     for grad, step in zip(grads, history(rule, params, grads, scale=0.2), strict=True):
         update, state = sgd.update(grad, state)
         np.testing.assert_allclose(step, -update, rtol=1e-5)
-    # A victim whose gradients are a thousand times as large is attacked by the same steps.
+    # Gradients that are a thousand times as large give the same steps.
     np.testing.assert_allclose(
         history(rule, params, 1000 * grads, scale=0.2), history(rule, params, grads, scale=0.2), rtol=1e-5
     )
 
 
-def test_a_network_stretches_and_shifts_steps_along_the_gradient():
+def test_the_network_scales_and_shifts_steps_along_the_gradient():
     rule = coordinate_lstm(4, 1, features="raw", base_update=DESCENT, output_scale=0.1)
     params, grads = weights(rule), random(0, 2, 3)
     a, b = np.moveaxis(
@@ -186,7 +186,7 @@ def test_coordinatewise_rules_commute_with_permutations(base_update, order):
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (2, 4, 2, 4)])
-def test_coordinatewise_rules_do_not_see_the_shape(shape):
+def test_coordinatewise_rules_do_not_depend_on_the_shape(shape):
     rule = coordinate_lstm(4, 1, features=("log_sign", "momentum"), base_update=SIGN)
     params, grads = weights(rule, 0.3), random(0, 2, 64).astype(np.float32)
     shaped = history(rule, params, grads.reshape(2, *shape))
@@ -214,7 +214,7 @@ def test_spatial_rules_see_a_neighbourhood_and_commute_with_translations():
 @BOTH_KINDS
 @BOTH_UPDATES
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (4, 3), (4, 3, 2), (2, 0, 3), (2, 3, 1, 2)], ids=str)
-def test_any_shape_will_do(build, base_update, shape):
+def test_accepts_any_shape(build, base_update, shape):
     rule = build(4, 1, features=EVERYTHING, base_update=base_update)
     steps = jax.eval_shape(
         functools.partial(history, rule), weights(rule), jax.ShapeDtypeStruct((2, *shape), jnp.float32)
@@ -241,7 +241,7 @@ def test_derivatives_are_finite_even_at_zero_gradients(build, base_update):
 
 
 @BOTH_UPDATES
-def test_no_output_of_the_network_makes_a_step_infinite(base_update):
+def test_steps_are_finite_for_large_weights(base_update):
     rule = coordinate_lstm(4, 1, features="raw", base_update=base_update)
     params = weights(rule, 1e6)
     for grads in (np.zeros((2, 3), np.float32), random(0, 2, 3).astype(np.float32)):
@@ -283,10 +283,13 @@ def test_initial_weights():
         (lambda: MomentumUpdate(decay=1.0), r"MomentumUpdate.decay must be in \[0, 1\), got 1.0"),
         (lambda: MomentumUpdate(decay=-0.1), "MomentumUpdate.decay"),
         (lambda: MomentumUpdate(decay=float("nan")), "MomentumUpdate.decay"),
-        (lambda: rules.rule_from_dict({"hidden": 4}), r"a rule is described by \['base_update', 'features', 'hidden'"),
+        (
+            lambda: rules.rule_from_dict({"hidden": 4}),
+            r"the fields of a rule are \['base_update', 'features', 'hidden'",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(build, message):
+def test_invalid_arguments_raise(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -295,17 +298,17 @@ def test_bad_arguments_are_refused(build, message):
     "rule",
     [coordinate_lstm(4), spatial_lstm(4, maps=(3,)), spatial_lstm(base_update=SIGN), spatial_lstm(base_update=DESCENT)],
 )
-def test_descriptions_survive_json(rule):
+def test_descriptions_round_trip_through_json(rule):
     again = rules.rule_from_dict(json.loads(json.dumps(rules.rule_to_dict(rule))))
     assert again == rule
     assert hash(again) == hash(rule)
 
 
-def test_a_base_update_that_does_not_say_along_what_is_along_the_sign():
+def test_stored_base_updates_without_a_direction_are_along_the_sign():
     rule = coordinate_lstm(4, base_update=SIGN)
     description = rules.rule_to_dict(rule)
     assert rules.rule_from_dict({**description, "start": {"step": 0.4, "decay": 0.7}}) == coordinate_lstm(
         4, base_update=SIGN
     )
-    with pytest.raises(ValueError, match=r"base_update: .* got \['stride'\]"):
+    with pytest.raises(ValueError, match=r"fields of a base_update are .* got \['stride'\]"):
         rules.rule_from_dict({**description, "start": {"stride": 0.4}})

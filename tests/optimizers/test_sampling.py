@@ -43,7 +43,7 @@ def linear(theta):
 
 
 def every_axis(loss=linear, smoothing=0.5):
-    """An oracle that tries every coordinate once: with directions `A e_i` its estimate is `A^2 g`, without noise."""
+    """An oracle that uses each coordinate once: with directions `A e_i`, its estimate is `A^2 g` exactly."""
     return oracles.zeroth_order(loss, num_directions=14, smoothing=smoothing, directions="coordinate")
 
 
@@ -51,7 +51,7 @@ def unit(deviation):
     return deviation / np.sqrt(np.mean(deviation**2))
 
 
-# The estimates.
+# ---- The estimates ----
 
 
 @pytest.mark.parametrize(
@@ -66,24 +66,24 @@ def unit(deviation):
 )
 def test_equal_deviations_change_nothing(options):
     oracle = jax.jit(oracles.zeroth_order(lambda x: jnp.sum(jnp.sin(x) ** 2), num_directions=5, **options))
-    start = jnp.linspace(-1, 1, 33)
-    plain = oracle(start, KEY)
+    theta = jnp.linspace(-1, 1, 33)
+    isotropic = oracle(theta, KEY)
     for size in (1.0, 4.0):
-        told = oracle(start, KEY, deviation=jnp.full_like(start, size))
-        assert told.value == plain.value
-        np.testing.assert_allclose(told.grads, plain.grads, rtol=2e-6)  # another program may round otherwise
+        estimate = oracle(theta, KEY, deviation=jnp.full_like(theta, size))
+        assert estimate.value == isotropic.value
+        np.testing.assert_allclose(estimate.grads, isotropic.grads, rtol=2e-6)  # compiled separately: rounding differs
 
 
 @given(seed=st.integers(0, 1000))
 def test_on_a_linear_loss_the_estimate_is_the_gradient_times_the_squared_deviations(seed):
     with jax.enable_x64(True):
         deviation = random_like(seed)
-        answer = every_axis()(theta(), KEY, deviation=deviation)
-        np.testing.assert_allclose(flat(answer.grads), unit(flat(deviation)) ** 2 * flat(GRAD), rtol=1e-10)
+        estimate = every_axis()(theta(), KEY, deviation=deviation)
+        np.testing.assert_allclose(flat(estimate.grads), unit(flat(deviation)) ** 2 * flat(GRAD), rtol=1e-10)
 
 
 @pytest.mark.parametrize(("kind", "antithetic"), [("gaussian", True), ("rademacher", False), ("sphere", False)])
-def test_so_it_is_on_average_over_random_directions(x64, kind, antithetic):
+def test_on_a_linear_loss_random_directions_average_to_that_estimate(x64, kind, antithetic):
     deviation = random_like(1)
     oracle = oracles.zeroth_order(linear, num_directions=200, directions=kind, antithetic=antithetic)
     keys = jax.random.split(KEY, 200)
@@ -98,14 +98,14 @@ def test_so_it_is_on_average_over_random_directions(x64, kind, antithetic):
 def test_half_the_variance_is_in_the_subspace(seed, vectors):
     with jax.enable_x64(True):
         subspace = random_like(seed, (vectors,))
-        answer = every_axis()(theta(), KEY, subspace=subspace)
+        estimate = every_axis()(theta(), KEY, subspace=subspace)
         columns = np.stack([flat(jax.tree.map(lambda x, i=i: x[i], subspace)) for i in range(vectors)], 1)
         projection = columns @ np.linalg.pinv(columns)
         expected = (np.eye(14) / 2 + 14 / (2 * vectors) * projection) @ flat(GRAD)
-        np.testing.assert_allclose(flat(answer.grads), expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(flat(estimate.grads), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_dependent_vectors_count_once_and_none_leave_directions_isotropic(x64):
+def test_dependent_vectors_count_once_and_zeros_leave_directions_isotropic(x64):
     one = random_like(5, (1,))
     doubled = jax.tree.map(lambda x: jnp.concatenate([x, -2 * x, 0 * x]), one)
     expected = every_axis()(theta(), KEY, subspace=one).grads
@@ -124,13 +124,13 @@ def test_directions_keep_their_length(x64, name, leading):
     assert np.ptp(lengths) > 0.1
 
 
-def test_an_opaque_loss_is_asked_along_the_same_directions(x64):
+def test_an_opaque_loss_is_evaluated_along_the_same_directions(x64):
     deviation = random_like(4)
-    answers = []
+    estimates = []
     for loss, opaque in ((linear, False), (lambda points: np.stack(jax.vmap(linear)(points)), True)):
         oracle = oracles.zeroth_order(loss, num_directions=7, opaque=opaque)
-        answers.append(flat(oracle(theta(), KEY, deviation=deviation).grads))
-    np.testing.assert_allclose(*answers, rtol=1e-6)
+        estimates.append(flat(oracle(theta(), KEY, deviation=deviation).grads))
+    np.testing.assert_allclose(*estimates, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -142,21 +142,21 @@ def test_an_opaque_loss_is_asked_along_the_same_directions(x64):
         ({"variance": jnp.ones(4)}, r"either deviation or subspace, got \['variance'\]"),
     ],
 )
-def test_what_is_not_like_theta_is_refused(sampling, message):
+def test_invalid_sampling_raises(sampling, message):
     oracle = oracles.zeroth_order(jnp.sum)
     with pytest.raises(ValueError, match=message):
         oracle(jnp.ones(4), KEY, **sampling)
 
 
-# Their derivatives.
+# ---- Their derivatives ----
 
 
-def test_differentiated_the_losses_are_constants(x64):
-    """`A = diag(D)`: the estimate is `D s`, with slopes `s` that happen to be `D g` but are held."""
+def test_losses_are_constants_in_derivatives_of_the_estimate(x64):
+    """With `A = diag(D)` the estimate is `D s`. The slopes `s` equal `D g`, but are constants in the derivative."""
     deviation, weights = random_like(6), flat(random_like(7))
     ravel = jax.flatten_util.ravel_pytree
 
-    def asked(deviation):
+    def projected(deviation):
         return jnp.sum(weights * ravel(every_axis()(theta(), KEY, deviation=deviation).grads)[0])
 
     def frozen(deviation, slopes):
@@ -165,18 +165,18 @@ def test_differentiated_the_losses_are_constants(x64):
 
     slopes = unit(np.asarray(ravel(deviation)[0])) * np.asarray(ravel(jax.tree.map(jnp.asarray, GRAD))[0])
     expected = jax.grad(frozen)(deviation, slopes)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), jax.grad(asked)(deviation), expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), jax.grad(projected)(deviation), expected)
 
 
-def called(theta):
-    """A loss that can only be called."""
+def numpy_loss(theta):
+    """A loss computed by NumPy, which cannot be differentiated."""
     shape = jax.ShapeDtypeStruct((), theta.dtype)
     return jax.pure_callback(lambda x: np.sum(np.asarray(x) ** 2, -1), shape, theta, vmap_method="expand_dims")
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_meta_gradient_reaches_the_sampler_without_a_derivative_of_the_model(size):
-    oracle = oracles.zeroth_order(called, num_directions=3)
+    oracle = oracles.zeroth_order(numpy_loss, num_directions=3)
 
     def outer(params):
         tx = learned_sampler(params, SAMPLER, optax.sgd(0.01))
@@ -185,12 +185,12 @@ def test_the_meta_gradient_reaches_the_sampler_without_a_derivative_of_the_model
 
     grads = jax.jit(jax.grad(outer))(SAMPLER.init(KEY))
     norm = float(optax.tree.norm(grads))
-    # One coordinate alone has nothing to be rescaled against.
+    # The deviation of a single coordinate is always rescaled to 1.
     assert norm < 1e-6 if size == 1 else 1e-4 < norm < 1e3
 
 
-def test_the_meta_gradient_is_that_of_finite_differences(x64):
-    """Of an oracle that is a function of the deviation, without losses to be held constant."""
+def test_the_meta_gradient_equals_finite_differences(x64):
+    """For an oracle that depends on the deviation directly, so that no losses are held constant."""
 
     def oracle(theta, key, deviation):
         grads = deviation * jax.random.normal(key, theta.shape, theta.dtype)
@@ -212,8 +212,8 @@ def test_the_meta_gradient_is_that_of_finite_differences(x64):
     np.testing.assert_allclose(optax.tree.vdot(grads, along), slope, rtol=1e-6)
 
 
-def test_an_estimate_is_constant_but_for_the_deviation():
-    """With plain directions the estimate at a moving `theta` is no function of it, as without a sampler."""
+def test_an_estimate_is_constant_except_for_the_deviation():
+    """With isotropic directions the estimate has no derivative by `theta`, as without a sampler."""
 
     def end(start):
         tx = learned_sampler(SAMPLER.init(KEY), SAMPLER, optax.sgd(0.1))
@@ -225,10 +225,10 @@ def test_an_estimate_is_constant_but_for_the_deviation():
     np.testing.assert_array_equal(jax.grad(end)(jnp.ones(3)), 1)
 
 
-# The optimizers.
+# ---- The optimizers ----
 
 
-def test_the_sampler_sees_the_estimate_and_the_update(x64):
+def test_the_sampler_gets_the_estimate_and_the_update(x64):
     params = SAMPLER.init(KEY)
     tx = learned_sampler(params, SAMPLER, optax.sgd(0.5))
     state = tx.init(theta())
@@ -240,23 +240,23 @@ def test_the_sampler_sees_the_estimate_and_the_update(x64):
         np.testing.assert_array_equal(flat(updates), -0.5 * flat(grads))
         for number, leaf in enumerate(leaf_signals(grads, None, update=updates)):
             output, states[number] = SAMPLER.apply(params, leaf, states[number])
-            found = jax.tree.leaves(state.sampling["deviation"])[number]
-            np.testing.assert_allclose(found, np.abs(1 + output), rtol=1e-12)
+            deviation = jax.tree.leaves(state.sampling["deviation"])[number]
+            np.testing.assert_allclose(deviation, np.abs(1 + output), rtol=1e-12)
     assert np.ptp(flat(state.sampling["deviation"])) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("wrap", [lambda tx: learned_sampler(SAMPLER.init(KEY), SAMPLER, tx), guided])
-def test_a_state_keeps_its_form_and_a_second_call_its_program(wrap, dtype):
+def test_keeps_the_shapes_of_its_state_and_compiles_once(wrap, dtype):
     rule = coordinate_lstm(2, 1, features="raw")
     tx = wrap(learned_fine_tuner(rule.init(KEY), rule))
-    start = {"a": jnp.ones((2, 3), dtype), "b": jnp.ones((), dtype)}
-    state = tx.init(start)
+    theta = {"a": jnp.ones((2, 3), dtype), "b": jnp.ones((), dtype)}
+    state = tx.init(theta)
     step = jax.jit(tx.update)
     for _ in range(3):
-        updates, new = step(start, state, start)
+        updates, new = step(theta, state, theta)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, start)
+        assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, theta)
         state = new
     assert step._cache_size() == 1
 
@@ -269,8 +269,8 @@ def test_guided_remembers_the_last_estimates():
     np.testing.assert_array_equal(state.sampling["subspace"], [[3.0] * 3, [2.0] * 3])
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="rule: a sampler's output is no step"):
+def test_invalid_arguments_raise():
+    with pytest.raises(ValueError, match="rule: the rule of a sampler must not have a base update"):
         learned_sampler({}, coordinate_lstm(base_update=MomentumUpdate()), optax.sgd(1.0))
     with pytest.raises(ValueError, match="size must be at least 1"):
         guided(optax.sgd(1.0), size=0)
@@ -280,7 +280,7 @@ def test_bad_arguments_are_named():
         fine_tune_step(tx, exact, jnp.ones(2), tx.init(jnp.ones(2)), KEY, progress=0.0)
 
 
-# The learner.
+# ---- The learner ----
 
 
 def test_the_second_stage_trains_the_sampler_alone():
@@ -308,8 +308,8 @@ def test_the_second_stage_trains_the_sampler_alone():
 
 
 @pytest.mark.parametrize("per_example", [False, True])
-def test_universal_perturbations_can_be_sought_by_learned_sampling(per_example):
-    """A meta-step through a black-box victim moves the sampler's weights, whoever the directions belong to."""
+def test_meta_trains_a_sampler_for_universal_perturbations(per_example):
+    """A meta-step changes the sampler's weights, with directions shared by all images and with one set per image."""
     random = np.random.default_rng(0)
     images = random.uniform(0.2, 0.8, size=(20, 4, 4, 1)).astype(np.float32)
     weights = jnp.asarray(random.normal(size=(16, 2)), jnp.float32)

@@ -25,7 +25,7 @@ EVERY_RULE = pytest.mark.parametrize("name", RULES)
 
 
 def tree(seed, dtypes=DTYPES, lead=()):
-    """Random arrays in a dict with a list, a None, a scalar and an empty leaf; `lead` axes before each leaf's own."""
+    """A dict of random arrays with a list, a None, a scalar and an empty leaf; all shapes are prefixed by `lead`."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda d, shape: np.asarray(rng.normal(size=(*lead, *shape)), jnp.dtype(d)), dtypes, SHAPES)
 
@@ -50,7 +50,7 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
     jax.tree.map(check, actual, expected)
 
 
-# ---- Among other optax transformations ----
+# ---- Compositions with optax ----
 
 
 def images_only(tree):
@@ -83,8 +83,8 @@ def with_nan(grads):
     return jax.tree.map(lambda g: g + np.reshape([0, np.nan, 0, 0], (4, *[1] * (g.ndim - 1))).astype(g.dtype), grads)
 
 
-#: name: (wrap, feed, expect). `feed` changes the gradients `[4, ...]` that the wrapped transformation gets; `expect` is
-#: what it should answer, from those before the change and from `alone(gradients)`, what the fine-tuner alone answers.
+#: name: (wrap, feed, expect). `feed` changes the gradients `[4, ...]` that the wrapped transformation gets. `expect`
+#: returns its expected updates, from the unchanged gradients and `alone(gradients)`, the updates without the wrapper.
 COMPOSITIONS = {
     "chain": (
         lambda tx: optax.chain(optax.clip(0.5), tx, optax.scale(2.0)),
@@ -116,7 +116,7 @@ COMPOSITIONS = {
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def updates_along(name, wrap, grads, theta, params):
-    """The updates `[K, ...]` for gradients `[K, ...]`, at parameters that stay where they are."""
+    """The updates `[K, ...]` for gradients `[K, ...]`, at constant parameters."""
     tx = wrap(learned_fine_tuner(params, RULES[name]))
 
     def step(state, grad):
@@ -157,7 +157,7 @@ def test_derivatives_by_the_weights_are_finite_in_compositions(composition):
 @pytest.mark.standard_promotion
 @EVERY_RULE
 @pytest.mark.parametrize("composition", ["plain", *COMPOSITIONS])
-def test_keeps_its_state_and_the_dtypes(composition, name):
+def test_keeps_the_shapes_of_its_state_and_all_dtypes(composition, name):
     wrap = COMPOSITIONS[composition][0] if composition in COMPOSITIONS else plain
     tx, theta = wrap(tuner(RULES[name])), tree(0)
     state = jax.eval_shape(tx.init, theta)
@@ -211,7 +211,7 @@ def test_vmap(name):
 
 @pytest.mark.usefixtures("x64")
 @EVERY_RULE
-def test_derivatives_by_the_weights_are_finite_differences(name):
+def test_derivatives_by_the_weights_equal_finite_differences(name):
     grads = {"image": np.random.default_rng(0).normal(size=(3, 2, 2)), "none": None}
 
     @jax.jit
@@ -229,15 +229,15 @@ def test_derivatives_by_the_weights_are_finite_differences(name):
     check_grads(objective, (weights(RULES[name], np.float64),), order=1, modes=["rev"])
 
 
-# ---- What it is told, and what it answers ----
+# ---- Extra arguments and errors ----
 
 
 SPY = {"features": tuple(FEATURES), "base_update": MomentumUpdate(0.3)}
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def answer(grads, theta=None, options=(), **extra):
-    """The first update of a rule that sees everything."""
+def first_update(grads, theta=None, options=(), **extra):
+    """The first update of a rule with all features."""
     tx = tuner(coordinate_lstm(3, 1, **SPY), **dict(options))
     return tx.update(grads, tx.init(grads), theta, **extra)[0]
 
@@ -258,19 +258,19 @@ CONTEXT = {"a": jnp.asarray([[0.1, 0.2], [0.3, 0.4]]), "b": None}
     ],
     ids=lambda given: next(iter(given)),
 )
-def test_uses_what_it_is_told_and_can_do_without(known, absent):
-    silent = answer(GRADS)
-    assert_close(answer(GRADS, **absent), silent)
-    assert not np.allclose(answer(GRADS, **known)["a"], silent["a"], rtol=1e-4)
+def test_extra_arguments_are_used_and_optional(known, absent):
+    default = first_update(GRADS)
+    assert_close(first_update(GRADS, **absent), default)
+    assert not np.allclose(first_update(GRADS, **known)["a"], default["a"], rtol=1e-4)
 
 
-def test_ignores_what_it_does_not_know():
-    assert_close(answer(GRADS, value=3.0, no_such_thing=OTHER), answer(GRADS))
+def test_ignores_unknown_extra_arguments():
+    assert_close(first_update(GRADS, value=3.0, no_such_thing=OTHER), first_update(GRADS))
 
 
-def test_scale_of_the_call_goes_before_that_of_the_constructor():
-    assert_close(answer(GRADS, options=(("scale", 0.3),)), answer(GRADS, scale=0.3))
-    assert_close(answer(GRADS, options=(("scale", 0.3),), scale=0.7), answer(GRADS, scale=0.7))
+def test_scale_of_the_call_overrides_that_of_the_constructor():
+    assert_close(first_update(GRADS, options=(("scale", 0.3),)), first_update(GRADS, scale=0.3))
+    assert_close(first_update(GRADS, options=(("scale", 0.3),), scale=0.7), first_update(GRADS, scale=0.7))
 
 
 def test_spread_and_context_through_a_mask():
@@ -280,7 +280,7 @@ def test_spread_and_context_through_a_mask():
     grads, spread = ({**tree, "c": jnp.ones(3)} for tree in (GRADS, OTHER))
     context = {**CONTEXT, "c": jnp.ones((2, 3))}
     updates, _ = jax.jit(masked.update)(grads, masked.init(grads), grads, spread=spread, context=context)
-    assert_close(updates["a"], answer(GRADS, GRADS, spread=OTHER, context=CONTEXT)["a"])
+    assert_close(updates["a"], first_update(GRADS, GRADS, spread=OTHER, context=CONTEXT)["a"])
     np.testing.assert_array_equal(updates["c"], grads["c"])
 
 
@@ -291,7 +291,7 @@ def test_descends_a_quadratic(target):
 
 @jax.jit
 def descend(target):
-    """The end of 100 steps of at most 0.05 from 0 towards `target`."""
+    """The result of 100 steps of at most 0.05 from 0 towards `target`."""
     rule = coordinate_lstm(3, 1, base_update=MomentumUpdate(0.5, decay=0.0))
     tx = learned_fine_tuner(jax.tree.map(jnp.zeros_like, weights(rule)), rule, scale=0.1)
 
@@ -305,19 +305,19 @@ def descend(target):
 
 
 @pytest.mark.parametrize("leaf", [np.arange(3), np.ones(2, bool), np.ones(2, np.complex64)])
-def test_refuses_leaves_that_are_not_floating_point(leaf):
+def test_leaves_that_are_not_floating_point_raise(leaf):
     with pytest.raises(ValueError, match=f"must be floating-point, got {jnp.result_type(leaf)}"):
         tuner(RULES["coordinate"]).init({"x": np.ones(2, np.float32), "y": leaf})
 
 
 @pytest.mark.parametrize("argument", ["theta", "spread", "context"])
-def test_refuses_trees_of_another_structure_by_name(argument):
+def test_trees_of_another_structure_raise(argument):
     name = {"theta": "params"}.get(argument, argument)
     with pytest.raises(ValueError, match=f"{name} must have the structure of the gradients.*'a'.*got.*'z'"):
-        answer(GRADS, **{argument: {"z": jnp.ones(2)}})
+        first_update(GRADS, **{argument: {"z": jnp.ones(2)}})
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
-def test_refuses_a_scale_that_is_no_size(scale):
+def test_an_invalid_scale_raises(scale):
     with pytest.raises(ValueError, match="scale must be a finite number above 0"):
         tuner(RULES["coordinate"], scale=scale)

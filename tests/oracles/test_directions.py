@@ -1,4 +1,6 @@
-"""Zeroth-order directions that lie in a subspace, and those that are each example's own."""
+"""Zeroth-order directions in a subspace, and independent directions for each example."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ KEY = jax.random.key(3)
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "sphere"])
 @pytest.mark.parametrize(("shape", "tiles"), [((5, 4, 2), 3 * 2 * 2), ((6, 3), 3 * 3), ((7,), 3), ((2, 2, 2, 1), 3)])
 def test_coarse_directions_estimate_the_mean_over_each_tile(x64, kind, shape, tiles):
-    """Directions are constant on tiles; on a linear loss the mean estimate is the gradient's mean over each."""
+    """Directions are constant on tiles; on a linear loss the mean estimate averages the gradient over each tile."""
     g, record, queries = np.random.default_rng(0).normal(size=shape), [], 4000
 
     def loss(thetas):
@@ -34,9 +36,9 @@ def test_coarse_directions_estimate_the_mean_over_each_tile(x64, kind, shape, ti
     expected = np.empty(g.size)
     for member in members:
         expected[member] = g.ravel()[member].mean()
-    if len(shape) == 3:  # ceil(5 / 3) = 2 rows of pixels, ceil(4 / 3) = 2 columns, and each channel on its own
+    if len(shape) == 3:  # ceil(5 / 3) = 2 rows of pixels, ceil(4 / 3) = 2 columns, separate channels
         assert set(members[0].tolist()) <= {n for n in range(g.size) if n % 2 == members[0][0] % 2}
-    # At most the variance of a gaussian's: that of the sums over tiles, in units of the tile's size.
+    # At most the variance with Gaussian directions: that of the sums over tiles, divided by the size of the tile.
     sums = np.asarray([g.ravel()[m].sum() for m in members])
     deviation = np.sqrt(2 * (sums**2).sum() / queries) / min(map(len, members))
     assert np.abs(np.ravel(grads) - expected).max() < 5 * deviation
@@ -44,7 +46,7 @@ def test_coarse_directions_estimate_the_mean_over_each_tile(x64, kind, shape, ti
     np.testing.assert_allclose(traced, grads, rtol=1e-9, atol=1e-12)
 
 
-def test_a_resolution_of_at_least_the_sides_is_none():
+def test_a_resolution_of_at_least_the_sides_changes_nothing():
     options = {"num_directions": 3, "directions": "rademacher"}
     loss, theta = lambda t: jnp.sum(t**2), jnp.arange(12.0).reshape(4, 3)
     fine, none = (oracles.zeroth_order(loss, resolution=r, **options)(theta, KEY) for r in (4, None))
@@ -66,8 +68,8 @@ def low_frequencies(image, resolution):
     resolution=st.integers(1, 6),
     seed=st.integers(0, 1000),
 )
-def test_the_dct_basis_is_scipys_of_low_frequencies(shapes, resolution, seed):
-    """For any leaves: `B B^T g`, projected, is SciPy's projection of each leaf."""
+def test_the_dct_basis_projects_onto_low_frequencies_like_scipy(shapes, resolution, seed):
+    """For any leaves, `project(B B^T g)` equals the projection of each leaf by SciPy."""
     random = np.random.default_rng(seed)
     leaves = [random.normal(size=shape) for shape in shapes]
     space = Subspace(tuple(map(tuple, shapes)), resolution, "dct")
@@ -79,7 +81,7 @@ def test_the_dct_basis_is_scipys_of_low_frequencies(shapes, resolution, seed):
     np.testing.assert_allclose(found, np.concatenate(expected), atol=2e-5)
 
 
-def test_the_dct_estimate_is_that_of_the_projected_gradient(x64):
+def test_the_dct_estimate_is_close_to_the_projected_gradient(x64):
     g = np.random.default_rng(0).normal(size=(6, 5, 2))
     options = {"num_directions": 4000, "directions": "rademacher", "resolution": 3, "basis": "dct"}
     grads = oracles.zeroth_order(lambda t: jnp.sum(t * g), **options)(jnp.zeros(g.shape), KEY).grads
@@ -88,14 +90,14 @@ def test_the_dct_estimate_is_that_of_the_projected_gradient(x64):
     assert np.sqrt(np.sum((grads - expected) ** 2)) < 1.5 * np.linalg.norm(expected) * np.sqrt(18 / 4000)
 
 
-def own_gradients(num_examples, shape, seed=0):
+def example_gradients(num_examples, shape, seed=0):
     return np.random.default_rng(seed).normal(size=(num_examples, *shape))
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_own_directions_along_all_axes_are_the_per_example_gradient(x64, antithetic):
+def test_per_example_directions_along_all_axes_give_the_per_example_gradient(x64, antithetic):
     """Finite differences along every axis are exact for linear losses: mean, spread and value as by differentiation."""
-    gs = own_gradients(3, (2, 2))
+    gs = example_gradients(3, (2, 2))
 
     def losses(thetas):
         thetas = jnp.broadcast_to(thetas, gs.shape)
@@ -113,13 +115,13 @@ def test_own_directions_along_all_axes_are_the_per_example_gradient(x64, antithe
 
 
 @pytest.mark.parametrize("agree", [True, False])
-def test_own_directions_have_less_noise_where_examples_agree(x64, agree):
-    """Variance against that of shared directions of as many queries: an S-th of it, or as much."""
+def test_per_example_directions_have_less_noise_if_examples_agree(x64, agree):
+    """Compared with shared directions of the same number of queries, the variance is 1 / S of it, or the same."""
     examples, size, runs = 8, 24, 400
     if agree:
-        gs = np.repeat(own_gradients(1, (size,)), examples, axis=0)
-    else:  # orthogonal ones of one length
-        gs = np.linalg.qr(own_gradients(size, (size,)))[0][:examples] * 3
+        gs = np.repeat(example_gradients(1, (size,)), examples, axis=0)
+    else:  # orthogonal gradients of equal length
+        gs = np.linalg.qr(example_gradients(size, (size,)))[0][:examples] * 3
 
     def losses(thetas):
         return jnp.sum(jnp.broadcast_to(thetas, gs.shape) * gs, axis=1)
@@ -136,7 +138,7 @@ def test_own_directions_have_less_noise_where_examples_agree(x64, agree):
     assert ratio == pytest.approx(examples if agree else 1, rel=0.15)
 
 
-def test_own_directions_compile_once():
+def test_per_example_directions_compile_once():
     calls = []
 
     @jax.jit
@@ -161,12 +163,13 @@ def test_own_directions_compile_once():
         ({"resolution": 2, "directions": "coordinate"}, "resolution: directions='coordinate' are axes"),
     ],
 )
-def test_bad_settings_of_own_directions_are_named(options, message):
+def test_bad_settings_of_per_example_directions_are_named(options, message):
+    options: dict[str, Any] = {"num_examples": 2, **options}
     with pytest.raises(ValueError, match=message):
-        oracles.per_example_zeroth_order(lambda t: jnp.sum(t, axis=1), **{"num_examples": 2, **options})
+        oracles.per_example_zeroth_order(lambda t: jnp.sum(t, axis=1), **options)
 
 
-def test_losses_of_own_directions_must_be_one_for_each_example():
+def test_example_losses_must_be_one_per_example():
     oracle = oracles.per_example_zeroth_order(lambda t: jnp.sum(t), num_examples=2)
     with pytest.raises(ValueError, match="example_losses must give one floating-point loss for each of 2 copies"):
         oracle(jnp.ones(3), KEY)

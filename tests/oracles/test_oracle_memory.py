@@ -1,4 +1,4 @@
-"""How many directions a zeroth-order oracle holds at a time, and what that saves."""
+"""Chunks of directions of a zeroth-order oracle, and the memory that they save."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,19 @@ from lft_jax import oracles
 KEY = jax.random.key(3)
 
 
+def temporary_bytes(oracle, theta):
+    analysis = jax.jit(oracle).lower(theta, KEY).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
 def test_chunks_bound_the_memory():
-    """Unchunked, 64 directions of 100,000 coordinates take 25.6 MB; in chunks of 4 it is a sixteenth of that."""
+    """Unchunked, 64 directions of 100,000 coordinates take 25.6 MB; chunks of 4 take a sixteenth of that."""
     theta = jnp.zeros(100_000)
 
     def temporaries(chunk_size):
         oracle = oracles.zeroth_order(lambda x: jnp.sum(jnp.sin(x)), num_directions=64, chunk_size=chunk_size)
-        return jax.jit(oracle).lower(theta, KEY).compile().memory_analysis().temp_size_in_bytes
+        return temporary_bytes(oracle, theta)
 
     assert temporaries(4) < temporaries(None) / 4
 
@@ -29,7 +35,7 @@ def test_a_memory_budget_sizes_the_chunks(antithetic):
         sizes.append(len(points))
         return np.sin(points).sum(1)
 
-    # Opaque: a direction takes itself and one or two points, 4,000 bytes each.
+    # Opaque: a direction takes memory for itself and one or two points, 4,000 bytes each.
     options = {"num_directions": 10, "antithetic": antithetic}
     budget = 3 * (3 if antithetic else 2) * 4000 / 2**20
     oracles.zeroth_order(record, memory_mib=budget, opaque=True, **options)(theta, KEY)
@@ -44,6 +50,6 @@ def test_a_memory_budget_sizes_the_chunks(antithetic):
 
     def temporaries(mib):
         oracle = oracles.zeroth_order(loss, **{**options, "num_directions": 200}, memory_mib=mib)
-        return jax.jit(oracle).lower(jnp.zeros(100_000), KEY).compile().memory_analysis().temp_size_in_bytes
+        return temporary_bytes(oracle, jnp.zeros(100_000))
 
     assert temporaries(8) < 16 * 2**20 < temporaries(None)

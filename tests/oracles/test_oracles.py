@@ -1,3 +1,5 @@
+"""First-order and zeroth-order oracles."""
+
 import functools
 
 import jax
@@ -15,7 +17,7 @@ KEY = jax.random.key(3)
 
 
 def tree(dtypes=(np.float64, np.float64, np.float64)):
-    """Several leaves, among them a scalar and an empty one; 8 coordinates."""
+    """Several leaves with 8 coordinates in total, including a scalar and an empty leaf."""
     a, b, c = dtypes
     return {
         "image": jnp.asarray([[0.5, -1.0, 2.0], [0.1, 0.3, -0.7]], a),
@@ -40,7 +42,7 @@ def smooth_loss(theta):
 
 
 class Recorder:
-    """An opaque batched loss that remembers the points that it was called with, one array `[n, d]` a call."""
+    """An opaque batched loss that records the points it was called with, one array `[n, d]` per call."""
 
     def __init__(self, loss):
         self.loss, self.calls = loss, []
@@ -52,7 +54,7 @@ class Recorder:
 
 
 def tried_directions(theta, *, smoothing=1.0, antithetic=False, **options):
-    """Directions `[q, d]` that the oracle tried, recovered from the points at which an opaque loss was called."""
+    """Directions `[q, d]` of the oracle, recovered from the points at which an opaque loss was called."""
     record = Recorder(smooth_loss)
     oracles.zeroth_order(record, smoothing=smoothing, antithetic=antithetic, opaque=True, **options)(theta, KEY)
     points = np.concatenate(record.calls if antithetic else record.calls[1:])
@@ -92,7 +94,7 @@ def test_per_example_gradient_matches_vmapped_grad(examples, seed):
 
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_a_second_loss_is_added_and_its_gradient_told(seed):
+def test_a_second_loss_is_added_and_its_gradient_returned(seed):
     with jax.enable_x64(True):
         xs = jax.random.normal(jax.random.key(seed), (3, 2, 3), jnp.float64)
 
@@ -110,10 +112,10 @@ def test_a_second_loss_is_added_and_its_gradient_told(seed):
         np.testing.assert_allclose(flat(answer.grads), grads.mean(0), rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(flat(answer.extras["spread"]), grads.std(0), rtol=1e-9, atol=1e-14)
         np.testing.assert_allclose(flat(answer.extras["second"]), flat_batch(alone[1]).mean(0), rtol=1e-12, atol=1e-14)
-        assert answer.queries == 3  # the passes backward are two
+        assert answer.queries == 3  # two backward passes, but the same forward evaluations
 
 
-def test_a_second_loss_that_is_not_one_an_example_is_refused():
+def test_second_losses_must_be_one_per_example():
     oracle = oracles.per_example_gradient(lambda t: jnp.sum(t, 1), num_examples=2, second_losses=jnp.sum)
     with pytest.raises(ValueError, match="second_losses"):
         oracle(jnp.ones(3), KEY)
@@ -129,7 +131,7 @@ def test_spread_of_identical_examples_is_zero_with_a_finite_derivative():
     np.testing.assert_array_equal(grads, 0)
 
 
-# Zeroth order: the estimator.
+# Zeroth order: the estimate.
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_spread_of_identical_examples_is_zero_with_a_finite_derivative():
     ],
 )
 def test_matches_a_plain_loop_over_the_same_directions(kind, antithetic, directions, chunk):
-    """The reference knows the points that were tried, and nothing else of the implementation."""
+    """The reference uses only the points that were evaluated, and nothing else of the implementation."""
     mu, d, record = 0.01, 8, Recorder(smooth_loss)
     options = {"num_directions": directions, "directions": kind, "antithetic": antithetic, "smoothing": mu}
     opaque = oracles.zeroth_order(record, chunk_size=chunk, opaque=True, **options)
@@ -211,7 +213,7 @@ def test_unbiased_on_a_quadratic(x64, kind, antithetic):
     bias = mu / 2 * np.abs(np.diag(hessian)) if (kind, antithetic) == ("coordinate", False) else 0
     error = np.abs(np.mean(grads, axis=0) - g)
     assert np.all(error < 5 * np.sqrt(variance / (answers * q)) + 2 * bias)
-    if kind != "coordinate":  # and the variance is that of the formula: no hidden factor
+    if kind != "coordinate":  # also the variance matches the formula
         np.testing.assert_allclose(np.var(grads, axis=0) * q, variance, rtol=0.15)
 
 
@@ -234,7 +236,7 @@ def test_all_coordinates_are_exact_on_a_linear_function(x64, mu, antithetic):
 
 
 def test_sphere_scaling_on_a_linear_function(x64):
-    """One direction u on the sphere gives d (g.u) u: its length is d |g.u|, its product with g is d (g.u)^2."""
+    """One direction u on the sphere gives d (g.u) u, of length d |g.u|; its product with g is d (g.u)^2."""
     d, g = 8, np.arange(1.0, 9.0)
 
     def loss(theta):
@@ -283,7 +285,7 @@ def test_queries_count_every_example(antithetic):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_decide(kind):
+def test_estimates_depend_on_the_key_alone(kind):
     oracle = jax.jit(oracles.zeroth_order(smooth_loss, num_directions=3, directions=kind))
     theta = tree((np.float32,) * 3)
     first, again, other = (flat(oracle(theta, jax.random.key(s)).grads) for s in (0, 0, 1))
@@ -291,7 +293,7 @@ def test_keys_decide(kind):
     assert np.any(first != other)
 
 
-def test_legacy_keys_work_too():
+def test_legacy_keys_are_accepted():
     oracle = oracles.zeroth_order(smooth_loss, num_directions=5, chunk_size=2)
     legacy = oracle(tree((np.float32,) * 3), jax.random.PRNGKey(3))
     assert legacy.value == oracle(tree((np.float32,) * 3), KEY).value
@@ -318,18 +320,18 @@ def test_mixed_and_16_bit_leaves(x64, kind, antithetic):
     def loss(theta):
         return smooth_loss(jax.tree.map(lambda x: x.astype(jnp.float32), theta))
 
-    # A step of 1/16 moves bfloat16 numbers below 2 (spacing 1/128) by 12% of itself at worst, on average by nothing.
+    # Rounding of bfloat16 numbers below 2 (spacing 1/128) changes a step of 1/16 by at most 12%, on average by nothing.
     options = {"directions": kind, "antithetic": antithetic, "smoothing": 1 / 16 if kind != "sphere" else 0.2}
     oracle = oracles.zeroth_order(loss, num_directions=8 if kind == "coordinate" else 4000, **options)
     answer = jax.jit(oracle)(theta, KEY)
     assert jax.tree.map(lambda x: x.dtype, answer.grads) == jax.tree.map(lambda x: x.dtype, theta)
     assert answer.value.dtype == jnp.float32
     g = flat(jax.grad(smooth_loss)(tree()))
-    np.testing.assert_allclose(flat(answer.grads), g, atol=0.15 * np.linalg.norm(g))
+    np.testing.assert_allclose(flat(answer.grads), g, atol=0.15 * float(np.linalg.norm(g)))
 
 
 def test_16_bit_losses_do_not_overflow():
-    """The slope 1000 / 1e-3 * u is not a float16, the gradient in float32 is."""
+    """The slope 1000 / 1e-3 * u overflows float16, the gradient in float32 does not."""
     oracle = oracles.zeroth_order(lambda x: (x[0] * 1e6).astype(jnp.float16), num_directions=50)
     answer = oracle(jnp.zeros(1), KEY)
     assert answer.value.dtype == jnp.float16

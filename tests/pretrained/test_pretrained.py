@@ -1,4 +1,4 @@
-"""Stored rules: what is saved is loaded, and what is damaged is refused by the name of its file."""
+"""Stored rules: saved rules can be loaded, and errors name the damaged file."""
 
 import json
 
@@ -34,7 +34,7 @@ def stored(tmp_path):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_is_saved_is_loaded(tmp_path, name):
+def test_a_saved_rule_can_be_loaded(tmp_path, name):
     params, path = weights(RULES[name]), tmp_path / "rule.safetensors"
     save_rule(path, params, RULES[name], CARD)
     loaded, rule = load_pretrained(str(path))
@@ -45,21 +45,21 @@ def test_what_is_saved_is_loaded(tmp_path, name):
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(loaded))
     card = pretrained_card(str(path))
     assert {key: card[key] for key in CARD} == CARD
-    # A card that is passed on, with its description of another rule, does not change what is stored.
+    # A "rule" entry in the given card is overwritten by the description of the stored rule.
     save_rule(path, params, RULES[name], {**card, "rule": {}})
     assert load_pretrained(str(path))[1] == RULES[name]
 
 
 def test_a_file_that_changes_is_read_again(stored):
     before = load_fine_tuner(str(stored))
-    assert load_fine_tuner(str(stored)) is before  # so that programs compiled for it are found again
+    assert load_fine_tuner(str(stored)) is before  # so that programs compiled for it are reused
     params = weights(RULES["spatial"], seed=1)
     save_rule(stored, params, RULES["spatial"], CARD)
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(str(stored))[0], params)
     assert load_fine_tuner(str(stored)) is not before
 
 
-def test_what_is_loaded_may_be_changed(stored):
+def test_loaded_parameters_are_a_new_tree(stored):
     load_pretrained(str(stored))[0]["head"].clear()
     assert load_pretrained(str(stored))[0]["head"]
 
@@ -118,18 +118,18 @@ def rewrite_card(change):
         "a list",
         "no rule",
         "half a rule",
-        "bad start",
+        "bad base update",
         "swapped",
     ],
 )
-def test_damage_is_refused_by_the_name_of_the_file(stored, damage, message):
+def test_errors_name_the_damaged_file(stored, damage, message):
     damage(stored)
     with pytest.raises(ValueError, match=message):
         load_pretrained(str(stored))
 
 
 @pytest.mark.parametrize("name", list_pretrained())
-def test_every_shipped_rule_is_small_works_and_says_where_it_comes_from(name):
+def test_every_shipped_rule_is_small_works_and_has_its_provenance(name):
     params, rule = load_pretrained(name)
     assert (pretrained._FOLDER / f"{name}.safetensors").stat().st_size < 1e6
     card = pretrained_card(name)

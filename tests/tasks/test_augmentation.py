@@ -1,4 +1,4 @@
-"""Augmented support images against what each change promises."""
+"""Each change of the augmentation on its own, and the oracle on augmented images."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def only(**parts):
 
 
 def shifts_of(image, reach):
-    """All shifts of an image whose border goes on beyond it, by a loop over pixels."""
+    """All shifts of an image with a repeated border, by index arithmetic."""
     height, width = image.shape[:2]
     for down in range(-reach[0], reach[0] + 1):
         for right in range(-reach[1], reach[1] + 1):
@@ -30,7 +30,7 @@ def shifts_of(image, reach):
             yield (down, right), image[rows[:, None], columns[None]]
 
 
-def test_nothing_asked_for_changes_nothing():
+def test_zero_strengths_change_nothing():
     np.testing.assert_array_equal(only()(IMAGES, jax.random.key(0)), IMAGES)
 
 
@@ -56,7 +56,7 @@ def test_mixing_adds_a_permutation_of_the_batch():
     assert sorted(np.ravel(partners)) == list(range(6))  # a permutation
 
 
-def test_noise_is_uniform_and_keeps_to_the_range_of_images():
+def test_noise_is_uniform():
     grey = jnp.full((50, 10, 7, 2), 0.5)
     noise = np.asarray(only(noise=0.2)(grey, jax.random.key(0))) - 0.5
     assert np.abs(noise).max() <= 0.2 + 1e-6
@@ -65,7 +65,7 @@ def test_noise_is_uniform_and_keeps_to_the_range_of_images():
 
 
 @given(st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0, 1), st.integers(0, 2**31 - 1))
-def test_images_stay_images(shift, mix, noise, seed):
+def test_changed_images_stay_in_range(shift, mix, noise, seed):
     changed = Augmentation(shift, mix, noise)(IMAGES[:, :3, :4], jax.random.key(seed))
     assert changed.shape == (6, 3, 4, 2)
     assert changed.dtype == jnp.float32
@@ -85,7 +85,7 @@ def test_dtypes_are_kept(dtype, x64):
         ({"noise": float("nan")}, r"augmentation: noise must be in \[0, 1\], got nan"),
     ],
 )
-def test_parts_out_of_range_are_refused(parts, message):
+def test_fields_out_of_range_are_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         AttackRecipe(augmentation=Augmentation(**parts)).check()
 
@@ -94,7 +94,7 @@ def linear(images):
     return images.reshape(len(images), -1) @ WEIGHTS
 
 
-def test_the_oracle_answers_for_changed_images_and_knows_the_statistics_of_the_given_ones():
+def test_the_oracle_uses_changed_images_and_the_statistics_of_the_original_ones():
     loss, labels = AttackLoss("cross_entropy"), jnp.arange(6) % 3
     seen = []
 

@@ -20,7 +20,7 @@ from lft_jax.tasks.networks import apply_network
 from lft_jax.tasks.perturbation import Batch
 
 RNG = np.random.default_rng(0)
-# Every image tells its number and so its label, also when it is scaled.
+# Every image encodes its index, and so its label, also after resizing.
 NUMBERS = np.arange(60)
 LABELS = np.repeat([0, 2, 3, 7, 9], 12)
 IMAGES = np.broadcast_to(NUMBERS.astype(np.uint8)[:, None, None, None] * 4, (60, 4, 4, 1))
@@ -36,7 +36,7 @@ DRAW = jax.jit(lambda family, key: family.sample(key))
 
 
 @given(st.integers(0, 10_000), st.sampled_from([None, (7, 0, 3)]))
-def test_tasks_are_of_different_images_of_random_classes_called_from_0(seed, classes):
+def test_tasks_have_distinct_images_of_random_classes_labelled_from_0(seed, classes):
     episode = DRAW(classification_family(IMAGES, LABELS, classes=classes, **OPTIONS), jax.random.key(seed))
     support, query = (numbers(batch) for batch in episode)
     assert (len(support), len(query)) == (6, 12)
@@ -44,14 +44,14 @@ def test_tasks_are_of_different_images_of_random_classes_called_from_0(seed, cla
     for found, batch in ((support, episode.support), (query, episode.query)):
         real = LABELS[found]
         assert set(real) <= set(LABELS if classes is None else classes)
-        # One real class to each name and one name to each class, as many images of each.
+        # Labels and classes correspond one to one, with as many images of each.
         pairs = set(zip(np.asarray(batch.labels).tolist(), real.tolist(), strict=True))
         assert {name for name, _ in pairs} == {0, 1, 2} and len(pairs) == len({label for _, label in pairs}) == 3
         assert set(np.bincount(batch.labels)) == {len(found) // 3}
     assert {*LABELS[support]} == {*LABELS[query]}
 
 
-def test_every_class_is_called_every_name():
+def test_every_class_gets_every_label():
     family = classification_family(IMAGES, LABELS, **OPTIONS)
     episodes = jax.jit(jax.vmap(family.sample))(jax.random.split(jax.random.key(0), 300))
     labels = LABELS[numbers(Batch(episodes.query.images.reshape(-1, 4, 4, 1), None))].reshape(300, 12)[:, ::4]
@@ -61,7 +61,7 @@ def test_every_class_is_called_every_name():
 
 
 def reference_logits(theta, images):
-    """The networks with XLA's convolution and flax's normalisation and pooling."""
+    """The networks with XLA's convolution and flax's normalization and pooling."""
     x = images
     for layer in theta["body"]:
         if "kernel" in layer:
@@ -78,7 +78,7 @@ def reference_logits(theta, images):
 
 
 def network(architecture, images=BATCH.images, **options):
-    """A family of three ways on images like those given, and weights of which none are 0."""
+    """A three-way family on images of this shape, and weights of which none are 0."""
     data = np.broadcast_to(np.asarray(images)[:1], (30, *images.shape[1:]))
     options = {**OPTIONS, "architecture": architecture, **options}
     family = classification_family(data, np.arange(30) % 3, **options)
@@ -130,7 +130,7 @@ def test_gradients_of_blank_images_are_finite():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(jax.grad(after_a_step))(theta)))
 
 
-def test_an_image_is_judged_alone():
+def test_the_logits_of_an_image_do_not_depend_on_its_batch():
     _, theta = network("conv4", width=3)
     apply = jax.jit(apply_network)
     np.testing.assert_allclose(apply(theta, BATCH.images)[2:3], apply(theta, BATCH.images[2:3]), rtol=1e-4, atol=1e-6)
@@ -143,7 +143,7 @@ def test_conv4_takes_images_of_any_size(side):
     assert jax.eval_shape(apply_network, theta, jnp.zeros((2, side, side, 3))).shape == (2, 3)
 
 
-def test_weights_keep_the_size_of_their_inputs():
+def test_weights_have_the_variance_of_their_initializer():
     data = np.zeros((60, 10, 10, 3), np.uint8)
     theta = classification_family(data, LABELS, **{**OPTIONS, "architecture": "mlp"}, width=400).init(jax.random.key(0))
     np.testing.assert_allclose(theta["body"][0]["weight"].var(), 2 / 300, rtol=0.05)
@@ -151,7 +151,7 @@ def test_weights_keep_the_size_of_their_inputs():
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (5, 3), (1, 1)])
-def test_patches_make_the_same_convolution(shape):
+def test_convolution_by_patches_matches_xla(shape):
     kernel = jnp.asarray(RNG.normal(size=(*shape, 2, 3)), jnp.float32)
     expected = jax.lax.conv_general_dilated(
         BATCH.images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -161,21 +161,21 @@ def test_patches_make_the_same_convolution(shape):
         conv_by_patches(BATCH.images, kernel[:, :0])
 
 
-def test_images_are_scaled():
+def test_images_are_resized():
     family = classification_family(IMAGES, LABELS, **OPTIONS, size=2)
     assert family.images.shape == (60, 2, 2, 1) and family.images.dtype == jnp.uint8
     np.testing.assert_array_equal(family.images[:, 1, 1, 0], NUMBERS * 4)
 
 
 @pytest.mark.standard_promotion
-def test_descent_learns_what_the_labels_tell():
+def test_adam_learns_the_labels():
     images = RNG.uniform(0, 0.3, (80, 6, 6, 1)).astype(np.float32)
     labels = np.arange(80) % 4
     for label in range(4):  # a bright row
         images[labels == label, label] += 0.6
     family = classification_family(images, labels, ways=3, shots=3, query_shots=5, architecture="conv4", width=4)
     keys = jax.random.split(jax.random.key(1), 5)
-    # Side by side, where NaNs came from an elementwise result that pooling did not find again.
+    # Under vmap, where NaNs came from an elementwise result that XLA recomputed after pooling.
     options = {"num_steps": 40, "at": (1, 40)}
     found = evaluate(learners.fixed("adam", optax.adam), {"learning_rate": 0.02}, family, keys, **options)
     assert np.isfinite(found["loss"]).all()
@@ -184,7 +184,7 @@ def test_descent_learns_what_the_labels_tell():
     np.testing.assert_array_equal(found["queries"][:, 1], 40 * 9)
 
 
-def test_families_of_other_sizes_and_networks_are_meta_trained_together_but_not_by_maml():
+def test_incongruous_families_can_be_meta_trained_together_but_not_by_maml():
     linear = classification_family(IMAGES, LABELS, **OPTIONS)
     mlp = classification_family(IMAGES, LABELS, **{**OPTIONS, "architecture": "mlp"}, width=3, size=3)
     rule = coordinate_lstm(3, 1, features="raw")
@@ -200,15 +200,15 @@ def test_families_of_other_sizes_and_networks_are_meta_trained_together_but_not_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ways": 6}, "ways: 6 classes per task were asked for, but there are only 5"),
+        ({"ways": 6}, "ways: a task needs 6 classes, but there are only 5"),
         ({"ways": 1}, "ways must be at least 2, got 1"),
         ({"shots": 0}, "shots must be at least 1, got 0"),
-        ({"query_shots": 11}, r"shots \+ query_shots: class 0 has 12 images, fewer than the 13 asked for"),
+        ({"query_shots": 11}, r"shots \+ query_shots: class 0 has 12 images, but a task needs 13 per class"),
         ({"architecture": "conv3"}, "architecture: unknown name 'conv3'. Did you mean 'conv4'"),
-        ({"width": 3}, "width: 'linear' has no hidden layer to be 3 wide"),
+        ({"width": 3}, "width: 'linear' has no hidden layer, got 3"),
         ({"architecture": "mlp", "width": 0}, "width must be at least 1, got 0"),
         ({"size": 0}, "size must be at least 1, got 0"),
-        ({"classes": (0, 1, 2, 3)}, r"classes must be labels of images, got \[1\] besides"),
+        ({"classes": (0, 1, 2, 3)}, r"classes: no image has the labels \[1\]"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):

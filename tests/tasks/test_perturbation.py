@@ -13,14 +13,14 @@ from hypothesis.extra import numpy as hnp
 from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Constraint, margins, norm, perturb
 
 LOGITS = np.random.default_rng(0).normal(scale=3, size=(7, 4)).astype(np.float32)
-LOGITS[0] = [30, -1, 0, 2]  # fooled beyond doubt: a cross-entropy far above beta, for another label than 0
+LOGITS[0] = [30, -1, 0, 2]  # a cross-entropy far above beta, for another label than 0
 LABELS = np.array([1, *LOGITS[1:4].argmax(1), 0, 2, 1], np.int32)
-# XLA takes the smallest numbers for zeros.
+# XLA flushes subnormal numbers to zero.
 THETAS = hnp.arrays(np.float32, (2, 2, 1), elements=st.floats(-2, 2, width=32, allow_subnormal=False))
 
 
 def loss_of_one(logits, label, kind, kappa, beta, target):
-    """The loss of one image by its definition (PAPER "The application")."""
+    """The loss of one image by its definition (docs/method.md)."""
     goal = label if target is None else target
     others = [z for j, z in enumerate(logits) if j != goal]
     margin = logits[goal] - max(others)
@@ -64,7 +64,7 @@ def test_losses_of_every_kind_match_a_loop_and_share_a_compilation(jitted_loss):
     assert len(traces) == 2  # with and without a target
 
 
-def test_images_fooled_beyond_doubt_have_no_gradient():
+def test_images_past_the_clamp_have_no_gradient():
     loss = AttackLoss("cross_entropy", beta=12.0)
     grads = jax.grad(lambda logits: jnp.sum(loss(logits, LABELS)))(jnp.asarray(LOGITS))
     assert not np.any(grads[0])
@@ -104,7 +104,7 @@ def test_bad_losses_are_refused(loss, message):
         loss.check(num_classes=4)
 
 
-def test_good_losses_are_their_own_check():
+def test_check_returns_a_valid_loss():
     loss = AttackLoss("cross_entropy", target=3)
     assert loss.check(num_classes=4) is loss
 
@@ -114,7 +114,7 @@ def test_good_losses_are_their_own_check():
     hnp.arrays(np.int32, 3, elements=st.integers(0, 3)),
     st.none() | st.integers(0, 3),
 )
-def test_the_dominant_label_is_the_nearest_of_all(logits, labels, target):
+def test_the_dominant_label_has_the_lowest_mean_loss(logits, labels, target):
     logits = logits.astype(np.float64)
     distances = [[min(math.log(sum(math.exp(z - row[t]) for z in row)), 20.0) for t in range(4)] for row in logits]
     means = [sum(row[t] for row in distances) / 3 for t in range(4)]
@@ -124,13 +124,13 @@ def test_the_dominant_label_is_the_nearest_of_all(logits, labels, target):
     assert any(np.allclose(found, [row[t] for row in distances], rtol=1e-4, atol=1e-4) for t in nearest)
 
 
-def test_images_of_one_class_are_not_pulled_back_to_it():
+def test_the_dominant_label_is_not_the_class_of_all_images():
     logits = jnp.asarray([[5.0, 1.0, 0.0], [4.0, 2.0, 0.0]])
     loss = AttackLoss("dominant")(logits, jnp.asarray([0, 0]))
     np.testing.assert_allclose(loss, -jax.nn.log_softmax(logits)[:, 1], rtol=1e-6)
 
 
-def test_images_out_of_reach_do_not_pull():
+def test_images_far_from_the_dominant_label_have_no_gradient():
     logits = jnp.asarray([[0.0, 12.0, 11.0], [0.0, 12.0, 11.0], [40.0, 0.0, 0.0]])
     loss, labels = AttackLoss("dominant"), jnp.asarray([0, 0, 0])
     grads = jax.grad(lambda z: jnp.sum(loss(z, labels)))(logits)

@@ -1,4 +1,4 @@
-"""Quadratic tasks against what NumPy says of them."""
+"""Quadratic tasks against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ def test_loss_gradient_and_spread(family):
     assert estimate.queries == 4
 
 
-def test_examples_scatter_about_centers_that_scatter(family):
+def test_centers_and_examples_have_their_variances(family):
     episodes = jax.vmap(family.sample)(jax.random.split(jax.random.key(2), 4000))
     examples = np.concatenate(episodes, axis=1)
-    # Of 4000 draws of variance v the sample variance is off by v sqrt(2 / 4000) or so; here four times that.
+    # The sample variance of 4000 draws of variance v has standard deviation v sqrt(2 / 4000); four of them are allowed.
     np.testing.assert_allclose(examples.mean(1).var(0), 2.0**2 + 0.5**2 / 7, rtol=4 * np.sqrt(2 / 4000))
     np.testing.assert_allclose(examples.var(1, ddof=1).mean(0), 0.5**2, rtol=4 * np.sqrt(2 / 4000 / 6))
 

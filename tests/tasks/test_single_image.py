@@ -1,3 +1,5 @@
+"""Attacks on single images against NumPy."""
+
 import dataclasses
 
 import jax
@@ -57,7 +59,7 @@ def test_the_loss_is_the_published_one():
 
 
 def test_all_of_the_loss_is_estimated_from_queries():
-    """Along all the axes the estimate is the finite difference of the whole loss, its penalty too."""
+    """With coordinate directions the estimate is the finite difference of the whole loss, with its penalty."""
     mu = 1e-2
     estimator = oracles.ZerothOrder(6, mu, directions="coordinate", antithetic=False)
     found = family(estimator=estimator)
@@ -89,11 +91,11 @@ def test_the_start_is_noise():
         ({"loss": AttackLoss(target=4)}, "target: 4 is not one of the victim's 4 classes"),
     ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         family(**options)
 
 
-def test_a_victim_that_is_always_wrong_leaves_nothing_to_attack():
-    with pytest.raises(ValueError, match="right on none of the 6 images"):
+def test_a_victim_that_is_always_wrong_is_refused():
+    with pytest.raises(ValueError, match="classifies none of the 6 images correctly"):
         single_image_family(IMAGES, (LOGITS.argmax(1) + 1) % 4, victim)

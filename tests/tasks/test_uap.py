@@ -1,4 +1,4 @@
-"""Universal-perturbation tasks on 4x4 images whose first pixel tells their row, against plain loops."""
+"""Universal-perturbation tasks on 4x4 images whose first pixel encodes their index, against plain loops."""
 
 import collections
 import dataclasses
@@ -68,7 +68,7 @@ THETA = jnp.asarray(RNG.uniform(-0.2, 0.2, (4, 4, 1)).astype(np.float32))
 # ---- Episodes ----
 
 
-def test_episodes_have_the_images_asked_for(episodes):
+def test_episodes_have_images_and_labels_of_the_source(episodes):
     assert episodes.support.images.shape == (300, 4, 4, 4, 1)
     assert episodes.query.images.shape == (300, 6, 4, 4, 1)
     for batch in episodes:
@@ -144,7 +144,7 @@ def image_loss(theta, image, label, loss):
     ],
     ids=["ball", "l1 penalty", "l2 penalty, targeted"],
 )
-def test_the_oracle_knows_mean_and_spread_of_the_image_gradients(support, options):
+def test_the_oracle_returns_mean_and_spread_of_the_image_gradients(support, options):
     family = build(**options)
     estimate = jax.jit(family.oracle(support))(THETA, KEYS[0])
     grad = jax.jit(jax.value_and_grad(functools.partial(image_loss, loss=family.recipe.loss)))
@@ -165,7 +165,7 @@ def test_the_oracle_knows_mean_and_spread_of_the_image_gradients(support, option
     assert estimate.queries == 6
 
 
-def test_two_losses_are_followed_and_the_second_told_apart(support):
+def test_two_losses_are_added_and_the_gradient_of_the_second_is_an_extra(support):
     first, second = AttackLoss("cross_entropy"), AttackLoss("dominant")
     family = build(support_loss=first, second_loss="dominant")
 
@@ -181,7 +181,7 @@ def test_two_losses_are_followed_and_the_second_told_apart(support):
         build(second_loss="dominent")
     with pytest.raises(ValueError, match="second_loss: its target None is not that of the objective, 2"):
         build(loss=AttackLoss("hinge", target=2), second_loss=AttackLoss("dominant"))
-    with pytest.raises(ValueError, match="second_loss: a zeroth-order estimate is of one loss"):
+    with pytest.raises(ValueError, match="second_loss: a zeroth-order estimator takes only one loss"):
         build(second_loss="dominant", estimator=oracles.ZerothOrder(2))
     assert build(loss=AttackLoss("hinge", target=2), second_loss="dominant").recipe.second_loss.target == 2
 
@@ -195,7 +195,7 @@ def test_a_zeroth_order_estimator_differs_only_in_the_attack_gradient(support, p
     theta = jnp.where(jnp.abs(THETA) < 0.02, 0.02, THETA)  # away from the kink of the l1 norm
     theta = theta.at[0, 0, 0].set(0)  # where only an exact penalty gradient is 0
     a, b = (jax.jit(family.oracle(support))(theta, KEYS[0]) for family in (exact, estimated))
-    np.testing.assert_allclose(a.grads, b.grads, rtol=0.02, atol=0.06)  # some differences reach over a clipped pixel
+    np.testing.assert_allclose(a.grads, b.grads, rtol=0.02, atol=0.06)  # some differences cross the clipping of a pixel
     assert b.queries == 2 * 16 * 6
     assert "spread" not in b.extras
 
@@ -237,7 +237,7 @@ def test_metrics_match_a_loop(target):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
 
 
-def test_the_success_rate_is_zero_where_no_image_is_right():
+def test_the_success_rate_is_zero_if_no_image_is_classified_correctly():
     logits, labels = jnp.eye(3), jnp.asarray([1, 2, 0])
     found = attack_metrics(logits, -logits, labels, THETA, AttackLoss(), Constraint("linf", 0.1))
     assert found["asr"] == 0
@@ -280,9 +280,9 @@ def test_losses_radii_and_victims_share_a_compilation(support):
         ({"images": np.full(IMAGES.shape, np.nan, np.float32)}, r"images must lie in \[0, 1\]"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "no axis of length 0"),
         ({"images": IMAGES[..., 0]}, "images must be"),
-        ({"shots": 5}, "shots . query_shots: class 1 has 7 images, fewer than the 8 asked for"),
-        ({"ways": 4}, "ways: 4 classes per task were asked for, but the labels have 3"),
-        ({"ways": 3, "loss": AttackLoss(target=0)}, "ways: 3 classes per task were asked for, but .* have 2"),
+        ({"shots": 5}, "shots . query_shots: class 1 has 7 images, but a task needs 8 per class"),
+        ({"ways": 4}, "ways: a task needs 4 classes, but there are only 3"),
+        ({"ways": 3, "loss": AttackLoss(target=0)}, "ways: a task needs 3 classes, but there are only 2"),
         ({"ways": 0}, "ways must be at least 1"),
         ({"shots": 0}, "shots must be at least 1"),
         ({"query_shots": 0}, "query_shots must be at least 1"),

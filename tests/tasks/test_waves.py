@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def stripes(down, across, phase, shape=(9, 8, 2)):
-    """In NumPy, pixel by pixel."""
+    """A wave in NumPy, pixel by pixel."""
     wave = np.empty(shape)
     for i, j, c in np.ndindex(shape):
         wave[i, j, c] = 1 if np.cos(2 * np.pi * (down * i + across * j + phase)) >= 0 else -1
@@ -28,8 +28,8 @@ def test_a_wave_is_stripes_of_full_contrast_the_same_in_all_channels():
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 1), (12, 20, 3)])
-def test_the_search_finds_the_wave_that_a_loss_asks_for(shape):
-    """Loss: minus the correlation with a hidden wave. The best of 50 alone is less like it than after refinement."""
+def test_the_search_finds_a_hidden_wave(shape):
+    """The loss is minus the correlation with the hidden wave; refinement finds a lower one than 50 random waves."""
     hidden = stripes(0.13, 0.21, 0.3, shape)
 
     def loss(theta):
@@ -45,7 +45,7 @@ def test_the_search_finds_the_wave_that_a_loss_asks_for(shape):
     assert refined.min() < -0.85 < drawn.min()
 
 
-def test_a_start_that_no_wave_betters_is_kept_and_the_size_is_the_scale():
+def test_a_start_is_kept_if_no_wave_is_better_and_waves_have_the_scale():
     def loss(theta):
         return jnp.sum(theta**2)
 
@@ -54,12 +54,12 @@ def test_a_start_that_no_wave_betters_is_kept_and_the_size_is_the_scale():
     np.testing.assert_array_equal(search(loss, start, jnp.float32(0.3), KEY), start)
     kept = jax.grad(lambda theta: jnp.sum(search(loss, theta, jnp.float32(0.3), KEY)))(start)
     np.testing.assert_array_equal(kept, 1)
-    bettered = search(loss, start, jnp.float32(0.2), KEY)
-    np.testing.assert_allclose(jnp.abs(bettered), 0.2, rtol=1e-6)
+    wave = search(loss, start, jnp.float32(0.2), KEY)
+    np.testing.assert_allclose(jnp.abs(wave), 0.2, rtol=1e-6)
 
 
 def test_evaluations_are_counted():
-    """By a loss that counts its own calls."""
+    """A loss counts its own calls."""
     calls = []
 
     def loss(theta):
@@ -76,8 +76,8 @@ def test_evaluations_are_counted():
         WaveSearch.within(1)
 
 
-def test_attack_tasks_start_from_the_best_wave_on_their_support_images_and_pay_for_it():
-    """Victims of linear logits: the start is a wave of epsilon; the queries hold those of the search."""
+def test_attack_tasks_start_from_the_best_wave_and_count_its_queries():
+    """On a linear victim, the start is a wave of size epsilon, and the queries include those of the search."""
     random = np.random.default_rng(0)
     images = random.uniform(0.2, 0.8, size=(30, 6, 6, 1)).astype(np.float32)
     weights = jnp.asarray(random.normal(size=(36, 3)), jnp.float32)
@@ -117,6 +117,6 @@ def test_attack_tasks_start_from_the_best_wave_on_their_support_images_and_pay_f
         ({"step": 0.0}, "waves: step must be a finite number above 0"),
     ],
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         WaveSearch(**settings).check()

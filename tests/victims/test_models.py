@@ -1,4 +1,4 @@
-"""Architectures: shapes, sizes, and what they refuse."""
+"""Architectures: shapes, sizes, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def count(variables):
 
 @pytest.mark.parametrize("architecture", sorted(MODELS))
 @pytest.mark.parametrize("shape", [(2, 8, 8, 1), (3, 28, 28, 1), (1, 32, 32, 3), (1, 9, 13, 2)])
-def test_logits_have_a_row_an_image(architecture, shape):
+def test_logits_have_one_row_per_image(architecture, shape):
     _, logits = abstract(architecture, shape, num_classes=7)
     assert (logits.shape, logits.dtype) == ((shape[0], 7), jnp.float32)
 
@@ -42,7 +42,7 @@ def test_logits_have_a_row_an_image(architecture, shape):
         ),
     ],
 )
-def test_parameters_are_as_many_as_documented(architecture, shape, parameters):
+def test_numbers_of_parameters(architecture, shape, parameters):
     assert count(abstract(architecture, shape)[0]) == parameters
 
 
@@ -66,14 +66,14 @@ def test_unknown_architectures_get_near_matches():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
-def test_images_choose_the_dtype(x64, dtype):
+def test_the_dtype_is_that_of_the_images(x64, dtype):
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 4, 4, 1)), jnp.float32)
     variables, _ = abstract("vgg", images.shape, num_classes=3)
     variables = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, jnp.float32), variables)
     apply = jax.jit(apply_function("vgg", 3))
-    logits, others = apply(variables, images), apply(variables, images.astype(dtype))
-    assert others.dtype == dtype
-    np.testing.assert_allclose(others.astype(jnp.float32), logits, rtol=0.05)
+    logits, cast = apply(variables, images), apply(variables, images.astype(dtype))
+    assert cast.dtype == dtype
+    np.testing.assert_allclose(cast.astype(jnp.float32), logits, rtol=0.05)
 
 
 def test_batch_norm_uses_the_batch_only_in_training():
@@ -91,6 +91,6 @@ def test_batch_norm_uses_the_batch_only_in_training():
     assert all(jax.tree.leaves(moved))
 
 
-def test_equal_architectures_have_one_function():
+def test_equal_architectures_share_one_function():
     assert apply_function("lenet", 10) is apply_function("lenet", 10)
     assert apply_function("lenet", 10) is not apply_function("lenet", 11)

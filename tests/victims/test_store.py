@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +24,18 @@ def make(architecture="small_cnn", seed=0, num_classes=4):
 
 
 @pytest.mark.parametrize("architecture", ["small_cnn", "vgg"])
-def test_what_is_saved_is_loaded(tmp_path, architecture):
+def test_a_saved_victim_can_be_loaded(tmp_path, architecture):
     victim = make(architecture)
     save_victim(tmp_path / "deep" / "victim", victim)
     loaded = load_victim(tmp_path / "deep" / "victim")
     assert loaded.card == victim.card
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, victim.variables)
-    logits = build_model(architecture, 4).apply(victim.variables, IMAGES)
+    logits: Any = build_model(architecture, 4).apply(victim.variables, IMAGES)
     np.testing.assert_allclose(loaded.logits_fn(IMAGES), logits, rtol=1e-6)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["victim"]
 
 
-def test_saving_again_replaces(tmp_path):
+def test_saving_again_replaces_the_victim(tmp_path):
     save_victim(tmp_path / "victim", make(seed=0))
     save_victim(tmp_path / "victim", make(seed=1))
     jax.tree.map(np.testing.assert_array_equal, load_victim(tmp_path / "victim").variables, make(seed=1).variables)
@@ -48,10 +49,10 @@ def test_victims_of_one_architecture_share_a_compilation(tmp_path):
     save_victim(tmp_path / "victim", make(seed=1))
     first, second = make(seed=0), load_victim(tmp_path / "victim")
     assert not np.allclose(apply(first.logits_fn, IMAGES), apply(second.logits_fn, IMAGES))
-    assert apply._cache_size() == 1
+    assert apply._cache_size() == 1  # pyrefly: ignore[missing-attribute]
 
 
-def test_absent_and_damaged_victims_say_what_to_run(tmp_path):
+def test_errors_for_missing_and_damaged_victims_say_what_to_run(tmp_path):
     def refuse(path, message):
         with pytest.raises(
             ValueError, match=rf"(?s)path: .*{path.name}.*{message}.*experiments.train_victim --output="
@@ -88,7 +89,7 @@ def test_absent_and_damaged_victims_say_what_to_run(tmp_path):
     refuse(path, "damaged.*truncated")
 
 
-def test_cards_must_say_what_loading_needs(tmp_path):
+def test_cards_must_have_the_entries_that_loading_needs(tmp_path):
     with pytest.raises(ValueError, match=r"victim: its card must have .*; num_classes, image_shape missing"):
         save_victim(tmp_path / "victim", Victim({}, {"architecture": "vgg"}))
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ CONFIG = VictimConfig("halves", "small_cnn", epochs=2, batch_size=16, learning_r
 
 
 def halves(count, seed):
-    """Two classes that differ in which half is bright: learnt in a few steps."""
+    """Two classes that differ in which half of the image is bright; a few steps suffice to learn them."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 2, count).astype(np.int32)
     images = generator.integers(0, 100, (count, 8, 8, 1)).astype(np.uint8)
@@ -33,7 +33,7 @@ def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
-def test_an_easy_source_is_learnt(trained):
+def test_an_easy_source_is_learned(trained):
     variables, history = trained
     assert [record.epoch for record in history] == [1, 2]
     assert history[-1].loss < history[0].loss
@@ -43,7 +43,7 @@ def test_an_easy_source_is_learnt(trained):
     np.testing.assert_array_equal(answers, halves(20, 2).labels)
 
 
-def test_equal_configurations_make_equal_victims_and_seeds_differ(trained):
+def test_victims_depend_on_the_configuration_and_the_seed_alone(trained):
     seen = []
     again, history = train_victim(CONFIG, halves(200, 0), halves(50, 1), on_epoch=seen.append)
     assert equal(again, trained[0])
@@ -56,10 +56,10 @@ def test_victims_that_differ_in_their_seed_share_a_compilation(trained):
     before = _programs.cache_info()
     _, epoch = _programs("small_cnn", 2, 2 * (200 // 16), 1e-2, "none")
     assert _programs.cache_info().misses == before.misses
-    assert epoch._cache_size() == 1
+    assert epoch._cache_size() == 1  # pyrefly: ignore[missing-attribute]
 
 
-def test_batch_statistics_are_learnt_with_augmentation():
+def test_batch_statistics_are_updated_with_augmentation():
     config = VictimConfig("halves", "vgg", epochs=1, batch_size=16, learning_rate=1e-2, augment="crop_flip")
     variables, history = train_victim(config, halves(48, 0), halves(20, 1))
     assert np.isfinite(history[0].loss)
@@ -87,7 +87,7 @@ def test_augmentation_moves_images_by_at_most_an_eighth():
 
 
 @pytest.mark.parametrize("count", [1, 10, 11])
-def test_clean_accuracy_counts_right_answers_whatever_the_batch(count):
+def test_clean_accuracy_does_not_depend_on_the_batch_size(count):
     images = np.random.default_rng(0).uniform(size=(11, 2, 2, 1)).astype(np.float32)
     labels = (images.mean((1, 2, 3)) > 0.5).astype(np.int64)
     labels[:3] = 1 - labels[:3]

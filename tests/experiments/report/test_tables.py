@@ -272,7 +272,7 @@ def test_committed_pages_are_those_of_the_results_files():
     ]
     assert not stale, "run `python -m experiments.report.render --nodraw`"
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / render.PAGES).glob("*.md")}
-    assert pages == {path for path in rendered if path.startswith(render.PAGES)}
+    assert pages == {path for path in rendered if path.startswith(f"{render.PAGES}/")}
 
 
 def links(document):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from experiments import config, meta_train
+from experiments import meta_train
 from experiments.studies import ablation, study, victims
 from experiments.studies.ablation import Variant
+from lft_jax.cli import config
 
 TINY = {
     "digits": (

@@ -26,7 +26,12 @@ def test_steps_follow_from_directions_and_nothing_is_left_over():
     with pytest.raises(ValueError, match="evaluations: 160"):
         directions.num_steps(family, 160)
     of = plain[5]
-    assert (of.waves, of.augmentation, of.estimator.per_example, of.estimator.resolution) == (None, None, False, None)
+    assert (of.recipe.waves, of.recipe.augmentation, of.estimator.per_example, of.estimator.resolution) == (
+        None,
+        None,
+        False,
+        None,
+    )
 
 
 @pytest.mark.standard_promotion
@@ -64,7 +69,7 @@ def test_every_method_makes_as_many_queries(tmp_path, monkeypatch):
     assert [steps for _, _, steps in tuned] == [41, 1]
     for published, (family, keys, _) in zip((True, False), tuned, strict=True):
         assert len(keys) == 1 and np.array_equal(family.images, validation)
-        assert (family.waves is None, family.augmentation is None) == (published, published)
+        assert (family.recipe.waves is None, family.recipe.augmentation is None) == (published, published)
 
     document = tmp_path / "results.md"
     document.write_text("<!-- results -->\n<!-- end of results -->\n")

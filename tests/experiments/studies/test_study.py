@@ -15,6 +15,7 @@ from lft_jax.data import load_source
 from lft_jax.evaluation import comparison
 from lft_jax.meta import learners
 from lft_jax.optimizers.rules import coordinate_lstm
+from lft_jax.tasks import uap_family
 from lft_jax.victims import clean_accuracy, load_victim
 
 TINY = {
@@ -30,7 +31,9 @@ TINY = {
 def test_every_run_of_a_study_makes_sense(name):
     chosen = study.STUDIES[name]
     for run in chosen.runs:
-        meta_train.check(meta_train.Config(("victim",), "runs", run.learner, **chosen.settings(run)))
+        meta_train.check(
+            meta_train.Config(victims=("victim",), workdir="runs", learner=run.learner, **chosen.settings(run))
+        )
 
 
 @pytest.mark.parametrize("source", ["mnist", "cifar10"])
@@ -65,7 +68,7 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     }
     protocol = {"at": (1, 2), "num_tasks": 2, "num_validation": 2, "methods": ("sgd",), "oracle_steps": 2}
     learned = (study.Run("lft", ("digits",), 2, {"hidden": 2}), study.Run("maml", ("digits",)))
-    tiny = study.Study(learned, meta, protocol, {"start_step": 0.3})
+    tiny = study.Study(learned, meta, protocol, {"base_step": 0.3})
     monkeypatch.setattr(study, "STUDIES", {"tiny": tiny, "again": dataclasses.replace(tiny, of="tiny")})
     output = tmp_path / "results.json"
     given = study.Config(
@@ -84,7 +87,7 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     assert rows["lft"]["queries"] == rows["sgd"]["queries"] == [60, 120]
     assert "maml" not in rows
     made = json.loads((tmp_path / "runs/tiny/lft_digits_0/config.json").read_text())
-    assert (made["hidden"], made["start_step"]) == (2, 0.3)
+    assert (made["hidden"], made["base_step"]) == (2, 0.3)
     one = study._unseen("digits_small_cnn_1000", flags.folder)
     assert one == study._unseen("digits", flags.folder) == victims.paths("digits", "unseen", flags.folder)
     with pytest.raises(ValueError, match=r"attacked: unknown name 'digit'. Did you mean 'digits'"):
@@ -152,10 +155,11 @@ def test_runs_may_spend_the_same_queries_otherwise(runs):
     price = evaluate._at_same_price(searching, 20)
     assert evaluate._at_same_price(asking, 20) == price
     assert price not in [evaluate._at_same_price(*of) for of in ((asking, 10), (dearer, 20), (exact, 20))]
-    tasks = dataclasses.make_dataclass("Tasks", ["waves", "estimator"])(None, None)
+    images = jnp.zeros((2, 4, 4, 1))
+    tasks = uap_family(images, [0, 0], lambda x: x[:, 0, :2, 0], ways=1, query_shots=1, epsilon=0.1)
     searched, asked = (method.tasks(tasks) for method in evaluate._methods(made[:2], "b").values())
-    assert (searched.waves.evaluations, searched.estimator.num_directions) == (160, 6)
-    assert (asked.waves, asked.estimator.num_directions) == (None, 10)
+    assert (searched.recipe.waves.evaluations, searched.estimator.num_directions) == (160, 6)
+    assert (asked.recipe.waves, asked.estimator.num_directions) == (None, 10)
 
 
 @pytest.mark.parametrize("change", [{"num_directions": 11}, {"num_directions": 10, "smoothing": 0.1}])

@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import attack, config, evaluate, meta_train, quickstart, train_victim
+from experiments import attack, evaluate, meta_train, quickstart, train_victim
 from experiments.report import render
 from experiments.studies import (
     ablation,
@@ -20,6 +20,7 @@ from experiments.studies import (
     victims,
     zo_l2l,
 )
+from lft_jax.cli import config
 
 BINARIES = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
 BINARIES += (classification, directions, train_victim, victims, zo_l2l)
@@ -61,6 +62,26 @@ def test_a_bad_list_is_named():
         parse("--name=x", "--sizes=1,b")
 
 
+PRESETS = {"small": {"name": "tiny", "count": 1}, "large": {"name": "huge", "sizes": (9,)}}
+
+
+def test_a_preset_gives_what_no_flag_does():
+    def parse(*arguments):
+        values = flags.FlagValues()
+        config.define_flags(Config, values, PRESETS)
+        values(["program", *arguments])
+        return config.read_flags(Config, values, PRESETS)
+
+    assert parse("--preset=small") == Config("tiny", count=1)
+    assert parse("--preset=large", "--count=4", "--name=x") == Config("x", count=4, sizes=(9,))
+    assert parse("--preset=large", "--sizes=1") == Config("huge", sizes=(1,))
+    assert parse("--name=x") == Config("x")
+    with pytest.raises(ValueError, match="--name must be given, or a --preset that does"):
+        parse()
+    with pytest.raises(flags.Error, match="preset"):
+        parse("--preset=medium")
+
+
 def test_pairs():
     assert config.pairs("epsilon", ("digits=0.2", "mnist=1")) == {"digits": 0.2, "mnist": 1.0}
     with pytest.raises(ValueError, match="epsilon: expected name=number, got 'digits'"):
@@ -88,7 +109,7 @@ def test_help_and_errors_of_a_binary():
 
 def test_compiled_programs_are_kept_where_the_flag_says_or_nowhere(tmp_path):
     script = (
-        "import dataclasses, jax; from experiments import config\n"
+        "import dataclasses, jax; from lft_jax.cli import config\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Config:\n"
         "    size: int = config.option(3, 'Size.')\n"

@@ -1,0 +1,61 @@
+"""Where a number came from: what every results file says about itself."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lft_jax._version import __version__
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes a results file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+_FOLDERS = ("--data_dir", "--compilation_cache")  # paths of one machine
+
+
+def describe(seeds: Sequence[int]) -> dict[str, Any]:
+    """Command, commit, versions, device and seeds, for a results file."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    spec = sys.modules["__main__"].__spec__  # of what `python -m` was given
+    module = spec.name if spec else Path(sys.argv[0]).stem
+    return {
+        "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "seeds": list(seeds),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _commit():
+    """The commit of the checkout that this file belongs to, or the version of the installed package."""
+    here = Path(__file__)
+    if shutil.which("git") is None:
+        return f"lft_jax {__version__}"
+
+    def git(*arguments):
+        run = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    if not git("ls-files", here.name):  # installed, perhaps into a folder of somebody else's repository
+        return f"lft_jax {__version__}"
+    outputs = (f":(top,exclude){folder}" for folder in ("results", "docs"))  # what a run writes does not count
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *outputs)
+    return git("rev-parse", "--short=12", "HEAD") + (" + uncommitted changes" if changed else "")

@@ -10,7 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from absl import app, flags, logging
@@ -87,7 +87,7 @@ def define_flags(config_type: type, values: flags.FlagValues, presets: Presets |
         help = "Named settings, which other flags override: " + ", ".join(presets) + "."
         flags.DEFINE_enum("preset", None, list(presets), help, flag_values=values)
     for field in dataclasses.fields(config_type):
-        name, help, default = field.name, field.metadata["help"], field.default
+        name, help, default = field.name, field.metadata["help"], cast(Any, field.default)
         kind = _kind(config_type, field)
         if field.metadata["choices"]:
             flags.DEFINE_enum(name, default, field.metadata["choices"], help, flag_values=values)

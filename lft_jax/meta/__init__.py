@@ -8,7 +8,7 @@ How the pieces compose::
     MetaTrainer --run.train--> checkpoints, metrics, exact resume                     `run`, `checkpoints`
 
 `imitation` trains a rule to imitate another optimizer in the first meta-steps, and `theory` measures the gap between
-the meta-gradients of LFT and L2O. `run` and `checkpoints` are not imported here, since they load orbax and tensorboardX.
+the meta-gradients of LFT and L2O. `run` and `checkpoints` are not imported here: they load orbax and tensorboardX.
 """
 
 from lft_jax.meta import learners

@@ -35,7 +35,7 @@ LAYOUTS = ((1, 1), (2, 1), (4, 1), (2, 2))  # devices in all, processes
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     output: str = config.option("results/bench_growth.json", "Results file.")
     repeats: int = config.option(5, "Meta-steps that are timed after the first; the median counts.")

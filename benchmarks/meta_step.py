@@ -26,7 +26,7 @@ PYTORCH = {"PyTorch": False, "PyTorch, two-phase": True}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     output: str = config.option("results/bench_meta_step.json", "Results file.")
     repeats: int = config.option(7, "Runs of each, in turn; the median counts.")

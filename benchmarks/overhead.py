@@ -27,7 +27,7 @@ STEPS = (("lenet", (28, 28, 1), 10), ("vgg", (32, 32, 3), 10))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     output: str = config.option("results/bench_overhead.json", "Results file.")
     repeats: int = config.option(21, "Runs of each, in turn; the median counts.")

@@ -14,7 +14,7 @@ BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     meta_step: str = config.option("results/bench_meta_step.json", "Results of benchmarks.meta_step.")
     overhead: str = config.option("results/bench_overhead.json", "Results of benchmarks.overhead.")

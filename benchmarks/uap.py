@@ -34,7 +34,7 @@ SEED = 1001  # of the victim: the attack's rule has not seen it
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     output: str = config.option("results/bench_uap.json", "Results file.")
     victim: str = config.option("runs/victims/mnist_5k_lenet_1001", "Stored LeNet to attack; trained if missing.")

@@ -1,1 +1,1 @@
-"""Research binaries, run from a checkout: `python -m experiments.meta_train --help`. They are not installed."""
+"""Research programs, run from a checkout: `python -m experiments.meta_train --help`. They are not installed."""

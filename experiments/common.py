@@ -1,4 +1,4 @@
-"""What the binaries share: where a number came from, and the task families of stored victims."""
+"""Code shared by the programs: task families of stored victims, short meta-training runs, means with intervals."""
 
 import dataclasses
 import os
@@ -22,25 +22,25 @@ _DIRECTIONS = ("num_directions", "resolution", "basis", "smoothing", "per_exampl
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """The tasks of a run, whatever the source.
+    """The tasks of a run, for victims of any source.
 
     Attributes:
       ways, shots, query_shots: see `lft_jax.uap_family`.
       norm: "linf" or "l2" (balls), "l1" or "l2" (penalties).
-      epsilon: radius by source; sources that it does not name take `DEFAULT_EPSILON`.
+      epsilon: radius per source; sources without an entry use `lft_jax.victims.DEFAULT_EPSILON`.
       penalty: weight of the norm in the loss, instead of a ball; or None.
-      num_directions: of zeroth-order estimates; 0 for exact gradients.
-      resolution, basis: of those directions, see `lft_jax.oracles.zeroth_order`.
-      smoothing: of the estimates, in units of the image range.
-      per_example: whether each support image tries directions of its own.
-      loss: the objective, of the query images.
-      support_loss: of the support images.
-      second_loss: added to that where gradients are exact; "none" for none.
-      kappa: confidence of the hinge, of all losses.
-      start: "zeros" or "random".
-      waves: what a search for a better start may cost (`lft_jax.tasks.WaveSearch`), a quarter of it for new waves; 0
-        for none.
-      augment: whether the support images are changed anew in each step (`lft_jax.Augmentation`).
+      num_directions: random directions per zeroth-order estimate; 0 for exact gradients.
+      resolution, basis: subspace of these directions, see `lft_jax.oracles.zeroth_order`.
+      smoothing: length of the finite differences, in units of the image range.
+      per_example: whether each support image has its own directions.
+      loss: loss on the query images.
+      support_loss: loss on the support images.
+      second_loss: loss that is added to `support_loss` (exact gradients only); "none" for none.
+      kappa: hinge margin of all losses, in logits.
+      start: initial perturbation, "zeros" or "random".
+      waves: evaluations per support image that search for a better start (`lft_jax.tasks.WaveSearch`), a quarter of
+        them on new waves; 0 for no search.
+      augment: whether the support images are augmented, re-sampled in each step (`lft_jax.Augmentation`).
     """
 
     ways: int = 10
@@ -63,8 +63,8 @@ class TaskConfig:
     augment: bool = True
 
 
-def reach(config: TaskConfig) -> tuple[tasks.WaveSearch | None, oracles.ZerothOrder | None]:
-    """How tasks spend their queries: the search for a start, and the estimator of gradients."""
+def search_and_estimator(config: TaskConfig) -> tuple[tasks.WaveSearch | None, oracles.ZerothOrder | None]:
+    """The search for a start and the gradient estimator: how tasks spend their queries."""
     waves = tasks.WaveSearch.within(config.waves) if config.waves else None
     if not config.num_directions:
         return waves, None
@@ -72,10 +72,10 @@ def reach(config: TaskConfig) -> tuple[tasks.WaveSearch | None, oracles.ZerothOr
 
 
 def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
-    """The UAP tasks of a stored victim on one split of its source."""
+    """The UAP tasks of a stored victim, with images of one split of its source."""
     name = victim.card["source"]
     source = load_source(name, split, data_dir=data_dir)
-    waves, estimator = reach(config)
+    waves, estimator = search_and_estimator(config)
 
     def loss(kind):
         return None if kind == "none" else tasks.AttackLoss(kind, kappa=config.kappa)
@@ -105,12 +105,14 @@ def _constraint(config, source):
         radius = config.epsilon[source] if source in config.epsilon else default_epsilon(config.norm, source)
         return tasks.Constraint(config.norm, radius)
     if config.epsilon:
-        raise ValueError(f"penalty: give a penalty or radii of balls, got {config.penalty} and {dict(config.epsilon)}.")
+        raise ValueError(
+            f"penalty: expected a penalty or radii, not both; got {config.penalty} and {dict(config.epsilon)}."
+        )
     return tasks.Constraint(config.norm, penalty=config.penalty)
 
 
 def make_target(path: str, seen: bool, config: TaskConfig, data_dir: str | None = None) -> comparison.Target:
-    """A stored victim as a target of `lft_jax.evaluation.comparison`."""
+    """A stored victim and its tasks as a target of `lft_jax.evaluation.comparison`."""
     victim = load_victim(path)
     families = [make_family(victim, split, config, data_dir) for split in ("train", "validation", "test")]
     return comparison.Target(victim.card["source"], Path(path).name, seen, *families)
@@ -126,17 +128,21 @@ def meta_training(
     scanned: int = 100,
     workdir: str | os.PathLike[str] | None = None,
 ) -> Callable[..., PyTree]:
-    """Meta-training that cannot be resumed, for meta-steps so short that calling one would take longer.
+    """Meta-training that runs many meta-steps per call and cannot be resumed.
+
+    It is for meta-steps that take less time than a Python call.
 
     Args:
-      make_learner: keyword arguments (which may be traced) -> learner.
-      families: see `lft_jax.meta_trainer`, as for `num_steps` and `tasks_per_family`.
+      make_learner: maps keyword arguments (which may be traced) to a learner.
+      families: as for `lft_jax.meta_trainer`.
+      num_steps: fine-tuning steps (K).
+      tasks_per_family: tasks per family and meta-step.
       rate: learning rate of the meta-optimizer, Adam.
-      scanned: meta-steps of a call.
-      workdir: a folder for this very training, where meta-parameters are kept when ready and found again.
+      scanned: meta-steps per call.
+      workdir: folder where finished meta-parameters are stored. If it has those of a call, they are loaded instead.
 
     Returns:
-      `train(seed, meta_steps, **settings) -> params`; whatever the settings of the learner, it is compiled once.
+      `train(seed, meta_steps, **settings) -> params`. It is compiled once for all settings of the learner.
     """
     families, meta_optimizer = tuple(families), optax.adam(rate)
 
@@ -167,10 +173,13 @@ def meta_training(
 
 
 def with_settings(make_learner: Callable[..., Learner]) -> Learner:
-    """What evaluates learners of all settings by one program; its params are `{"settings": ..., "learned": ...}`."""
+    """A learner whose settings are among its parameters, `{"settings": ..., "learned": ...}`.
+
+    One compiled program then evaluates all settings. It cannot be meta-trained.
+    """
 
     def init(key, families):
-        raise ValueError("this learner is only evaluated.")
+        raise ValueError("this learner can only be evaluated, not meta-trained.")
 
     return Learner(
         name="",
@@ -191,12 +200,15 @@ def judged(
     tuning: bool = False,
     at_once: int = 100,
 ) -> np.ndarray:
-    """`[P, T, K]`, a metric of each task's query set after each step, by each of the given parameters.
+    """A metric on each task's query set after each step, for each of the given meta-parameters.
 
-    The tasks are the same for all methods; those to tune on are others. They are run `at_once`, by one program for any
-    number of tasks that this divides.
+    All methods have the same tasks. Tasks for tuning are different ones. `at_once` tasks run at a time; if it divides
+    `num_tasks`, one compiled program is enough.
+
+    Returns:
+      `[P, T, K]`: sets of meta-parameters, tasks, steps.
     """
-    # Far from the seeds of meta-training, and from what splitting makes of their keys.
+    # Far from the seeds of meta-training, so that no keys are used twice.
     keys = jax.random.split(jax.random.key(2**31 - (1 if tuning else 2)), num_tasks)
     parts = np.split(np.arange(num_tasks), range(at_once, num_tasks, at_once))
     options = {"num_steps": num_steps, "at": tuple(range(1, num_steps + 1)), "batch_size": at_once}
@@ -210,16 +222,20 @@ def judged(
 def best_of(
     learner: Learner, params: Sequence[PyTree], family: TaskFamily, metric: str, *, largest: bool, **options: Any
 ) -> int:
-    """Which of the parameters have the best mean after the last step, on tasks to tune on; options as for `judged`."""
+    """Index of the meta-parameters with the best mean after the last step, on the tasks for tuning.
+
+    Options are those of `judged`.
+    """
     scores = judged(learner, params, family, metric, tuning=True, **options)[:, :, -1].mean(1)
-    scores = np.where(np.isfinite(scores), scores, -np.inf if largest else np.inf)  # not of rates that diverge
+    scores = np.where(np.isfinite(scores), scores, -np.inf if largest else np.inf)  # never a rate that diverges
     return int(np.argmax(scores) if largest else np.argmin(scores))
 
 
 def curve_row(metric: str, values: np.ndarray, rivals: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Means and 95% intervals over tasks `[T, K]`, and differences to others after the last step, paired by task.
+    """Means and 95% intervals over tasks, of values `[T, K]` and of their final differences to `rivals`.
 
-    Where some task's value is not finite, mean and interval are None; `diverged` is the share of such tasks.
+    Differences are paired by task. Mean and interval are None where a task has a value that is not finite; `diverged`
+    is the share of such tasks.
     """
     means, widths = zip(*(_finite_interval(column) for column in values.T), strict=True)
     differences = {

@@ -1,4 +1,4 @@
-"""The flags of a meta-training run, in groups, and its presets; how any program's flags are made.
+"""Flags of a meta-training run, in groups, and its presets. Also exports what defines the flags of other programs.
 
 `experiments.meta_train.Config` inherits the groups, so that its flags stay flat: `--hidden=20`, `config.hidden`.
 """
@@ -32,25 +32,25 @@ REMAT = {"auto": None, "always": True, "never": False}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """Which run it is."""
+    """Identity of the run: victims, folder, seed."""
 
-    victims: tuple[str, ...] = required("Folders of the victims to meta-train on; each gives one family of tasks.")
+    victims: tuple[str, ...] = required("Folders of the victims to meta-train on; one family of tasks per victim.")
     workdir: str = required("Folder of the run: configuration, checkpoints, metrics. Resumed if it exists.")
     seed: int = option(0, "Seed of the run.")
     checkpoint_every: int = option(100, "Meta-steps between checkpoints, and between validations.")
-    validation_tasks: int = option(20, "Meta-validation tasks of each victim; 0 for none.")
+    validation_tasks: int = option(20, "Meta-validation tasks per victim; 0 for none.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnerFlags:
-    """What is meta-learned."""
+    """The learner: what is meta-learned."""
 
     learner: str = option(
         "lft",
         "What is learned: an update rule on query images (lft) or on support images (l2o), a rule whose weights first "
         "adapt to the support images of a task (adaptive_lft), an initialization (maml and reptile, fine-tuned by PGD; "
         "sign_maml, by sign steps whatever the norm), an initialization with a learning rate per pixel (meta_sgd), or "
-        "an initialization and an update rule (joint). A perturbation has no head, so anil is not among them.",
+        "an initialization and an update rule (joint). There is no anil, since a perturbation has no last layer.",
         LEARNERS,
     )
     rule: str = option("spatial_lstm", "Update rule (lft, l2o, joint).", tuple(rules.RULES))
@@ -69,49 +69,47 @@ class LearnerFlags:
     inner_step: float = option(
         0.2, "Step of the PGD of maml, sign_maml and reptile, in units of epsilon; first learning rate of meta_sgd."
     )
-    adaptation_steps: int = option(5, "Gradient steps of the weights of adaptive_lft on the support loss of a task.")
+    adaptation_steps: int = option(5, "Steps by which adaptive_lft adapts its weights to the support set.")
     adaptation_rate: float = option(1e-2, "Learning rate of these steps.")
     sampler: bool = option(
-        False, "Also learn the deviation of the random directions per coordinate (QueryRNN of ZO-L2L; lft, l2o)."
+        False, "Also learn the deviation of the random directions, per coordinate (QueryRNN of ZO-L2L; lft, l2o)."
     )
     second_order: bool = option(False, "Differentiate through the inner gradients too.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskFlags:
-    """The tasks: their size, what bounds a perturbation, and how the victim is reached."""
+    """The tasks: their size, the bound of a perturbation, the gradients, the losses and the start."""
 
     ways: int = option(10, "Classes of a task.")
     shots: int = option(1, "Support images per class.")
     query_shots: int = option(1, "Query images per class.")
     norm: str = option("linf", "Norm of the ball (linf, l2) or of the penalty (l1, l2).", ("linf", "l2", "l1"))
-    epsilon: tuple[str, ...] = option((), "Radius per source, as source=radius,...; sources have defaults.")
+    epsilon: tuple[str, ...] = option((), "Radius per source, as source=radius,...; defaults for other sources.")
     penalty: float | None = option(None, "Weight of the norm in the loss, instead of a ball.")
     num_directions: int = option(
-        0, "Random directions, each tried both ways, of a zeroth-order gradient; 0 for exact gradients."
+        0, "Random directions per zeroth-order gradient estimate (central differences); 0 for exact gradients."
     )
     resolution: int | None = option(
-        None, "Directions lie in a subspace of this many dimensions along each side; in no subspace if not given."
+        None, "Directions lie in a subspace of this many dimensions along each side; no subspace if not given."
     )
     basis: str = option("tiles", "Basis of that subspace: constant on tiles, or low frequencies (dct).", BASES)
     smoothing: float = option(0.01, "Length of the finite differences, in units of the image range.")
-    per_example: bool = option(False, "Each support image tries directions of its own, at the same number of queries.")
+    per_example: bool = option(False, "Use different directions for each support image, at the same number of queries.")
     loss: str = option(
         "cross_entropy", "Loss on the query images, which meta-training minimises.", ("hinge", "cross_entropy")
     )
     support_loss: str = option("cross_entropy", "Loss on the support images.", ("hinge", "cross_entropy"))
     second_loss: str = option(
         "none",
-        "Loss that is added to it, whose gradient a rule can also see alone (feature `second`): a pull of all images "
-        "to the class that they are nearest to (dominant), another loss, or none.",
+        "Loss that is added to the support loss; the feature `second` is its gradient. dominant pulls all images to "
+        "the class that they are nearest to.",
         ("dominant", "hinge", "cross_entropy", "none"),
     )
     kappa: float = option(0.0, "Hinge margin, in logits (kappa of Carlini & Wagner).")
     task_start: str = option("zeros", "Initial perturbation of a task.", ("zeros", "random"))
-    waves: int = option(
-        0, "Evaluations of the support images, 2 or more, that search plane waves for a start; 0 for none."
-    )
-    augment: bool = option(True, "Shift the support images, mix them and add noise, again in each step.")
+    waves: int = option(0, "Evaluations per support image, 2 or more, that search plane waves for a start; 0 for none.")
+    augment: bool = option(True, "Augment the support images by shifts, mixing and noise, re-sampled in each step.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,27 +118,25 @@ class MetaStepFlags:
 
     num_steps: int = option(20, "Fine-tuning steps of a task (K).")
     step_weights: str = option("uniform", "Weights of the steps in the outer loss.", tuple(STEP_WEIGHTS))
-    tasks_per_family: int = option(1, "Tasks of each victim in a meta-step.")
-    meta_steps: int = option(1000, "Meta-steps.")
+    tasks_per_family: int = option(1, "Tasks per victim and meta-step.")
+    meta_steps: int = option(1000, "Number of meta-steps.")
     meta_learning_rate: float = option(1e-2, "Peak learning rate of the meta-optimizer, Adam.")
-    window: int | None = option(
-        None, "Steps that the meta-gradient goes back at most (truncated backpropagation); all if not given."
-    )
+    window: int | None = option(None, "Steps of truncated backpropagation; the whole unroll if not given.")
     meta_gradient: str = option(
         "backprop",
-        "Backpropagation through the steps, or evolution strategies (es), on one device, which need no derivative of "
-        "the outer loss: with --num_directions no victim is ever differentiated. Persistent ones (pes) make a "
-        "meta-step of every --es_window steps of an episode; truncated_es does so with a bias, for comparison.",
+        "Backpropagation, or evolution strategies (es), which need no derivative of the outer loss and run on one "
+        "device. With --num_directions no victim is then differentiated. Persistent ones (pes) make a meta-step from "
+        "every --es_window steps of a task; truncated_es does so with a bias, for comparison.",
         META_GRADIENTS,
     )
-    es_pairs: int = option(16, "Pairs of mirrored changes that es tries in a meta-step, for each victim.")
-    es_sigma: float = option(0.01, "Size of these changes, in units of the meta-parameters.")
-    es_window: int | None = option(None, "Steps of a meta-step of pes and truncated_es; divides --num_steps.")
+    es_pairs: int = option(16, "Antithetic pairs of perturbed meta-parameters per victim and meta-step.")
+    es_sigma: float = option(0.01, "Standard deviation of these perturbations.")
+    es_window: int | None = option(None, "Fine-tuning steps per meta-step of pes, truncated_es; divides --num_steps.")
     curriculum: tuple[int, ...] = option(
-        (), "Ascending numbers of fine-tuning steps, the last --num_steps, for equal shares of the meta-steps."
+        (), "Increasing numbers of fine-tuning steps, the last --num_steps, each for an equal share of the meta-steps."
     )
     imitation_steps: int = option(
-        0, "First meta-steps, by backpropagation, in which the rule imitates momentum PGD instead of lowering the loss."
+        0, "First meta-steps, in which the rule is trained by backpropagation to imitate momentum PGD."
     )
     imitation_step: float = option(0.8, "Step of that PGD, in units of epsilon.")
     imitation_decay: float = option(0.5, "Momentum of that PGD.")
@@ -148,18 +144,18 @@ class MetaStepFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlaceFlags:
-    """Where a run is made, which does not change its numbers: it may continue elsewhere."""
+    """Machine and devices. They do not change the numbers, so a run may continue elsewhere."""
 
     data_dir: str | None = option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
     remat: str = option(
         "auto",
-        "Whether to compute steps again instead of storing them; auto: if one task needs it to fit.",
+        "Whether to recompute steps in the backward pass instead of storing them; auto: if one task needs it to fit.",
         tuple(REMAT),
     )
     memory: float = option(512.0, "MiB that a device may store for a backward pass.")
     devices: int = option(0, "Devices that share the tasks; 0: as many as divide --tasks_per_family.")
     coordinator: str | None = option(
-        None, "host:port of the first of several processes, or auto where the cluster says (SLURM, TPU, Open MPI)."
+        None, "host:port of the first of several processes, or auto to ask the cluster (SLURM, TPU, Open MPI)."
     )
     num_processes: int | None = option(None, "Number of processes, with --coordinator=host:port.")
     process_id: int | None = option(None, "Number of this process, from 0.")
@@ -171,12 +167,12 @@ _VICTIMS = tuple(
     for name in (*(f"small_cnn_{seed}" for seed in range(4)), "lenet_4", "lenet_5")
 )
 _SHIPPED = {"victims": _VICTIMS, "meta_steps": 150, "validation_tasks": 0}
-#: `--preset=uap_linf --workdir=...` meta-trains as the shipped rule of that name was, up to its seed.
+#: Settings by which the shipped rules were meta-trained (except their seeds): `--preset=uap_linf --workdir=...`.
 PRESETS = {
     "uap_linf": _SHIPPED,
     "uap_l2": {**_SHIPPED, "norm": "l2"},
-    # The tasks of arXiv 2009.13714: two classes, two images of each, hinge, a penalty on the l1 norm. Margin, base step
-    # and step weights were chosen on meta-validation victims: without a margin the norm outweighs success.
+    # The tasks of arXiv 2009.13714: two classes, two images per class, hinge, a penalty on the l1 norm. Margin, base
+    # step and step weights were chosen on meta-validation victims: without a margin the norm outweighs success.
     "uap_l1": {
         **_SHIPPED,
         "meta_steps": 120,
@@ -191,8 +187,8 @@ PRESETS = {
         "step_weights": "linear",
         "base_step": 0.3,
     },
-    # Chosen on meta-validation victims. The hinge, since with the cross-entropy one victim that is fooled beyond doubt
-    # outweighs all others; a small base step, since large ones undo the wave.
+    # Chosen on meta-validation victims. The hinge, since with the cross-entropy a single victim that is fooled with
+    # high confidence outweighs all others. A small base step, since large ones undo the wave.
     "uap_linf_query": {
         **_SHIPPED,
         "meta_steps": 75,

@@ -1,10 +1,10 @@
-r"""Compares meta-learned fine-tuners with tuned baselines on unseen tasks, as a results file, a table and two figures.
+r"""Compares meta-learned fine-tuners with tuned baselines on unseen tasks. Writes results, a table and figures.
 
   python -m experiments.evaluate --learned=runs/lft,runs/l2o --output=results/compare.json \
     --victims=runs/victims/digits_small_cnn_9,runs/victims/mnist_5k_lenet_9
 
-Victims that a learned method was meta-trained on are marked as seen. Several seeds of one method (runs that differ
-only in --seed) become one row. Baselines are tuned on meta-validation tasks of each victim.
+Victims that a learned method was meta-trained on are marked as seen. Runs that differ only in --seed become one row.
+Baselines are tuned on meta-validation tasks of each victim.
 """
 
 import dataclasses
@@ -22,24 +22,26 @@ from lft_jax.victims import default_epsilon, load_victim
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     learned: tuple[str, ...] = config.required(
-        "Folders of meta-training runs (experiments.meta_train), or names of pretrained rules: uap-linf."
+        "Folders of meta-training runs (experiments.meta_train), or names of pretrained rules such as uap-linf."
     )
     victims: tuple[str, ...] = config.required("Folders of the victims to attack.")
-    output: str = config.required("Results file to write, .json; the table and the figures are put beside it.")
-    at: tuple[int, ...] = config.option(tuple(range(1, 21)), "Fine-tuning steps to judge; the last one is K.")
+    output: str = config.required("Results file to write (.json). The table and the figures are put beside it.")
+    at: tuple[int, ...] = config.option(tuple(range(1, 21)), "Fine-tuning steps to evaluate after; the last one is K.")
     num_tasks: int = config.option(100, "Meta-test tasks.")
-    num_validation: int = config.option(50, "Meta-validation tasks, on which the baselines are tuned.")
+    num_validation: int = config.option(50, "Meta-validation tasks on which the baselines are tuned.")
     methods: tuple[str, ...] = config.option(comparison.Protocol.methods, "Hand-designed baselines to tune.")
-    transfer: bool = config.option(True, "Also the transfer start: a UAP of the meta-training victims of that source.")
-    oracle_steps: int = config.option(300, "Steps of each full-data run.")
-    oracle_targeted: bool = config.option(False, "Seek the full-data UAP for each target class too.")
+    transfer: bool = config.option(
+        True, "Also compare a UAP of the meta-training victims of the same source (transfer)."
+    )
+    oracle_steps: int = config.option(300, "Steps of each run of the full-data oracle.")
+    oracle_targeted: bool = config.option(False, "Also optimize the full-data oracle for each target class.")
     shots: int | None = config.option(None, "Support images per class; as in meta-training if not given.")
-    query_shots: int = config.option(5, "Query images per class of the tasks that are judged.")
+    query_shots: int = config.option(5, "Query images per class.")
     epsilon: tuple[str, ...] = config.option(
-        (), "Radii that differ from those of meta-training, as source=radius,...; not under a penalty."
+        (), "Radii that differ from those of meta-training, as source=radius,...; not with a penalty."
     )
     task_seed: int = config.option(0, "Seed of the tasks.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
@@ -58,27 +60,27 @@ PRESETS = {
 
 
 def evaluate(flags: Config) -> dict:
-    """Runs the comparison that the flags describe and writes its files; returns the results."""
+    """Runs the comparison, writes its files and returns the results."""
     if not flags.learned or not flags.victims:
-        raise ValueError("learned and victims: give at least one folder of each.")
+        raise ValueError("learned, victims: expected at least one folder of each.")
     runs = [meta_train.load_learned(workdir) for workdir in flags.learned]
-    origin = provenance.describe([of.seed for of, _ in runs])  # now, for the commit that runs
+    origin = provenance.describe([of.seed for of, _ in runs])  # now, since the checkout may change during the run
     seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
     tasks_config = meta_train.tasks_of(runs[0][0])
     for of, _ in runs[1:]:
-        if _at_same_price(of, flags.at[-1]) != _at_same_price(runs[0][0], flags.at[-1]):
+        if _comparison_key(of, flags.at[-1]) != _comparison_key(runs[0][0], flags.at[-1]):
             raise ValueError(
-                f"learned: {of.workdir} was meta-trained on other tasks, or at another number of evaluations, than "
+                f"learned: {of.workdir} was meta-trained on other tasks, or with another number of evaluations, than "
                 f"{runs[0][0].workdir}."
             )
     radii = config.pairs("epsilon", flags.epsilon)
     sources = dict.fromkeys(load_victim(path).card["source"] for path in flags.victims)
     if tasks_config.penalty is None:
         radii = {**tasks_config.epsilon, **radii}
-        # All of them, so that the file says which.
+        # With the defaults, so that the results file has all radii.
         radii = {s: radii[s] if s in radii else default_epsilon(tasks_config.norm, s) for s in sources} | radii
     elif radii:
-        raise ValueError(f"epsilon: the runs were meta-trained with a penalty, not in a ball; leave out {radii}.")
+        raise ValueError(f"epsilon: the runs were meta-trained with a penalty instead of a ball; leave out {radii}.")
     shots = tasks_config.shots if flags.shots is None else flags.shots
     tasks_config = dataclasses.replace(tasks_config, shots=shots, query_shots=flags.query_shots, epsilon=radii)
     protocol = comparison.Protocol(
@@ -101,14 +103,15 @@ def evaluate(flags: Config) -> dict:
         name = f"{output.stem}_{target.victim}.png"
         test = load_source(target.source, "test", data_dir=flags.data_dir)
         attack_picture(target.test.logits_fn, test, perturbations, output.with_name(name))
-        results = _write(output, rows, tasks_config, protocol, runs, origin)  # after each victim: nothing done is lost
+        # After each victim, so that an interrupted run keeps its rows.
+        results = _write(output, rows, tasks_config, protocol, runs, origin)
     print("\n" + tables.comparison_table(rows, tasks_config.penalty is not None))
     print(f"wrote {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
     return results
 
 
-def _at_same_price(run, steps):
-    """The tasks of a run, and how many evaluations they take, whether by a search for a start or by directions."""
+def _comparison_key(run, steps):
+    """Equal for runs that may be compared: the tasks, and the evaluations spent on waves and directions together."""
     tasks = meta_train.tasks_of(run)
     spent = tasks.waves + 2 * steps * tasks.num_directions
     return dataclasses.replace(tasks, waves=0, num_directions=min(tasks.num_directions, 1)), spent
@@ -131,7 +134,7 @@ def _write(output, rows, tasks_config, protocol, runs, origin):
 
 
 def _methods(runs, source):
-    """The learned methods that can attack a source: every update rule, and the initializations made for it."""
+    """The learned methods that can attack a source: all update rules, and initializations for that source."""
     usable = []
     for flags, learned in runs:
         sources = tuple(sorted({load_victim(path).card["source"] for path in flags.victims}))
@@ -142,17 +145,17 @@ def _methods(runs, source):
         alone = len({of for other, of, _ in usable if other.learner == flags.learner}) == 1
         name = flags.learner if alone else f"{flags.learner} ({' + '.join(sources)})"
         settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("seed", *meta_train.WHERE)}
-        own = functools.partial(_with_reach, reach=common.reach(meta_train.tasks_of(flags)))
+        waves, estimator = common.search_and_estimator(meta_train.tasks_of(flags))
+        own = functools.partial(_with_queries, waves=waves, estimator=estimator)
         first, method = grouped.setdefault(name, (settings, comparison.Learned(learned.learner, [], own)))
         if different := [k for k in settings if settings[k] != first[k]]:
-            raise ValueError(f"learned: runs of {name} may differ in their seed only, not in {', '.join(different)}.")
+            raise ValueError(f"learned: runs of {name} may differ only in their seed, not in {', '.join(different)}.")
         method.params.extend(learned.params)
     return {name: method for name, (_, method) in grouped.items()}
 
 
-def _with_reach(family, reach):
-    """The family with its queries spent as a run spent them."""
-    waves, estimator = reach
+def _with_queries(family, waves, estimator):
+    """The family with the search and the estimator of a run."""
     return dataclasses.replace(family.with_recipe(waves=waves), estimator=estimator)
 
 

@@ -1,11 +1,12 @@
 r"""Meta-trains a fine-tuner on stored victims, which may differ in architecture, image size and source.
 
-One set of meta-parameters for all of them:
+All of them share one set of meta-parameters:
 
   python -m experiments.meta_train --workdir=runs/lft \
     --victims=runs/victims/digits_small_cnn_0,runs/victims/mnist_5k_lenet_0 --epsilon=digits=0.25,mnist_5k=0.3
 
-Run it again to resume. Make victims with experiments.train_victim. `--preset=uap_linf` is the shipped rule's run.
+Run it again to resume. Train victims with experiments.train_victim. `--preset=uap_linf` repeats the meta-training of
+the shipped rule.
 """
 
 import dataclasses
@@ -28,18 +29,18 @@ from lft_jax.meta.imitation import Imitation
 from lft_jax.optimizers import rules, sampling
 from lft_jax.victims import load_victim
 
-#: Those that learn an initialization and so need victims of one image shape.
+#: Learners of an initialization, which need victims of one image shape.
 CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
-#: Those that learn an update rule.
+#: Learners of an update rule.
 RULE_LEARNERS = ("lft", "l2o", "adaptive_lft", "joint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(config.PlaceFlags, config.MetaStepFlags, config.TaskFlags, config.LearnerFlags, config.RunFlags):
-    """Flags of the binary, from `experiments.config`."""
+    """Command-line flags, from `experiments.config`."""
 
 
-#: Flags that say where a run is made, not which: it may continue elsewhere.
+#: Flags that do not change the numbers of a run, so that it may continue with others.
 WHERE = ("workdir", *(field.name for field in dataclasses.fields(config.PlaceFlags)))
 
 
@@ -98,14 +99,14 @@ def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
 
 
 def check(flags: Config) -> None:
-    """Raises a ValueError for flags without effect or in contradiction, and for a run that learns nothing."""
+    """Raises a ValueError for flags that have no effect or contradict each other, and for a run that learns nothing."""
     _check_effect(flags)
     _check_losses(flags)
     _check_schedule(flags)
 
 
 def _check_effect(flags):
-    """Every flag that differs from its default must have an effect."""
+    """Raises a ValueError for a flag that differs from its default and has no effect."""
     learned, es = flags.learner in RULE_LEARNERS, flags.meta_gradient != "backprop"
     windows = flags.meta_gradient in ("pes", "truncated_es")
     idle = {
@@ -113,20 +114,23 @@ def _check_effect(flags):
         ("base_step", "base_decay"): (not learned or flags.base_update == "none", "has no base update"),
         ("adaptation_steps", "adaptation_rate"): (flags.learner != "adaptive_lft", "does not adapt its weights"),
         ("inner_step",): (learned, "fine-tunes by its own rule"),
-        ("step_weights", "window", "second_order"): (flags.learner == "reptile", "differentiates nothing"),
+        ("step_weights", "window", "second_order"): (flags.learner == "reptile", "uses no derivative of an unroll"),
         ("second_order",): (flags.learner == "sign_maml", "steps along a sign, whose derivative is 0"),
         ("es_pairs", "es_sigma"): (not es, "does not use evolution strategies, without --meta_gradient=es"),
         ("es_window",): (not windows, "has no windows, without --meta_gradient=pes or truncated_es"),
-        ("curriculum",): (windows, f"has windows for short unrolls, with --meta_gradient={flags.meta_gradient}"),
+        ("curriculum",): (windows, f"has short windows already, with --meta_gradient={flags.meta_gradient}"),
         ("imitation_steps",): (not learned, "learns no update rule"),
-        ("imitation_step", "imitation_decay"): (not flags.imitation_steps, "imitates nothing, without imitation_steps"),
+        ("imitation_step", "imitation_decay"): (
+            not flags.imitation_steps,
+            "imitates nothing, without --imitation_steps",
+        ),
         ("sampler",): (flags.learner not in ("lft", "l2o"), "has no sampler of directions"),
         ("resolution", "basis", "smoothing", "per_example", "sampler"): (
             not flags.num_directions,
             "uses exact gradients, without --num_directions",
         ),
         ("basis",): (flags.resolution is None, "has no subspace of directions, without --resolution"),
-        ("second_loss",): (flags.num_directions > 0, "has estimates of one loss, with --num_directions"),
+        ("second_loss",): (flags.num_directions > 0, "estimates the gradient of one loss only, with --num_directions"),
         ("kappa",): ("hinge" not in (flags.loss, flags.support_loss, flags.second_loss), "minimises no hinge"),
         ("epsilon",): (flags.penalty is not None, "has a penalty instead of a ball"),
     }
@@ -138,11 +142,11 @@ def _check_effect(flags):
 
 def _check_losses(flags):
     if "update" in flags.features:
-        raise ValueError("features: update is for a sampler (--sampler); a rule makes it.")
+        raise ValueError("features: update is a feature of samplers (--sampler), not of rules.")
     if flags.second_loss == flags.support_loss:
         raise ValueError(f"second_loss: {flags.second_loss} is the support loss already; choose another, or none.")
     if "second" in flags.features and flags.second_loss == "none":
-        raise ValueError("features: second is the gradient of a second loss, and there is none; see --second_loss.")
+        raise ValueError("features: second is the gradient of a second loss; set --second_loss.")
     if flags.learner == "adaptive_lft" and (flags.meta_gradient != "backprop" or flags.num_directions):
         name = "num_directions" if flags.meta_gradient == "backprop" else "meta_gradient"
         raise ValueError(f"{name}: adaptive_lft differentiates the loss of the support images; leave it out.")
@@ -152,16 +156,16 @@ def _check_schedule(flags):
     windows = flags.meta_gradient in ("pes", "truncated_es")
     if windows and (flags.es_window is None or flags.es_window < 1 or flags.num_steps % flags.es_window):
         raise ValueError(
-            f"es_window: {flags.meta_gradient} needs one that divides num_steps = {flags.num_steps}, "
+            f"es_window: {flags.meta_gradient} needs a window that divides num_steps = {flags.num_steps}, "
             f"got {flags.es_window}."
         )
     if windows and flags.step_weights == "final" and flags.es_window < flags.num_steps:
-        raise ValueError("step_weights: final leaves all windows except the last without a loss; choose others.")
+        raise ValueError("step_weights: with final, all windows except the last have no loss; choose other weights.")
     if flags.curriculum:
         ascending = all(a < b for a, b in itertools.pairwise((0, *flags.curriculum)))
         if not ascending or flags.curriculum[-1] != flags.num_steps or len(flags.curriculum) > flags.meta_steps:
             raise ValueError(
-                f"curriculum: expected at most meta_steps = {flags.meta_steps} numbers that ascend from at least 1 to "
+                f"curriculum: expected at most meta_steps = {flags.meta_steps} increasing numbers from at least 1 to "
                 f"num_steps = {flags.num_steps}, got {flags.curriculum}."
             )
     if not 0 <= flags.imitation_steps < flags.meta_steps:
@@ -172,15 +176,15 @@ def _check_schedule(flags):
         own, teachers = (flags.base_step, flags.base_decay), (flags.imitation_step, flags.imitation_decay)
         if own == teachers:
             raise ValueError(
-                f"imitation_steps: the base update (step, decay) = {own} is the one to imitate; choose "
+                f"imitation_steps: the base update (step, decay) = {own} equals the update to imitate; choose "
                 "--base_update=none, or other settings."
             )
     initializes = flags.learner in ("maml", "sign_maml", "meta_sgd")
     cut = flags.window is not None and flags.window < flags.num_steps
     if initializes and flags.step_weights == "final" and cut:
         raise ValueError(
-            f"window: the last of {flags.num_steps} steps alone, cut off after {flags.window}, tells {flags.learner} "
-            "nothing about its initialization; choose other step weights, or a longer window."
+            f"window: the loss of the last of {flags.num_steps} steps, truncated to {flags.window} steps, has no "
+            f"gradient for the initialization of {flags.learner}; choose other step weights, or a longer window."
         )
 
 
@@ -190,7 +194,7 @@ def meta_gradient_of(flags: Config) -> EvolutionStrategies | PersistentEvolution
         return None
     for name in ("second_order", "window"):
         if getattr(flags, name):
-            raise ValueError(f"{name}: evolution strategies differentiate nothing; leave it out.")
+            raise ValueError(f"{name}: evolution strategies use no derivatives; leave it out.")
     if flags.meta_gradient == "es":
         return EvolutionStrategies(flags.es_pairs, flags.es_sigma)
     accumulate = flags.meta_gradient == "pes"
@@ -198,7 +202,7 @@ def meta_gradient_of(flags: Config) -> EvolutionStrategies | PersistentEvolution
 
 
 def curriculum_of(flags: Config) -> list[tuple[int, int]]:
-    """Pairs of fine-tuning steps and meta-steps that come before the meta-steps of `num_steps`."""
+    """Pairs (fine-tuning steps, meta-steps) that precede the meta-steps with `num_steps` fine-tuning steps."""
     ends = [i * flags.meta_steps // len(flags.curriculum) for i in range(len(flags.curriculum))]
     return [
         (steps, end - begin) for steps, (begin, end) in zip(flags.curriculum, itertools.pairwise(ends), strict=False)
@@ -215,24 +219,24 @@ def imitation_of(flags: Config) -> Imitation | None:
 
 
 def mesh_of(flags: Config) -> jax.sharding.Mesh | None:
-    """The devices that share the tasks, or None for one."""
+    """The mesh of devices that share the tasks; None for one device."""
     if flags.meta_gradient != "backprop":
         if flags.devices > 1 or jax.process_count() > 1:
             raise ValueError(
-                f"meta_gradient: {flags.meta_gradient} runs on one device of one process; leave devices and "
-                "coordinator out."
+                f"meta_gradient: {flags.meta_gradient} runs on one device in one process; leave out devices and "
+                "coordinator."
             )
         return None
     count = flags.devices or max(n for n in range(1, jax.device_count() + 1) if flags.tasks_per_family % n == 0)
     if count < jax.device_count() and jax.process_count() > 1:
         raise ValueError(
-            f"tasks_per_family: {flags.tasks_per_family} tasks cannot be shared evenly by the {jax.device_count()} "
-            f"devices of {jax.process_count()} processes; make it a multiple."
+            f"tasks_per_family: {flags.tasks_per_family} tasks cannot be divided evenly among the "
+            f"{jax.device_count()} devices of {jax.process_count()} processes; choose a multiple."
         )
     return None if count == 1 else meta.task_mesh(count)
 
 
-#: Flags that had another name in runs and cards of version 0.1.
+#: Names of flags in runs and cards of version 0.1, with their present names.
 RENAMED = {
     "start": "base_update",
     "start_step": "base_step",
@@ -243,21 +247,21 @@ RENAMED = {
 
 
 def present_flags(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration under the present names, with what a flag meant before there was one."""
+    """A stored configuration under the present names; flags that it lacks have their value from before they existed."""
     fields = dataclasses.fields(Config)
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING and f.name not in WHERE}
     return {**defaults, "augment": False, **{RENAMED.get(name, name): value for name, value in stored.items()}}
 
 
 def flags_of(stored: Mapping[str, Any], workdir: str = "") -> Config:
-    """The flags that a run's configuration or a rule's card holds."""
+    """The flags in the configuration of a run or the card of a rule."""
     stored = present_flags(stored)
     lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
     return Config(**{**stored, **lists, "workdir": workdir})
 
 
 def load_learned(name: str) -> tuple[Config, comparison.Learned]:
-    """A run by its folder, or a rule that ships by its name: its flags, its learner and its meta-parameters."""
+    """Flags, learner and meta-parameters of a run (by its folder) or of a shipped rule (by its name)."""
     if name in pretrained.list_pretrained():
         params, rule = pretrained.load_pretrained(name)
         flags = flags_of(pretrained.pretrained_card(name)["meta_training"], name)
@@ -275,7 +279,7 @@ def load_learned(name: str) -> tuple[Config, comparison.Learned]:
 
 
 def meta_train(flags: Config) -> meta.MetaState:
-    """Runs, or resumes, the meta-training that the flags describe."""
+    """Runs or resumes the meta-training that the flags describe."""
     check(flags)
     if flags.coordinator is not None:
         address = None if flags.coordinator == "auto" else flags.coordinator
@@ -293,8 +297,8 @@ def meta_train(flags: Config) -> meta.MetaState:
         validate=_validation(flags, learner) if flags.validation_tasks else None,
     )
     path = Path(flags.workdir) / "rule.safetensors"
-    # A rule that is there was stored when the run ended, with a card that says how it was made: this call made nothing.
-    # A rule that samples is of no use without its sampler, which `universal_perturbation` does not take.
+    # A rule that is there already was stored by the call that made it, and its card describes that call. A rule with a
+    # sampler is not stored, since `universal_perturbation` takes no sampler.
     alone = flags.learner in ("lft", "l2o") and not flags.sampler
     if alone and jax.process_index() == 0 and not path.exists():
         card = {**provenance.describe([flags.seed]), "meta_training": stored}
@@ -319,7 +323,7 @@ def trainer_of(flags: Config, learner: Learner) -> meta.MetaTrainer:
 
 
 def _validation(flags, learner):
-    """`params -> {name: number}`, the success on meta-validation tasks of all victims."""
+    """A function `params -> {name: number}`: the ASR on meta-validation tasks of all victims."""
     families = families_of(flags, "validation")
     keys = jax.random.split(jax.random.key(flags.seed), flags.validation_tasks)
 

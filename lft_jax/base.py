@@ -60,7 +60,7 @@ class Estimate(NamedTuple):
 
 
 #: `(theta, key) -> Estimate`. First-order oracles ignore the key. Zeroth-order ones also take the keywords `deviation`
-#: and `subspace`, which set the covariance of their random directions (`lft_jax.oracles.covariance`).
+#: and `subspace`, which set the covariance of their random directions (`lft_jax.oracles._covariance`).
 Oracle = Callable[..., Estimate]
 
 

@@ -104,6 +104,17 @@ def test_every_package_has_a_docstring_and_an_explicit_face(name):
         assert getattr(package, public) is not None and not (public.startswith("_") and public != "__version__")
 
 
+def test_modules_that_only_their_package_uses_are_private():
+    """Neither imported from elsewhere nor the home of a public name: then the name begins with an underscore."""
+    for name in [name for name in MODULES if name.count(".") == 2 and name.startswith("lft_jax.")]:
+        package, _, own = name.rpartition(".")
+        face = importlib.import_module(package)
+        exports = {getattr(getattr(face, public), "__module__", None) for public in face.__all__}
+        users = {user for user in MODULES if name in imports(user) and not user.startswith(package)}
+        binary = package == "lft_jax.cli"
+        assert own.startswith("_") or name in exports or users or binary, name
+
+
 def test_import_loads_only_what_it_needs():
     """Beyond jax and optax, which loads absl itself."""
     program = (

@@ -1,1 +1,1 @@
-"""From results files to documents: tables, sections and figures."""
+"""Renders results files as Markdown pages and figures."""

@@ -1,4 +1,4 @@
-"""The figures of a comparison."""
+"""Figures of results files, drawn by matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from experiments.report import tables
 from lft_jax.cli.picture import save
 
-#: Methods that are drawn, in order, with their colours. Others are only in the table.
+#: Methods in drawing order, with their colours. Other methods are only in the table.
 COLOURS = {
     "pgd (untuned)": "#bbbbbb",
     "pgd": "#4477aa",
@@ -38,9 +38,9 @@ COLOURS = {
 
 
 def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per victim: mean query ASR against the fine-tuning step, with 95% bands.
+    """Draws mean query ASR against the fine-tuning step, with 95% bands, one panel per victim.
 
-    Where the cost of a step differs between methods, the x axis has the image evaluations so far.
+    The x axis is the number of image evaluations so far where it differs between methods.
     """
     targets = list(dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows))
     columns = min(3, len(targets))
@@ -53,8 +53,8 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.axis("off")
     for axis, (source, victim, seen) in zip(axes.flat, targets, strict=False):
         of_target = {row["method"]: row for row in rows if (row["source"], row["victim"]) == (source, victim)}
-        # In the order of the colours, with the learned methods on top. Augmented variants, and runs of one learner on
-        # different sources, have different line styles.
+        # In the order of COLOURS, which puts learned methods on top. Augmented variants, and runs of one learner on
+        # different sources, share a colour and differ in line style.
         spent = _spent(of_target)
         variants = [(n, m) for n in COLOURS for m in of_target if m == n or _plain(m) == n]
         for name, method in variants:
@@ -89,20 +89,20 @@ def asr_against_step(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _spent(rows):
-    """`{method: image evaluations after each judged step}` if they differ between methods, else empty."""
+    """`{method: image evaluations after each evaluated step}`; empty if they are equal for all methods."""
     spent = {method: tuple(row["queries"]) for method, row in rows.items() if row.get("queries")}
     return spent if len(set(spent.values())) > 1 else {}
 
 
 def _plain(method):
-    """The method's name without its augmentation and sources; untuned methods keep their names."""
+    """The name of a method without augmentation and sources; untuned methods keep their full names."""
     return method if method.endswith("(untuned)") else method.removesuffix(tables.AUGMENTED).split(" (")[0]
 
 
 def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per victim: bars of the steps until a method's mean ASR reaches the final one of tuned PGD.
+    """Draws the steps until a method's mean ASR reaches the final ASR of tuned PGD, one panel per victim.
 
-    Bars of image evaluations, where the cost of a step differs between methods.
+    Bars are image evaluations where they differ between methods.
     """
     targets = list(dict.fromkeys(row["victim"] for row in rows))
     shown = [row for row in rows if row["method"] not in ("oracle", "transfer") and "(untuned)" not in row["method"]]
@@ -134,15 +134,15 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per network: mean squared error against the fine-tuning step, with 95% bands."""
+    """Draws mean squared error against the fine-tuning step, with 95% bands, one panel per network."""
     panels: dict[str, list] = {}
     for row in rows:
-        panels.setdefault(f"network of two layers of {row['width']}", []).append(row)
+        panels.setdefault(f"two layers of {row['width']} units", []).append(row)
     _curves(panels, "error", "mean squared error on other points", path, log=True)
 
 
 def classification(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One panel per kind of task: accuracy against the fine-tuning step, with 95% bands."""
+    """Draws accuracy against the fine-tuning step, with 95% bands, one panel per kind of tasks."""
     panels: dict[str, list] = {}
     for row in rows:
         panels.setdefault(f"{row['case']} ({row['part']})", []).append(row)
@@ -150,12 +150,12 @@ def classification(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _curves(panels, metric, label, path, log=False):
-    """Panels of mean curves over the steps, with 95% bands."""
+    """Draws mean curves over the steps, with 95% bands, in one panel per title."""
     size = (3.8 * len(panels), 3.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for row in rows:
-            mean, band = (np.asarray(row[name], float) for name in (metric, f"{metric}_interval"))  # None is nan
+            mean, band = (np.asarray(row[name], float) for name in (metric, f"{metric}_interval"))  # None becomes nan
             steps, colour = np.arange(1, len(mean) + 1), COLOURS[row["method"]]
             axis.plot(steps, mean, color=colour, marker="o", markersize=3, label=row["method"])
             axis.fill_between(steps, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)
@@ -164,13 +164,13 @@ def _curves(panels, metric, label, path, log=False):
         axis.legend(fontsize=7, frameon=False)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(label)
-    if log:  # diverging curves leave the axes at the top
+    if log:  # clips diverging curves at the top
         errors = np.asarray([row[metric] for rows in panels.values() for row in rows], float)
         axes[0, 0].set_ylim(0.7 * np.nanmin(errors), 1.5 * np.nanmax(errors[:, 0]))
     save(figure, path)
 
 
-#: Colours of the attacks on single images. Tuned baselines have the colour of the published ones, dashed.
+#: Colours of attacks on single images. Baselines with tuned learning rates are dashed.
 ZO_COLOURS = {
     "zo_sgd": "#ee8866",
     "zo_signsgd": "#4477aa",
@@ -182,7 +182,7 @@ ZO_COLOURS = {
 
 
 def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
-    """Loss of attacks on single images against the step, with 95% bands over runs, and their success rate."""
+    """Draws loss, with 95% bands over runs, and success rate of attacks on single images against the step."""
     rows = {row["method"]: row for row in results["rows"]}
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
     for name, colour in ZO_COLOURS.items():
@@ -197,7 +197,7 @@ def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
             axes[1].plot(steps, 100 * np.asarray(row["success"]), color=colour, linestyle=style)
     flags = results["flags"]
     axes[0].set(xlabel="step", ylabel="loss", title=f"{flags['images']} images, {flags['runs']} attacks on each")
-    axes[1].set(xlabel="step", ylabel="images fooled, %", ylim=(0, 101))
+    axes[1].set(xlabel="step", ylabel="attack success rate, %", ylim=(0, 101))
     axes[0].set_yticks([t for t in (1, 2, 3, 4, 6, 8) if t < axes[0].get_ylim()[1]])
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_formatter("")
@@ -208,7 +208,7 @@ def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
 
 
 def theory_gap(results: Mapping[str, Any], path: Path) -> None:
-    """Gap between the meta-gradients, and standard deviations that bound it, against the number of images."""
+    """Draws the gap between the meta-gradients, and its bounds, against the number of images."""
     rows = results["rows"]
     figure, axes = plt.subplots(1, len(rows), figsize=(4.6 * len(rows), 3.8), squeeze=False, layout="constrained")
     drawn = (
@@ -223,12 +223,14 @@ def theory_gap(results: Mapping[str, Any], path: Path) -> None:
             axis.loglog(
                 images, [line[quantity]["mean"] ** power for line in lines], color=colour, marker="o", label=label
             )
-        axis.loglog(images, [line["mean_gap"] for line in lines], color=COLOURS["l2o"], marker="o", label="mean's gap")
-        start = lines[0]["gaps"]["mean"]
-        axis.loglog(images, start * (images / images[0]) ** -0.5, "k:", label="images^-0.5")
+        axis.loglog(
+            images, [line["mean_gap"] for line in lines], color=COLOURS["l2o"], marker="o", label="gap of the means"
+        )
+        first = lines[0]["gaps"]["mean"]
+        axis.loglog(images, first * (images / images[0]) ** -0.5, "k:", label="images^-0.5")
         decay = results.get("decay", {}).get(name)
         fit = "" if decay is None else f": gap ~ images^-{decay['exponent']:.2f}"
-        axis.set(title=f"{name}{fit}", xlabel="support, and query, images")
+        axis.set(title=f"{name}{fit}", xlabel="support images (as many query images)")
     axes[0, 0].legend(fontsize=8, frameon=False)
     axes[0, 0].set_ylabel("norm")
     save(figure, path)

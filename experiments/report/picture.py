@@ -1,4 +1,4 @@
-r"""Draws the picture of the README: its own first block is run, and what that block found is shown.
+r"""Draws the picture of the README: runs its first Python block and shows the perturbation it finds.
 
 python -m experiments.report.picture
 """
@@ -13,14 +13,14 @@ from lft_jax.cli.picture import attack_picture
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
-    document: str = config.option("README.md", "Markdown file whose first Python block makes a `result`.")
-    output: str = config.option("docs/images/attack.png", "Picture to write.")
+    document: str = config.option("README.md", "Markdown file whose first Python block defines model, test and result.")
+    output: str = config.option("docs/images/attack.png", "Image file to write.")
 
 
 def draw(flags: Config) -> None:
-    """Runs the block and draws its perturbation, with images before and after."""
+    """Runs the block and draws its perturbation, with clean and perturbed images."""
     block = re.search(r"```python\n(.*?)```", Path(flags.document).read_text(encoding="utf-8"), re.DOTALL)
     if block is None:
         raise ValueError(f"document: {flags.document} has no Python block.")

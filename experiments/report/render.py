@@ -7,13 +7,13 @@ python -m experiments.report.render --results=runs/mine.json --document=notes.md
 
 Without `--document` the documents are
 
-- `docs/results/NAME.md`, one page per results file, generated whole;
-- `docs/results/all-victims.md`, the comparisons of all files side by side, generated whole;
+- `docs/results/NAME.md`, one page per results file, generated completely;
+- `docs/results/all-victims.md`, all comparisons side by side, generated completely;
 - `docs/results.md`: a summary and links to the pages, between its `<!-- results -->` marks;
 - `README.md`: a short summary, between its marks.
 
-With `--document` only that file changes, between its marks: the sections of `--results`, or a summary of them. The text
-depends on the results files alone, so that rendering twice changes nothing.
+With `--document` only that file changes, between its marks. It gets the sections of `--results`, or their summary. The
+text depends only on the results files.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def _draw_nothing(results, path):
     del results, path
 
 
-#: By the program that made a file: its section and its figure.
+#: `{program: (section, figure)}`, by the program that wrote a results file.
 KINDS = {
     "sine": (sections.sine_section, lambda results, path: figures.sine(results["rows"], path)),
     "zo_l2l": (sections.zo_l2l_section, figures.zo_l2l),
@@ -55,9 +55,9 @@ COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 RESULTS, PAGES, SUMMARY, README = "results", "docs/results", "docs/results.md", "README.md"
 OVERVIEW = "all-victims"
-#: Files of these names are rendered by `benchmarks.render`, into docs/performance.md.
+#: Prefix of files that `benchmarks.render` renders, into docs/performance.md.
 BENCHMARKS = "bench_"
-#: The links of docs/results.md: a heading, and the pages under it by the beginning of their names.
+#: Groups of links in docs/results.md: title, prefixes of page names.
 GROUPS = (
     ("One image per class, exact gradients, linf ball (the table above)", ("hard-",)),
     ("Five images per class", ("five_images-",)),
@@ -74,30 +74,34 @@ GROUPS = (
     ("Training of victims, timings on a GPU", ("victim_", "gpu")),
     ("Others", ("",)),
 )
-#: The order of pages within a group, by the end of their names.
+#: Order of pages within a group, by the last part of their names.
 ORDER = ("mnist", "mnist_vgg", "cifar10", "cifar10_vgg", "digits", "mnist_5k")
-#: Pages of comparisons that are not among all others side by side.
+#: Comparisons that are left out of all-victims.md.
 APART = ("quickstart",)
-#: Results files that the summaries are of, and the victims of the README's.
+#: Results files of the summaries, and victims of the summary in the README.
 HEADLINE = tuple(f"hard/{name}.json" for name in ORDER[:5])
 SHOWN = ("mnist_small_cnn_1000", "cifar10_small_cnn_1000", "cifar10_vgg_1001", "digits_small_cnn_1000")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
-    results: tuple[str, ...] = config.option((), "Results files, .json; all in the folder results/ if empty.")
-    document: str | None = config.option(None, "The only Markdown file to change, between its marks; all if not given.")
-    summary: bool = config.option(False, "With --document: a short table of comparisons instead of their sections.")
-    draw: bool = config.option(True, "Draw the figures again, beside the results files.")
+    results: tuple[str, ...] = config.option((), "Results files (.json); all files in results/ if empty.")
+    document: str | None = config.option(
+        None, "Markdown file to change, between its marks; all documents if not given."
+    )
+    summary: bool = config.option(
+        False, "With --document: write a short table of the comparisons instead of their sections."
+    )
+    draw: bool = config.option(True, "Also draw the figures, beside the results files.")
 
 
 def render(flags: Config) -> None:
     """Writes the documents that the flags name, and the figures beside the results files."""
     paths = flags.results or all_results(".")
     if flags.document is None and flags.results:
-        raise ValueError("results: without --document all results files are rendered; name the document too.")
+        raise ValueError("results: all results files are rendered without --document; set --document too.")
     found = {str(path): _read(path) for path in paths}
     if flags.document is None:
         documents = all_documents(".", found)
@@ -111,23 +115,23 @@ def render(flags: Config) -> None:
     if flags.document is None:
         for page in Path(PAGES).glob("*.md"):
             if str(page) not in documents:
-                page.unlink()  # of a results file that is gone
+                page.unlink()  # its results file was deleted
     for path, text in documents.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")
 
 
 def all_results(root: str | os.PathLike[str]) -> list[str]:
-    """The results files under `root` that have a page, in alphabetical order, relative to it."""
+    """Paths, relative to `root`, of the results files that have a page, in alphabetical order."""
     paths = sorted(Path(root, RESULTS).rglob("*.json"))
     return [path.relative_to(root).as_posix() for path in paths if not path.name.startswith(BENCHMARKS)]
 
 
 def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """All documents by their paths relative to `root`, of results by theirs."""
+    """`{path: text}` of all documents, from `{path: results}`. Paths are relative to `root`."""
     pages = {page_name(path): (path, results) for path, results in found.items()}
     if len(pages) < len(found):
-        raise ValueError(f"results: two of the files would have one page, {sorted(pages)}.")
+        raise ValueError(f"results: two files would have the same page; the pages are {sorted(pages)}.")
     documents, headings = {}, {}
     for name, (path, results) in pages.items():
         page = f"{PAGES}/{name}.md"
@@ -145,7 +149,7 @@ def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str,
 
 
 def page_name(path: str) -> str:
-    """The name of a results file's page: "hard-mnist" for results/hard/mnist.json, "l2" for results/l2/results.json."""
+    """Page name of a results file: "hard-mnist" for results/hard/mnist.json, "l2" for results/l2/results.json."""
     parts = Path(path).with_suffix("").parts
     parts = parts[parts.index(RESULTS) + 1 :] if RESULTS in parts[:-1] else parts[-1:]
     return "-".join(parts[:-1] if parts[-1] == "results" and len(parts) > 1 else parts)
@@ -209,16 +213,16 @@ def _read(path):
 
 
 def _kind(results, path):
-    """The section and the figure of a results file, by the program that made it or by what it holds."""
+    """Section and figure of a results file, by the program that wrote it or else by its keys."""
     command = results.get("provenance", results).get("command", "")
-    module = command.split()[2].rpartition(".")[2] if command else ""  # its package has changed over time
+    module = command.split()[2].rpartition(".")[2] if command else ""  # its package may have changed since
     if module in KINDS:
         return KINDS[module]
     if {"tasks", "protocol", "rows"} <= results.keys():
         return COMPARISON
     if {"meta_training", "attacks"} <= results.keys():
         return KINDS["timings"]
-    raise ValueError(f"results: {path} was made by {module or 'an unknown program'}, which has no section in KINDS.")
+    raise ValueError(f"results: {path} was written by {module or 'an unknown program'}, which has no section in KINDS.")
 
 
 if __name__ == "__main__":

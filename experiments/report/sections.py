@@ -1,11 +1,11 @@
-"""Results that are not comparisons of attacks as Markdown, one section each."""
+"""Markdown sections of all results other than comparisons of attacks."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.report.tables import origin, shown_steps
 
-#: Methods whose names in results files have been changed since.
+#: Names of methods in results files, with the names that are shown.
 _METHODS = {f"the rule's {name}, augmented": "base update alone, augmented" for name in ("start", "base update")}
 
 
@@ -40,7 +40,7 @@ def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join([*lines, "", ""])
 
 
-#: What some names of variants mean.
+#: Explanations of variant names.
 _VARIANTS = {
     "no start": "a rule without a base update",
     "no features but momenta": "a rule that sees the momenta of the gradient only",
@@ -61,10 +61,10 @@ def _compared(rows, base):
 
 
 def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """What each part of the fine-tuner contributes."""
+    """Ablation: what each part of the fine-tuner contributes."""
     del figures
     flags, rows = results["flags"], results["rows"]
-    # Before there were flags for them there was one seed, and all was meta-trained on small CNNs.
+    # Files from before these flags have one seed and meta-training on small CNNs.
     base, seeds, trained = rows[0]["variant"], flags.get("seeds", 1), flags.get("architectures", ["small_cnn"])
     variants = dict.fromkeys(row["variant"] for row in rows)
     lines = [
@@ -100,7 +100,7 @@ def ablation_section(results: Mapping[str, Any], path: str, figures: str) -> str
 
 
 def directions_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """The best number of directions per step for each method."""
+    """Success of each method by the number of directions per step."""
     del figures
     flags, rows = results["flags"], results["rows"]
     lines = [
@@ -162,7 +162,7 @@ def sine_section(results: Mapping[str, Any], path: str, figures: str) -> str:
 
 
 def zo_l2l_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """Attacks on single images by queries: losses by method, the best first."""
+    """Query-only attacks on single images: losses by method, the best first."""
     flags, victim, rows = results["flags"], results["victim"], results["rows"]
     last = len(rows[0]["loss"])
     shown = [*(k for k in (20, 50, 100) if k < last), last]
@@ -200,7 +200,7 @@ def _mean_loss(row):
 
 
 def classification_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """Few-shot classification: accuracies by kind of tasks and method."""
+    """Few-shot classification: accuracy by kind of tasks and method."""
     flags, rows = results["flags"], results["rows"]
     tried = {row["method"]: row["settings_tried"] for row in rows if row.get("settings_tried", 1) > 1}
     tried = ", ".join(f"{method} {count}" for method, count in tried.items())
@@ -226,7 +226,7 @@ def classification_section(results: Mapping[str, Any], path: str, figures: str) 
 
 
 def _curve_lines(rows, metric, number, signed, factor=1):
-    """A table of a metric after some steps by method, and of the differences to SGD and Adam after the last one."""
+    """A table of a metric by method and step, with the final differences to SGD and Adam."""
     shown = shown_steps(range(1, 1 + len(rows[0][metric])))
     head = [f"{k} step{'s' if k > 1 else ''}" for k in shown]
     lines = [f"| method | {' | '.join(head)} | minus SGD | minus Adam |", "|---" * (len(shown) + 3) + "|"]
@@ -262,7 +262,7 @@ def theory_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "",
     ]
     for name, rows in results["rows"].items():
-        decay = results.get("decay", {}).get(name)  # a single number of images has none
+        decay = results.get("decay", {}).get(name)  # None for a single number of images
         falls = decay and (
             ": the gap on a task falls with the number of images to the power of "
             f"-{decay['exponent']:.3f} (95% interval {decay['low']:.3f} to {decay['high']:.3f})"
@@ -307,7 +307,7 @@ def victim_section(results: Mapping[str, Any], path: str, figures: str) -> str:
 
 
 def timings_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """Times of meta-training runs and attacks on different devices."""
+    """Times of meta-training runs and attacks by device."""
     del figures
     lines = [
         "## Meta-training on a CPU core and on a GPU",

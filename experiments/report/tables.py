@@ -1,4 +1,4 @@
-"""Comparisons of attacks as Markdown."""
+"""Markdown tables and sections of comparisons of attacks."""
 
 import importlib.util
 import re
@@ -16,14 +16,14 @@ _SHOWN = (1, 2, 5, 10, 20)
 
 
 def shown_steps(at: Sequence[int]) -> list[int]:
-    """Those of the judged steps that a table has columns for: 1, 2, 5, 10, 20 and the last."""
+    """The evaluated steps that a table shows: 1, 2, 5, 10, 20 and the last."""
     return [k for k in at if k in _SHOWN or k == at[-1]]
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], penalised: bool = False) -> str:
-    """One table per victim: query ASR (percent, 95% interval over tasks) of each method after the judged steps.
+    """One table per victim: query ASR (percent, 95% interval over tasks) of each method after some steps.
 
-    With a penalty the query loss, which includes it, is a column too.
+    If `penalised`, there is also a column for the query loss, which includes the penalty.
     """
     targets = dict.fromkeys((row["source"], row["victim"], row["seen_victim"]) for row in rows)
     return "\n".join(
@@ -32,7 +32,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], penalised: bool = False)
 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> str:
-    """One row per victim that meta-training did not see: the final ASR of the strongest method of each kind."""
+    """One row per unseen victim: the final ASR of the strongest method of each kind."""
     lines = [
         "| victim | tuned PGD | best tuned baseline | best with augmentation | L2O | LFT | full-data oracle | "
         "LFT minus tuned PGD | LFT minus best with augmentation | gap closed |",
@@ -52,9 +52,9 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def brief(found: Sequence[Mapping[str, Any]], victims: Sequence[str] = ()) -> str:
-    """A summary of few columns, of the victims named (all if none is): who is ahead in the end, and how fast.
+    """A short summary of the given unseen victims (all if empty): final ASR and a verdict.
 
-    The verdict compares the LFT with the best baseline that has the same augmentation, paired by task.
+    The verdict compares the LFT with the best baseline with the same augmentation, paired by task.
     """
     lines = [
         "| unseen victim | tuned PGD | tuned, augmented baseline | LFT | full-data oracle | LFT against the baseline |",
@@ -78,7 +78,7 @@ def _verdict(lft, augmented):
 
 
 def _unseen(found):
-    """`(results, victim, {method: row})` of each victim that meta-training did not see."""
+    """Yields `(results, victim, {method: row})` for each unseen victim."""
     for results in found:
         rows = [row for row in results["rows"] if not row["seen_victim"]]
         for victim in dict.fromkeys(row["victim"] for row in rows):
@@ -88,14 +88,14 @@ def _unseen(found):
 def _required_lft(of, victim):
     lft = _of_learner(of, "lft")
     if lft is None:
-        raise ValueError(f"results: {victim} was not attacked by an lft, which a summary is about.")
+        raise ValueError(f"results: a summary needs an lft, and none attacked {victim}.")
     return lft
 
 
 def claims(found: Sequence[Mapping[str, Any]]) -> str:
-    """The LFT against each kind of method, one row per victim; empty if no unseen victim was attacked by an LFT.
+    """The LFT against each kind of method, one row per unseen victim; empty if no LFT attacked one.
 
-    Differences are paired by task. Steps are those to the final ASR of the best tuned baseline.
+    Differences are paired by task. Steps are counted up to the final ASR of the best tuned baseline.
     """
     lines = []
     for results, victim, of in _unseen(found):
@@ -134,7 +134,7 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _kind(results):
-    """The setting in a few words, which no other comparison of the same victim has."""
+    """The setting in a few words, which distinguish it from other comparisons of the same victim."""
     tasks = results["tasks"]
     if tasks.get("num_directions"):
         return "queries only"
@@ -155,12 +155,12 @@ def _two_losses(tasks):
 
 
 def _along_the_gradient(results):
-    # The flag was named start before it was named base_update.
+    # `start` is the name of the flag in version 0.1.
     return any("gradient" in (run.get("start"), run.get("base_update")) for run in results["meta_training"])
 
 
 def _reached(row, index, tasks):
-    """The step, and for query-only attacks how many of all queries were used up to it."""
+    """The step and, for query-only attacks, the queries used up to it."""
     step, queries = str(row["at"][index]), row.get("queries")
     if not (tasks.get("num_directions") and queries):
         return step
@@ -173,14 +173,14 @@ def _of_learner(of, learner):
 
 
 def _best_rivals(of, protocol):
-    """The rows of the best tuned baselines, without and with augmentation; None where there is none."""
+    """Rows of the best tuned baseline without augmentation and of the best with it; None if there is none."""
     plain = (*protocol["methods"], "pgd", "transfer", TRANSFER)
     groups = ([of[m] for m in of if m in plain], [of[m] for m in of if m.endswith(AUGMENTED)])
     return [max(group, key=lambda row: row["asr"][-1], default=None) for group in groups]
 
 
 def _paired(row, other):
-    """The mean difference of two rows' final ASR, in points, with its 95% interval over tasks."""
+    """Mean difference in final ASR between two rows, in percentage points, with its 95% interval over tasks."""
     mean, width = evaluation.mean_interval(np.subtract(row["task_asr"], other["task_asr"]))
     return f"{100 * mean:+.1f} ± {100 * width:.1f}"
 
@@ -191,7 +191,7 @@ def _final(row, named=False):
 
 
 def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """A comparison: what was measured and how, tables (unseen victims first), and figures."""
+    """The section of a comparison: settings, tables (unseen victims first), figures."""
     rows, tasks, protocol = results["rows"], results["tasks"], results["protocol"]
     penalised = bool(tasks.get("penalty"))
     unseen = [row for row in rows if not row["seen_victim"]]
@@ -305,7 +305,7 @@ def _columns(rows, penalised):
 
 
 def _meta_trained(runs, tasks):
-    """Learners, their seeds, numbers of victims and sources, and how their own tasks differ from those judged."""
+    """Learners with their seeds, victims and sources, and how their meta-training tasks differ from the test tasks."""
     seeds, shots = {}, tasks["shots"]
     for run in runs:
         seeds.setdefault((run["learner"], tuple(run["victims"])), []).append(run["seed"])
@@ -319,30 +319,32 @@ def _meta_trained(runs, tasks):
         parts.append(f"{learner} ({seeds_of}) on {victims_of} of {' and '.join(sources)}")
     other = dict.fromkeys(str(run["shots"]) for run in runs if run.get("shots", shots) != shots)
     searched = tasks.get("waves", 0)
-    asking = {}
+    directions = {}
     for run in runs:
         if run.get("waves", searched) != searched:
-            asking.setdefault(run["num_directions"], {})[run["learner"]] = None
+            directions.setdefault(run["num_directions"], {})[run["learner"]] = None
     return (
         "; ".join(parts)
         + (f", with {' or '.join(other)} support image(s) per class" if other else "")
-        + "".join(f"; {' and '.join(of)} without that search, with {n} directions per step" for n, of in asking.items())
+        + "".join(
+            f"; {' and '.join(of)} without that search, with {n} directions per step" for n, of in directions.items()
+        )
     )
 
 
 def _augmented(rows):
-    """Whether the learned methods, and some baselines, had augmented support images."""
+    """Whether some baselines, like the learned methods, had augmented support images."""
     return any(row["method"].endswith(AUGMENTED) for row in rows)
 
 
 def origin(results: Mapping[str, Any], path: str) -> str:
-    """Where a results file came from: the file, the command as it was at its commit, and the device."""
+    """Origin of a results file: its path, the command, the commit and the device."""
     made = results.get("provenance", results)
     return f"From `{path}`: `{made['command']}`{_now(made['command'])}, commit {made['commit']}, {made['device']}."
 
 
 def _now(command):
-    """What a command's module is named now, if it has moved since."""
+    """A note on the present name of the module of a command, if it has moved."""
     module = command.split()[2] if len(command.split()) > 2 else ""
     moved = f"experiments.studies.{module.rpartition('.')[2]}"
     return f" (now `{moved}`)" if module not in ("", moved) and importlib.util.find_spec(moved) else ""
@@ -370,7 +372,7 @@ def _target_table(target, rows, penalised):
             for k, asr, width in zip(at, row["asr"], row["asr_interval"], strict=True)
             if k in shown
         ]
-        if row["method"] in ("oracle", "transfer"):  # not fine-tuned: the same at every step
+        if row["method"] in ("oracle", "transfer"):  # not fine-tuned, so the same at every step
             cells = [""] * (len(cells) - 1) + cells[-1:]
         elif row["seeds"] > 1:
             cells[-1] += f" ({100 * min(row['seed_asr']):.1f} to {100 * max(row['seed_asr']):.1f})"

@@ -1,1 +1,1 @@
-"""Studies: what is meta-trained and compared for the results files, one binary each."""
+"""Programs that meta-train and compare methods for the files in results/."""

@@ -95,7 +95,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     study: str = config.option("hard", "Which study they are variants of.", tuple(VARIANTS))
     variants: tuple[str, ...] = config.option((), "What to compare, the first with all others; all if empty.")

@@ -78,7 +78,7 @@ CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     optimizer: str = config.option("uap-linf", "A pretrained rule for linf balls, or a .safetensors file of one.")
     num_tasks: int = config.option(30, "Test tasks of each case.")

@@ -62,7 +62,7 @@ _FINE_TUNES_AS = {"first_order_maml": "maml", "reptile": "maml"}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     output: str = config.option("results/classification.json", "Results file; the figure is put beside it.")
     congruous: str = config.option("mnist:14:conv4:8", "Tasks, source:size:architecture[:width], of all learners.")

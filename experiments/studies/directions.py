@@ -28,7 +28,7 @@ from lft_jax.tasks import UapFamily
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     victims: tuple[str, ...] = config.option(
         ("victims/digits_small_cnn_1000", "victims/digits_lenet_1001"),

@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     run: str = config.required("Folder of the meta-training run.")
     name: str = config.required("Name that the rule is to have.")

@@ -40,7 +40,7 @@ PUBLISHED_FREQUENCY = (0.8, 1.2)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     output: str = config.option("results/sine.json", "Results file; the figure is put beside it.")
     widths: tuple[int, ...] = config.option((40, 20, 80), "Of networks of two layers; the first one is MAML's.")

@@ -145,7 +145,7 @@ STUDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     study: str = config.option("hard", "Which study.", tuple(STUDIES))
     seeds: int = config.option(3, "Meta-training seeds at most; some runs have fewer.")

@@ -26,7 +26,7 @@ QUANTITIES = ("gaps", "norms", "support_variance", "query_variance")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     victim: str = config.required("Folder of the victim (experiments.train_victim).")
     output: str = config.option("results/theory_gap.json", "Results file; the figure is put beside it.")

@@ -67,7 +67,7 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     sources: tuple[str, ...] = config.option(tuple(RECIPES), f"Image sources, of {', '.join(RECIPES)}.")
     folder: str = config.option("victims", "Folder to store them in.")

@@ -44,7 +44,7 @@ RATES = tuple(2.0**power for power in range(-1, 9))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the binary."""
+    """Command-line flags."""
 
     output: str = config.option("results/zo_l2l.json", "Results file; the figure is put beside it.")
     victim: str = config.option("victims/mnist_small_cnn_0", "Folder of the victim.")

@@ -27,7 +27,7 @@ from lft_jax.victims import default_epsilon, load_victim
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of the script."""
+    """Command-line flags."""
 
     victim: str = config.required("Folder of the victim (experiments.train_victim).")
     output: str = config.required("Where to write, without suffix: OUTPUT.npy, OUTPUT.png and OUTPUT.json.")

@@ -5,7 +5,7 @@ A meta-step, with the functions that make it::
     episode = family.sample(key)                          for each task           `outer_loss.run_task`
     thetas  = fine_tune(learner, episode.support)         K steps                 `outer_loss.run_task`
     loss    = sum_k w_k f(theta_k; episode.query)         mean over tasks         `outer_loss.outer_losses`
-    grads   = d loss / d params                           mean over families      `gradients.family_gradient`
+    grads   = d loss / d params                           mean over families      `_gradients.family_gradient`
     params  = params + meta_optimizer.update(grads)                               `meta_trainer`
 
 Each family contributes `tasks_per_family` tasks, which are vmapped. Families that share a pytree structure and shapes
@@ -30,13 +30,13 @@ from jaxtyping import PRNGKeyArray
 from lft_jax import base
 from lft_jax._deprecation import old_keywords
 from lft_jax.base import Learner, PyTree, TaskFamily
+from lft_jax.meta._gradients import family_gradient, first_particles
+from lft_jax.meta._groups import group_families
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
-from lft_jax.meta.gradients import family_gradient, first_particles
-from lft_jax.meta.imitation import Imitation, imitating
+from lft_jax.meta.imitation import imitating
+from lft_jax.meta.mesh import share_tasks
 from lft_jax.meta.outer_loss import UNROLL, Unroll, step_weights
-
-#: Name of the mesh axis that tasks are split over.
-TASK_AXIS = "task"
+from lft_jax.meta.schedule import Schedule, stages_of
 
 
 class MetaState(NamedTuple):
@@ -106,29 +106,6 @@ def init_state(
     key_init, key_run = jax.random.split(key)
     params = learner.init(key_init, tuple(families))
     return MetaState(params, _skipping(meta_optimizer).init(params), key_run, jnp.zeros((), jnp.int32))
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Stages at the beginning of a run: a curriculum of unroll lengths, and imitation.
-
-    Attributes:
-      curriculum: `((steps, meta_steps), ...)`: the first `meta_steps` meta-steps fine-tune for `steps` steps, and so
-        on; afterwards for K. `steps` must be ascending. An update rule sees its progress through the shorter unroll.
-        Programs for all lengths are compiled at the first meta-step.
-      imitation: for the first meta-steps, imitation of another optimizer, for learners of update rules. These
-        meta-steps always use backpropagation and uniform step weights. None for no imitation.
-
-    References:
-      Chen et al. 2020, Training stronger baselines for learning to optimize, arXiv 2010.09089.
-
-    Examples:
-      >>> Schedule(curriculum=((5, 100), (10, 100))).curriculum[0]
-      (5, 100)
-    """
-
-    curriculum: Sequence[tuple[int, int]] = ()
-    imitation: Imitation | None = None
 
 
 _NO_STAGES = Schedule()
@@ -226,8 +203,8 @@ def meta_trainer(
     _check_meta_gradient(meta_gradient, learner, unroll, mesh)
     if isinstance(meta_gradient, PersistentEvolutionStrategies):
         _check_windows(meta_gradient.window, num_steps, unroll, schedule)
-    groups, order = _group(families)
-    stages = _stages(num_steps, schedule, meta_gradient)
+    groups, order = group_families(families)
+    stages = stages_of(num_steps, schedule, meta_gradient)
     gradients = [_stage_gradient(s, learner, unroll, meta_gradient, tasks_per_family, mesh) for s in stages]
     optimizer = _skipping(meta_optimizer)
 
@@ -236,7 +213,7 @@ def meta_trainer(
         """One meta-step: sample tasks, fine-tune, outer loss, its gradient, update."""
         stage, keys, window = _task_keys(state, stages, [group.size for group in groups], tasks_per_family)
         carried = state.particles or ((),) * len(groups)
-        # For each family: a task per key, fine-tuned; the outer loss and its gradient (`gradients.family_gradient`).
+        # For each family: a task per key, fine-tuned; the outer loss and its gradient (`_gradients.family_gradient`).
         (losses, last), grads, carried = jax.lax.switch(stage, gradients, state.params, groups, keys, carried, window)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -337,7 +314,7 @@ def _stage_gradient(stage, learner, unroll, meta_gradient, tasks_per_family, mes
         meta_gradient = None
     of_family = family_gradient(learner, num_steps=stage.num_steps, unroll=unroll, meta_gradient=meta_gradient)
     gradient = functools.partial(_mean_gradient, of_family)
-    return gradient if mesh is None else _shared(gradient, mesh, tasks_per_family)
+    return gradient if mesh is None else share_tasks(gradient, mesh, tasks_per_family)
 
 
 def _mean_gradient(of_family, params, groups, keys, particles, window):
@@ -371,79 +348,6 @@ def _mean_gradient(of_family, params, groups, keys, particles, window):
     return (jnp.concatenate(losses), jnp.concatenate(last)), mean, tuple(after)
 
 
-class _Stage(NamedTuple):
-    """Meta-steps with the same settings.
-
-    Attributes:
-      first: index of the first of them.
-      num_steps: fine-tuning steps K.
-      imitation: what is imitated, or None.
-      windows: meta-steps per episode, above 1 only with persistent evolution strategies.
-    """
-
-    first: int
-    num_steps: int
-    imitation: Imitation | None
-    windows: int
-
-
-def _stages(num_steps, schedule, meta_gradient):
-    """The stages of a run, in order."""
-    curriculum, imitation = schedule.curriculum, schedule.imitation
-    lengths = [*(length for length, _ in curriculum), num_steps]
-    for number, (length, meta_steps) in enumerate(curriculum):
-        if not 1 <= length < lengths[number + 1] or not meta_steps >= 1:
-            raise ValueError(
-                "curriculum must be pairs (steps, meta_steps), both at least 1, with steps ascending to num_steps = "
-                f"{num_steps}, got {tuple(curriculum)}."
-            )
-    begins = np.cumsum([0, *(meta_steps for _, meta_steps in curriculum)])
-    imitated = imitation.meta_steps if imitation else 0
-    stages = []
-    for first in sorted({*begins.tolist(), imitated}):
-        length = lengths[np.searchsorted(begins, first, side="right") - 1]
-        windowed = isinstance(meta_gradient, PersistentEvolutionStrategies) and first >= imitated
-        windows = length // meta_gradient.window if windowed else 1
-        stages.append(_Stage(first, length, imitation if first < imitated else None, windows))
-    return stages
-
-
-def task_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
-    """Returns a mesh with one axis, `task`, for the `mesh` of `meta_trainer`.
-
-    Args:
-      num_devices: number of devices, counted over all hosts. None for all.
-
-    Raises:
-      ValueError: if there are fewer devices.
-
-    Examples:
-      >>> dict(task_mesh(1).shape)
-      {'task': 1}
-    """
-    devices = jax.devices()
-    if num_devices is not None and not 1 <= num_devices <= len(devices):
-        raise ValueError(f"num_devices must be from 1 to {len(devices)}, the devices available, got {num_devices!r}.")
-    return jax.sharding.Mesh(np.asarray(devices[:num_devices]), (TASK_AXIS,))
-
-
-def _shared(gradient, mesh, tasks_per_family):
-    """`gradient`, with the tasks of each family (the last axis of `keys`) split over the mesh."""
-    if mesh.axis_names != (TASK_AXIS,) or tasks_per_family % mesh.size:
-        raise ValueError(
-            f"mesh must have one axis, {TASK_AXIS!r}, whose size divides tasks_per_family = {tasks_per_family}, got "
-            f"{dict(mesh.shape)}."
-        )
-    everywhere, by_task = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, TASK_AXIS)
-    specs = (everywhere, everywhere, by_task, everywhere, everywhere)
-
-    def on_each_device(*inputs):
-        return jax.lax.pmean(gradient(*inputs), TASK_AXIS)
-
-    # check_vma=False: with it, `grad` would already sum over devices what is averaged here.
-    return jax.shard_map(on_each_device, mesh=mesh, in_specs=specs, out_specs=everywhere, check_vma=False)
-
-
 def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float = 1.0) -> optax.GradientTransformation:
     """Returns the default meta-optimizer: Adam with clipped gradients and a cosine learning rate schedule.
 
@@ -465,43 +369,3 @@ def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float =
 def _skipping(optimizer):
     # With the largest max_consecutive_errors no update that is not finite is ever applied; callers decide when to stop.
     return optax.apply_if_finite(optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
-
-
-@jax.tree_util.register_pytree_node_class
-class _Group:
-    """Families of one structure and shapes. Leaves that are the same array in all are stored once, others stacked."""
-
-    def __init__(self, shared, stacked, structure, size):
-        self.shared, self.stacked, self.structure, self.size = shared, stacked, structure, size
-
-    def member(self, stacked):
-        leaves = [s if s is not None else own for s, own in zip(self.shared, stacked, strict=True)]
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def first(self):
-        return self.member([None if column is None else column[0] for column in self.stacked])
-
-    def tree_flatten(self):
-        return (self.shared, self.stacked), (self.structure, self.size)
-
-    @classmethod
-    def tree_unflatten(cls, static, arrays):
-        return cls(*arrays, *static)
-
-
-def _group(families):
-    """Groups families that can be stacked; `order[i]` is the index of family i among the members of all groups."""
-    members = {}
-    for index, family in enumerate(families):
-        leaves, structure = jax.tree.flatten(family)
-        shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        members.setdefault((structure, shapes), []).append((index, leaves))
-    groups, places = [], []
-    for (structure, _), group in members.items():
-        columns = list(zip(*(leaves for _, leaves in group), strict=True))
-        same = [all(leaf is column[0] for leaf in column) for column in columns]
-        shared = [column[0] if s else None for column, s in zip(columns, same, strict=True)]
-        stacked = [None if s else jnp.stack(column) for column, s in zip(columns, same, strict=True)]
-        groups.append(_Group(shared, stacked, structure, len(group)))
-        places += [index for index, _ in group]
-    return groups, np.argsort(places)

@@ -6,7 +6,7 @@ oracle::
     estimate, update --learned_sampler--> standard deviation of each coordinate --+
     last estimates --guided-------------> subspace -------------------------------+--> the oracle's next directions
 
-`lft_jax.oracles.covariance` makes directions from either. The wrapper must be the outermost transformation. Inside
+`lft_jax.oracles._covariance` makes directions from either. The wrapper must be the outermost transformation. Inside
 `optax.chain`, for example, `fine_tune` does not find its state, and directions stay isotropic.
 """
 

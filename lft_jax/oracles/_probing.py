@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lft_jax.oracles import covariance
+from lft_jax.oracles import _covariance
 from lft_jax.oracles.directions import DRAW, UNIT_LENGTH
 
 
@@ -17,7 +17,7 @@ from lft_jax.oracles.directions import DRAW, UNIT_LENGTH
 def probe(flat, seeds, smoothing, root, subspace, *, directions, antithetic):
     """Isotropic directions `[n, d]` and the points to evaluate: `[n, d]`, or `[2n, d]` with the mirrored ones last."""
     us = subspace.expand(jax.vmap(lambda seed: DRAW[directions](seed, subspace.size, flat.dtype))(seeds))
-    steps = smoothing * covariance.spread(us, jax.lax.stop_gradient(root))
+    steps = smoothing * _covariance.spread(us, jax.lax.stop_gradient(root))
     plus, minus = flat[None] + steps, flat[None] - steps
     return us, jnp.concatenate([plus, minus]) if antithetic else plus
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import _memory
 from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
-from lft_jax.oracles import _probing, covariance
+from lft_jax.oracles import _covariance, _probing
 from lft_jax.oracles._checks import check_count, check_losses
 from lft_jax.oracles.directions import BASES, DRAW, Subspace, direction_seeds, flatten
 
@@ -77,7 +77,7 @@ def zeroth_order(
     Returns:
       An oracle `(theta, key, **sampling) -> Estimate` without extras. Its grads have the dtypes of `theta`; sums are
       taken in at least float32. The optional keyword `deviation` or `subspace` sets the covariance of the directions
-      (`lft_jax.oracles.covariance`). When the estimate is differentiated with respect to that keyword, the losses are
+      (`lft_jax.oracles._covariance`). When the estimate is differentiated with respect to that keyword, the losses are
       constants, as in ZO-L2L (Ruan et al. 2020): no derivative of the model is needed.
 
     Raises:
@@ -120,7 +120,7 @@ def zeroth_order(
 
     def oracle(theta, key, **sampling):
         flat, unflatten = flatten(theta)
-        root = covariance.root(theta, sampling, flat.dtype)
+        root = _covariance.root(theta, sampling, flat.dtype)
         subspace = Subspace.of(theta, resolution, basis)
         seeds = direction_seeds(directions, key, num_directions, subspace.size)
         at_theta = None if antithetic else losses_at(unflatten(flat[None]))
@@ -144,7 +144,7 @@ def zeroth_order(
 
         total, values = _probing.in_chunks(scan, step, jnp.zeros_like(flat), seeds, chunk)
         total = subspace.project(total * _probing.factor(directions, subspace, num_directions))
-        grads = jax.tree.map(lambda g: g[0], unflatten(covariance.spread(total[None], root)))
+        grads = jax.tree.map(lambda g: g[0], unflatten(_covariance.spread(total[None], root)))
         value = jnp.mean(values) if at_theta is None else jnp.asarray(at_theta[0])
         return Estimate(value, grads, jnp.asarray(queries, jnp.int32), {})
 
@@ -208,7 +208,7 @@ def per_example_zeroth_order(
 
     def oracle(theta, key, **sampling):
         flat, unflatten = flatten(theta)
-        root = covariance.root(theta, sampling, flat.dtype)
+        root = _covariance.root(theta, sampling, flat.dtype)
         subspace = Subspace.of(theta, resolution, basis)
         keys = jax.random.split(key, num_examples)
         seeds = [direction_seeds(directions, k, num_directions, subspace.size) for k in keys]
@@ -229,7 +229,7 @@ def per_example_zeroth_order(
 
         total, values = scan(step, jnp.zeros((num_examples, flat.size), flat.dtype), jnp.stack(seeds, axis=1))
         total = jax.vmap(subspace.project)(total * _probing.factor(directions, subspace, num_directions))
-        total = covariance.spread(total, root)
+        total = _covariance.spread(total, root)
         moments = jnp.stack([jnp.mean(total, axis=0), safe_sqrt(jnp.var(total, axis=0))])
         grads, spread = (jax.tree.map(lambda x, row=row: x[row], unflatten(moments)) for row in (0, 1))
         return Estimate(jnp.mean(jnp.asarray(values)), grads, jnp.asarray(queries, jnp.int32), {"spread": spread})

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 from lft_jax import base, oracles
 from lft_jax.base import Episode, Oracle, PyTree, TaskFamily
 from lft_jax.data import TaskSize, check_images_labels, class_table, draw_rows, resized, unit_range
-from lft_jax.tasks.networks import apply_network, check_network, init_network
+from lft_jax.tasks._networks import apply_network, check_network, init_network
 from lft_jax.tasks.perturbation import Batch
 
 _STATIC = {"static": True}
@@ -24,7 +24,7 @@ class ClassificationFamily(TaskFamily):
     """N-way M-shot classification tasks. Built by `classification_family`.
 
     A task draws `ways` classes, labels them 0 to ways - 1 in random order, and draws disjoint support and query images
-    of each. The loss is the mean cross-entropy. The optimizee is the weights of a network of `lft_jax.tasks.networks`.
+    of each. The loss is the mean cross-entropy. The optimizee is the weights of a network of `lft_jax.tasks._networks`.
     Families of different image sizes, architectures or widths are incongruous: their optimizees have different shapes.
 
     Attributes:
@@ -54,7 +54,7 @@ class ClassificationFamily(TaskFamily):
         return Episode(batch(support), batch(query))
 
     def init(self, key: PRNGKeyArray) -> PyTree:
-        """The start: random weights, see `lft_jax.tasks.networks.init_network`."""
+        """The start: random weights, see `lft_jax.tasks._networks.init_network`."""
         dtype = self.images.dtype if jnp.issubdtype(self.images.dtype, jnp.floating) else jnp.float32
         return init_network(self.architecture, self.width, self.images.shape[1:], self.size.ways, key, dtype)
 

@@ -11,9 +11,10 @@ import pytest
 from lft_jax import Schedule, Unroll, learners, oracles
 from lft_jax.base import Episode, TaskFamily
 from lft_jax.evaluation import baselines
-from lft_jax.meta.gradients import MemoryPlan, memory_plan
+from lft_jax.meta._gradients import MemoryPlan, memory_plan
+from lft_jax.meta.mesh import task_mesh
 from lft_jax.meta.outer_loss import outer_losses, step_weights
-from lft_jax.meta.trainer import clipped_adam, meta_trainer, task_mesh
+from lft_jax.meta.trainer import clipped_adam, meta_trainer
 from lft_jax.optimizers.rules import coordinate_lstm
 
 RULE = coordinate_lstm(3, 1, features="raw", output_scale=0.5)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lft_jax.optimizers import rules
+from lft_jax.optimizers import _network, rules
 from lft_jax.optimizers.features import FEATURES, Signal
 from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm, spatial_lstm
 
@@ -87,20 +87,20 @@ def test_convolutions_are_same_padded_and_shared_by_all_channels():
     expected = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("CHWN", "OHWI", "CHWN")
     ) + layer["bias"].reshape(-1, 1, 1, 1)
-    np.testing.assert_allclose(rules._convolution(layer, x), expected, rtol=1e-10)
+    np.testing.assert_allclose(_network.convolution(layer, x), expected, rtol=1e-10)
     # Without a channel axis there is one channel. A line is an image of height one.
-    np.testing.assert_allclose(rules._convolution(layer, x[..., 0]), expected[..., 0], rtol=1e-10)
-    line = rules._convolution(layer, x[:, 0, :, 0])
-    np.testing.assert_array_equal(line, rules._convolution(layer, x[:, :1, :, :1]).reshape(line.shape))
+    np.testing.assert_allclose(_network.convolution(layer, x[..., 0]), expected[..., 0], rtol=1e-10)
+    line = _network.convolution(layer, x[:, 0, :, 0])
+    np.testing.assert_array_equal(line, _network.convolution(layer, x[:, :1, :, :1]).reshape(line.shape))
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("shape", [(4, 5, 3), (4, 5), (5,), (2, 1, 1)])
 def test_gradients_of_convolution_and_cell_equal_finite_differences(shape):
     layer = {"weight": jnp.asarray(random(1, 3, 9 * 2)), "bias": jnp.asarray(random(2, 3))}
-    jax.test_util.check_grads(rules._convolution, (layer, jnp.asarray(random(0, 2, *shape))), 2, modes=["rev"])
+    jax.test_util.check_grads(_network.convolution, (layer, jnp.asarray(random(0, 2, *shape))), 2, modes=["rev"])
     gates, memory = jnp.asarray(random(3, 12, 4)), jnp.asarray(random(4, 3, 4))
-    jax.test_util.check_grads(rules._gated, (gates, memory), 2, modes=["rev"])
+    jax.test_util.check_grads(_network._gated, (gates, memory), 2, modes=["rev"])
 
 
 @pytest.mark.usefixtures("x64")

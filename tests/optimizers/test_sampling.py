@@ -15,7 +15,7 @@ from lft_jax.optimizers.fine_tuning import fine_tune, fine_tune_step
 from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.optimizers.sampling import guided, learned_sampler
 from lft_jax.optimizers.transform import leaf_signals, learned_fine_tuner
-from lft_jax.oracles import covariance
+from lft_jax.oracles import _covariance
 from lft_jax.tasks.single_image import single_image_family
 from lft_jax.tasks.uap import uap_family
 
@@ -118,8 +118,8 @@ def test_dependent_vectors_count_once_and_zeros_leave_directions_isotropic(x64):
 
 @pytest.mark.parametrize(("name", "leading"), [("deviation", ()), ("subspace", (2,))])
 def test_directions_keep_their_length(x64, name, leading):
-    root = covariance.root(theta(), {name: random_like(2, leading)}, jnp.float64)
-    lengths = np.sum(np.asarray(covariance.spread(jnp.eye(14), root)) ** 2, axis=1)
+    root = _covariance.root(theta(), {name: random_like(2, leading)}, jnp.float64)
+    lengths = np.sum(np.asarray(_covariance.spread(jnp.eye(14), root)) ** 2, axis=1)
     np.testing.assert_allclose(lengths.sum(), 14)  # the mean of |A e|^2 over isotropic e of E[e e^T] = I
     assert np.ptp(lengths) > 0.1
 

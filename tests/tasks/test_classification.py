@@ -15,8 +15,8 @@ from lft_jax.evaluation.metrics import evaluate
 from lft_jax.meta import learners
 from lft_jax.meta.trainer import meta_trainer
 from lft_jax.optimizers.rules import coordinate_lstm
+from lft_jax.tasks._networks import apply_network
 from lft_jax.tasks.classification import classification_family
-from lft_jax.tasks.networks import apply_network
 from lft_jax.tasks.perturbation import Batch
 
 RNG = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-# Every target builds its own environment first: make VENV and PYTHON say where and from what.
+# Every target first makes the environment: VENV is its folder, PYTHON the interpreter it is made from.
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_FLAGS ?=
@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
 
-# Two processes, each with whole files, which share compiled programs; the folders of long ones come first.
+# Two processes. Each runs whole files, whose tests share compiled programs; folders with long tests come first.
 test: $(INSTALLED)
 	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(RUN) -m pyrefly check
 
-# The distribution, built, checked, and installed into an empty environment, from which it must work on its own.
+# Builds the distribution, checks it, installs it into an empty environment and tests it there.
 package:
 	rm -rf $(VENV)-package dist
 	$(PYTHON) -m venv $(VENV)-package
@@ -35,7 +35,7 @@ package:
 	$(VENV)-package/bin/python -m twine check --strict dist/*
 	$(PYTHON) .ci/check_package.py dist
 
-# The victims of the studies on real images, those that victims/ lacks, and the studies; they need TFDS_DATA_DIR.
+# Trains the victims that are missing in victims/, then runs the studies. They need TFDS_DATA_DIR.
 victims: $(INSTALLED)
 	$(RUN) -m experiments.studies.victims
 
@@ -108,7 +108,7 @@ bench: $(INSTALLED)
 
 .venv: $(INSTALLED)
 
-# Modules are compiled when first imported, not all at once here: that halves the installation.
+# --no-compile halves the installation time; modules are compiled when they are first imported.
 $(INSTALLED): requirements.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lft_jax needs Python 3.11 or later; set PYTHON.")'
 	@echo "Installing into $(VENV); this takes a minute or two."

@@ -1,1 +1,1 @@
-"""Timings against other implementations: ratios within one process (docs/protocol.md)."""
+"""Timings against other implementations, measured alternately in one process (docs/performance.md)."""

@@ -1,4 +1,4 @@
-"""Universal perturbations by the Adversarial Robustness Toolbox, whose work is counted."""
+"""Universal perturbations by the Adversarial Robustness Toolbox (ART), with counts of image evaluations."""
 
 import importlib.metadata
 import random
@@ -14,19 +14,22 @@ from benchmarks.torch_w1 import LeNet
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured against."""
+    """Versions of PyTorch and ART."""
     return {name: importlib.metadata.version(name) for name in ("torch", "adversarial-robustness-toolbox")}
 
 
 def contestants(victim, epsilon: float, steps: int, limit: float) -> dict:
-    """By name, `(images, labels) -> (perturbation or None, forward, backward)`.
+    """Attacks by ART: `{name: attack}`.
 
     Args:
       victim: a stored LeNet.
       epsilon: radius of the linf ball.
-      steps: of PGD on one image where the budget is to match ours: one pass over the images then takes at most as many
-        gradients as we do.
-      limit: seconds after which a run is given up; its perturbation is then None.
+      steps: steps of PGD per image in the attack with one pass, which then takes at most as many gradients as ours.
+      limit: seconds after which an attack is stopped.
+
+    Returns:
+      Functions `(images, labels) -> (perturbation, forward, backward)`. The perturbation is None if the attack was
+      stopped; forward and backward are numbers of image evaluations.
     """
     model = LeNet(victim.variables, torch.float32)
     counts, deadline = {"forward": 0, "backward": 0}, time.monotonic()
@@ -53,7 +56,7 @@ def contestants(victim, epsilon: float, steps: int, limit: float) -> dict:
 
         def attack(images, labels):
             nonlocal deadline
-            del labels  # ART's own default: the model's answers
+            del labels  # by default ART uses the predictions of the model
             counts.update(forward=0, backward=0)
             deadline = time.monotonic() + limit
             random.seed(0)  # the order of the images

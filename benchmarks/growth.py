@@ -1,8 +1,8 @@
-r"""How a meta-step grows: memory with the steps K, compile time, speed with tasks, devices and processes.
+r"""Measures memory of a meta-step by K, compile time, and speed by number of tasks, devices and processes.
 
 python -m benchmarks.growth --output=results/bench_growth.json
 
-Every case runs in processes of its own, so that its memory and its compilation are its own.
+Every case runs in new processes, so that memory and compilation are not shared.
 """
 
 import concurrent.futures
@@ -24,13 +24,13 @@ from experiments import config
 from lft_jax import _memory, meta
 from lft_jax.cli import provenance
 
-#: Name -> what `meta_trainer` is told about memory.
+#: Ways to bound the memory of `meta_trainer`, by name.
 MEMORY = {
     "all stored, one part": lft_jax.Unroll(remat=False, memory_mib=1e9),
     "chosen by the budget": lft_jax.Unroll(),
     "remat": lft_jax.Unroll(remat=True),
 }
-LAYOUTS = ((1, 1), (2, 1), (4, 1), (2, 2))  # devices in all, processes
+LAYOUTS = ((1, 1), (2, 1), (4, 1), (2, 2))  # devices in total, processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,15 @@ class Config:
     """Command-line flags."""
 
     output: str = config.option("results/bench_growth.json", "Results file.")
-    repeats: int = config.option(5, "Meta-steps that are timed after the first; the median counts.")
-    smoke: bool = config.option(False, "Tiny sizes, on a machine that need not be quiet: whether it runs at all.")
+    repeats: int = config.option(5, "Timed meta-steps after the first; the result is their median.")
+    smoke: bool = config.option(False, "Smoke test: tiny sizes, without the check for other load.")
 
 
 def measure(work, repeats, unroll, cache, devices=1, coordinator=None, processes=1, process=0):
-    """Meta-steps of W1 in this process, which must be fresh. Seconds, peak MiB before and after, the parameters."""
+    """Runs meta-steps of W1 in this process, which must be new.
+
+    Returns seconds, peak MiB before and after, and the meta-parameters.
+    """
     config.tune_process()
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -69,7 +72,7 @@ def measure(work, repeats, unroll, cache, devices=1, coordinator=None, processes
 
 
 def fresh(work, repeats, unroll=MEMORY["chosen by the budget"], cache=None, layout=(1, 1)):
-    """`measure` in one or more new processes; what the first of them found, but for its parameters, and these."""
+    """Runs `measure` in new processes. Returns the results of the first one, and its parameters separately."""
     devices, processes = layout
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,7 +103,7 @@ def bench(flags: Config) -> dict:
             case, _ = fresh(work, 1, unroll)
             results["memory"].setdefault(f"K = {num_steps}", {})[name] = case
             added = case["peak_mib"] - case["peak_mib_before"]
-            print(f"K = {num_steps}, {name}: peak {case['peak_mib']:.0f} MiB, {added:.0f} of them the meta-step's")
+            print(f"K = {num_steps}, {name}: peak {case['peak_mib']:.0f} MiB, {added:.0f} of them by the meta-step")
         provenance.write_json(Path(flags.output), results)
 
     with tempfile.TemporaryDirectory() as cache:
@@ -116,14 +119,14 @@ def bench(flags: Config) -> dict:
         case["largest_difference"] = float(np.abs(parameters - expected).max() / np.abs(expected).max())
         name = "{} devices, {} processes".format(*layout)
         results["devices"][name] = case
-        print(f"{name}: {case['tasks_per_second']:.1f} tasks/s, off by {case['largest_difference']:.0e}")
+        print(f"{name}: {case['tasks_per_second']:.1f} tasks/s, relative difference {case['largest_difference']:.0e}")
     provenance.write_json(Path(flags.output), results)
 
     results["tasks"] = {}
     for tasks in (1,) if flags.smoke else (1, 4, 16, 64, 256):
         case, _ = fresh(dataclasses.replace(base, tasks=tasks), 1 if tasks > 16 else flags.repeats)
         results["tasks"][f"{tasks}"] = case
-        print(f"{tasks} tasks in a meta-step: {case['tasks_per_second']:.1f} a second")
+        print(f"{tasks} tasks per meta-step: {case['tasks_per_second']:.1f} tasks/s")
     provenance.write_json(Path(flags.output), results)
     return results
 

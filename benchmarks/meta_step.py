@@ -1,4 +1,4 @@
-r"""Times a meta-step of the reference work W1 against PyTorch and plain JAX, and against what the arithmetic allows.
+r"""Times a meta-step of the reference work W1 against PyTorch, plain JAX and the speed of matrix products.
 
 python -m benchmarks.meta_step --output=results/bench_meta_step.json
 """
@@ -18,7 +18,7 @@ from lft_jax.cli import provenance
 
 try:
     from benchmarks import torch_w1
-except ModuleNotFoundError:  # a smoke run does without
+except ModuleNotFoundError:  # smoke tests run without it
     torch_w1 = None
 
 PYTORCH = {"PyTorch": False, "PyTorch, two-phase": True}
@@ -29,12 +29,12 @@ class Config:
     """Command-line flags."""
 
     output: str = config.option("results/bench_meta_step.json", "Results file.")
-    repeats: int = config.option(7, "Runs of each, in turn; the median counts.")
-    smoke: bool = config.option(False, "A tiny work, on a machine that need not be quiet: whether it runs at all.")
+    repeats: int = config.option(7, "Runs of each program, in turn; the result is their median.")
+    smoke: bool = config.option(False, "Smoke test: tiny sizes, without the check for other load.")
 
 
 def largest_difference(work: w1.Work) -> dict[str, float]:
-    """In float64, the largest relative difference of the others' loss and meta-gradient to the library's."""
+    """Largest relative difference of loss and meta-gradient between each other program and the library, in float64."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         variables = jax.tree.map(lambda x: x.astype(jnp.float64), w1.lenet_variables(work.side))
         family = w1.make_family(work, variables, np.float64)
@@ -42,7 +42,7 @@ def largest_difference(work: w1.Work) -> dict[str, float]:
         params = {"convolutions": [], "cells": params["cells"], "head": params["head"]}
         keys = jax.random.split(jax.random.key(2), work.tasks)
         value, grads = w1.our_gradient(work, family, params, keys)
-        # As `run_task` draws them.
+        # Sampled as in `run_task`.
         episodes = jax.vmap(lambda key: family.sample(jax.random.split(key, 3)[0]))(keys)
 
         def plain(trained):
@@ -63,18 +63,20 @@ def largest_difference(work: w1.Work) -> dict[str, float]:
 
 
 def gflop(work: w1.Work) -> dict[str, float]:
-    """Floating-point operations of a meta-step by part, in 1e9: two for each multiply-add of the matrix products."""
+    """GFLOP of the parts of a meta-step: two operations per multiply-add of the matrix products."""
     side, pooled = work.side**2, (work.side // 2) ** 2
     image = 25 * 16 * side + 25 * 16 * 32 * pooled + 32 * (work.side // 4) ** 2 * 64 + 64 * w1.CLASSES
-    passes = 2 * 2 * work.tasks * w1.CLASSES * work.num_steps * image / 1e9  # forwards, and back to the images
+    passes = 2 * 2 * work.tasks * w1.CLASSES * work.num_steps * image / 1e9  # forward, and backward to the images
     sizes = [2] + [work.hidden] * work.layers
     coordinate = sum(4 * work.hidden * (size + work.hidden) for size in sizes[:-1]) + work.hidden
-    recurrence = 2 * 3 * work.tasks * side * work.num_steps * coordinate / 1e9  # forwards, to inputs, to weights
+    recurrence = (
+        2 * 3 * work.tasks * side * work.num_steps * coordinate / 1e9
+    )  # forward, backward to inputs, backward to weights
     return {"victim, support": passes, "victim, query": passes, "recurrence": recurrence}
 
 
 def parts(work: w1.Work, family, variables):
-    """The library's own code for each part of a meta-step, as functions that wait."""
+    """The library's code for each part of a meta-step: `{name: function}`. The functions block until ready."""
     rule = w1.make_rule(work)
     params = rule.init(jax.random.key(1))
     keys = jax.random.split(jax.random.key(2), work.tasks)
@@ -133,7 +135,7 @@ def parts(work: w1.Work, family, variables):
 
 
 def matmul():
-    """A function that multiplies two matrices, 2 GFLOP, ten times, and waits."""
+    """A function that multiplies two 1024 x 1024 matrices (2 GFLOP) ten times. It blocks until ready."""
     a = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)), jnp.float32)
     product = jax.jit(lambda a: jax.lax.fori_loop(0, 10, lambda _, b: a @ b / 32, a))
     return lambda: product(a).block_until_ready()
@@ -154,7 +156,7 @@ def bench(flags: Config) -> dict:
         family = w1.make_family(work, variables)
         differences = largest_difference(dataclasses.replace(small, clip=clip))
         if not max(differences.values()) < 1e-4:
-            raise RuntimeError(f"the contestants do not compute the same: {differences}")
+            raise RuntimeError(f"the programs compute different numbers; relative differences: {differences}.")
         params = w1.make_rule(work).init(jax.random.key(0))
         episodes = jax.vmap(family.sample)(jax.random.split(jax.random.key(2), work.tasks))
         contestants = {"lft_jax": w1.ours(work, family), "plain JAX": plain_jax.meta_step(work, variables, family)}
@@ -179,7 +181,7 @@ def bench(flags: Config) -> dict:
             "rest_seconds": own - sum(t["seconds"] for t in alone.values()),
         }
         for contestant, t in times.items():
-            print(f"{name}: {contestant}: {t['seconds']:.3f} s a meta-step, {t['seconds'] / own:.2f} x lft_jax")
+            print(f"{name}: {contestant}: {t['seconds']:.3f} s per meta-step, {t['seconds'] / own:.2f} x lft_jax")
         print(f"{name}: {own / floor:.1f} times the floor of {floor:.3f} s at {rate:.0f} GFLOP/s")
         for part, t in alone.items():
             print(f"{name}: {part}: {t['seconds']:.3f} s, {counts[part] / t['seconds']:.0f} GFLOP/s")

@@ -1,4 +1,4 @@
-r"""What an update of a learned fine-tuner costs beside one of Adam: alone, and in a whole fine-tuning step.
+r"""Times an update of a learned fine-tuner against one of Adam: alone, and in a whole fine-tuning step.
 
 python -m benchmarks.overhead --output=results/bench_overhead.json
 """
@@ -30,12 +30,12 @@ class Config:
     """Command-line flags."""
 
     output: str = config.option("results/bench_overhead.json", "Results file.")
-    repeats: int = config.option(21, "Runs of each, in turn; the median counts.")
-    smoke: bool = config.option(False, "Small shapes, on a machine that need not be quiet: whether it runs at all.")
+    repeats: int = config.option(21, "Runs of each program, in turn; the result is their median.")
+    smoke: bool = config.option(False, "Smoke test: small shapes, without the check for other load.")
 
 
 def optimizers() -> dict[str, optax.GradientTransformation]:
-    """Adam, the paper's rule, and the spatial rule that is shipped."""
+    """Adam, the rule of arXiv 2009.13714, and the shipped spatial rule."""
     paper = lft_jax.coordinate_lstm()
     params, shipped = lft_jax.load_pretrained("uap-linf")
     return {
@@ -46,7 +46,7 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
 
 
 def update(optimizer: optax.GradientTransformation, shape: tuple[int, ...]):
-    """A function that makes twenty updates in a scan and waits."""
+    """A function that makes 20 updates in a scan. It blocks until ready."""
     grads = jax.random.normal(jax.random.key(0), (20, *shape))
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -65,7 +65,7 @@ def update(optimizer: optax.GradientTransformation, shape: tuple[int, ...]):
 
 
 def whole_step(optimizer: optax.GradientTransformation, architecture: str, shape: tuple[int, ...], count: int):
-    """A function that makes ten fine-tuning steps, as the attack does for one's own model, and waits."""
+    """A function that makes 10 fine-tuning steps like `universal_perturbation`. It blocks until ready."""
     images = np.random.default_rng(0).uniform(size=(20 * count, *shape)).astype(np.float32)
     labels = np.arange(len(images)) % 10
     variables = build_model(architecture, 10).init(jax.random.key(0), jnp.zeros((1, *shape)))

@@ -1,4 +1,4 @@
-"""W1 as one would first write it in JAX: vmap over tasks, scan over steps, autodiff through it all, flax's layers."""
+"""W1 in plain JAX: vmap over tasks, scan over steps, autodiff through everything, layers of flax."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from lft_jax.tasks.perturbation import AttackLoss, Batch
 
 
 class LeNet(nn.Module):
-    """The LeNet of `lft_jax.victims.models`, of flax's own layers; it takes the same variables."""
+    """The LeNet of `lft_jax.victims.models` with the layers of flax. It has the same variables."""
 
     @nn.compact
     def __call__(self, images):
@@ -39,7 +39,7 @@ def _cell(cell, x, carry):
 
 
 def meta_loss(work: w1.Work, variables, params, support: Batch, query: Batch):
-    """The mean over tasks of the query loss summed over the steps. Batches have leading axes `[T, 10]`."""
+    """Query loss, summed over steps, mean over tasks. Batches have leading axes `[T, 10]` (tasks, images)."""
     hinge = AttackLoss("hinge", w1.KAPPA)
 
     def attack_loss(theta, batch):
@@ -63,14 +63,14 @@ def meta_loss(work: w1.Work, variables, params, support: Batch, query: Batch):
             return (theta, new), attack_loss(theta, query)
 
         zeros = jnp.zeros((work.hidden, *shape), support.images.dtype)
-        start = jnp.zeros(shape, support.images.dtype), [(zeros, zeros)] * work.layers
-        return jnp.sum(jax.lax.scan(step, start, None, length=work.num_steps)[1])
+        initial = jnp.zeros(shape, support.images.dtype), [(zeros, zeros)] * work.layers
+        return jnp.sum(jax.lax.scan(step, initial, None, length=work.num_steps)[1])
 
     return jnp.mean(jax.vmap(task)(support, query))
 
 
 def meta_step(work: w1.Work, variables, family):
-    """A function that makes one meta-step, episodes sampled inside as in the library, and waits for it."""
+    """A function that samples tasks and makes one meta-step. It blocks until ready."""
     optimizer = optax.adam(1e-3)
     params = w1.make_rule(work).init(jax.random.key(0))
     params = {"cells": params["cells"], "head": params["head"]}

@@ -1,4 +1,4 @@
-r"""Puts the benchmarks' results into docs/performance.md, between its `<!-- benchmarks -->` marks.
+r"""Writes the results of the benchmarks into docs/performance.md, between its `<!-- benchmarks -->` marks.
 
 python -m benchmarks.render
 """
@@ -24,7 +24,7 @@ class Config:
 
 
 def render(flags: Config) -> None:
-    """Replaces what is between the marks."""
+    """Replaces the text between the marks."""
     document = Path(flags.document)
     before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
     if END not in rest:
@@ -40,15 +40,15 @@ def render(flags: Config) -> None:
 
 
 def meta_step_section(results: dict, path: str) -> str:
-    """W1: seconds, ratios, and the parts."""
+    """W1: seconds, ratios and parts."""
     lines = ["## A meta-step (W1)", "", _origin(results, path), ""]
     for name, work in results["works"].items():
         lines += [
-            f"Perturbed images {'clipped to [0, 1]' if name == 'clip' else 'not clipped'}; "
-            f"{work['measured_over_floor']:.1f} times the floor: {sum(work['gflop'].values()):.1f} GFLOP at the "
-            f"{work['matmul_gflop_per_second']:.0f} GFLOP/s that XLA's matrix product reached in the same run.",
+            f"Perturbed images {'clipped to [0, 1]' if name == 'clip' else 'not clipped'}: "
+            f"{work['measured_over_floor']:.1f} times the floor, which is {sum(work['gflop'].values()):.1f} GFLOP at "
+            f"{work['matmul_gflop_per_second']:.0f} GFLOP/s, the speed of XLA's matrix product in the same run.",
             "",
-            "| | seconds (median; least to most) | its time over ours | first call |",
+            "| | seconds: median (range) | relative to lft_jax | first call |",
             "|---|---|---|---|",
         ]
         for contestant, t in work["seconds"].items():
@@ -56,7 +56,7 @@ def meta_step_section(results: dict, path: str) -> str:
                 f"| {contestant} | {t['seconds']:.2f} ({min(t['all']):.2f} to {max(t['all']):.2f}) | "
                 f"{work['ratio'][contestant]:.2f} | {t['first']:.1f} s |"
             )
-        lines += ["", "| part, run alone | seconds | GFLOP | GFLOP/s |", "|---|---|---|---|"]
+        lines += ["", "| part, timed separately | seconds | GFLOP | GFLOP/s |", "|---|---|---|---|"]
         for part, seconds in work["parts_seconds"].items():
             count = work["gflop"][part]
             lines.append(f"| {part} | {seconds:.3f} | {count:.1f} | {count / seconds:.0f} |")
@@ -66,7 +66,7 @@ def meta_step_section(results: dict, path: str) -> str:
 
 def overhead_section(results: dict, path: str) -> str:
     """Updates alone, and whole fine-tuning steps."""
-    lines = ["## An update beside Adam's", "", _origin(results, path), ""]
+    lines = ["## An update compared with Adam", "", _origin(results, path), ""]
     for title, table in (("an update alone", results["update"]), ("a whole fine-tuning step", results["whole_step"])):
         names = list(next(iter(table.values())))
         lines += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
@@ -78,45 +78,45 @@ def overhead_section(results: dict, path: str) -> str:
 
 
 def uap_section(results: dict, path: str) -> str:
-    """Universal perturbations against ART."""
+    """Universal perturbations, compared with ART."""
     victim, versions = results["victim"], ", ".join(f"{name} {v}" for name, v in results["versions"].items())
     lines = [
         "## Universal perturbations",
         "",
         _origin(results, path),
         f"Victim: a {victim['architecture']} on {victim['source']}, seed {victim['seed']}, clean accuracy "
-        f"{victim['test_accuracy']:.3f}; linf ball of {results['epsilon']}; success on the test images that it gets "
-        f"right, over draws of the images ({versions}).",
+        f"{victim['test_accuracy']:.3f}; linf ball, radius {results['epsilon']}; ASR on test images, mean over random "
+        f"choices of the images ({versions}). Forward and backward are numbers of image evaluations.",
         "",
     ]
     for count, table in results["sizes"].items():
         lines += [
-            f"| {count} images | test ASR, % | seconds | its time over the LFT's | first call | forward | backward |",
+            f"| {count} images | test ASR, % | seconds | relative to the LFT | first call | forward | backward |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, row in table.items():
             interval = row["asr_interval"]
             spread = "" if interval is None else f" ± {100 * interval:.1f}"
             first = row["first_call_seconds"]
-            success = "given up" if row["asr"] is None else f"{100 * row['asr']:.1f}{spread}"
+            success = "stopped" if row["asr"] is None else f"{100 * row['asr']:.1f}{spread}"
             lines.append(
                 f"| {name} | {success} | {row['seconds']:.2f} | {row['time_over_lft']:.1f} | "
                 f"{'' if first is None else f'{first:.1f} s'} | {row['forward']:,.0f} | {row['backward']:,.0f} |"
             )
         draws = len(next(iter(table.values()))["runs"])
-        lines += ["", f"({draws} draw{'s' if draws > 1 else ''}; forward and backward: image evaluations.)", ""]
+        lines += ["", f"({draws} random choice{'s' if draws > 1 else ''} of the images.)", ""]
     return "\n".join([*lines, ""])
 
 
 def growth_section(results: dict, path: str) -> str:
-    """Memory, compilation, devices and tasks."""
+    """Memory, compilation time, and speed by devices and tasks."""
     methods = list(next(iter(results["memory"].values())))
     lines = [
         "## Memory, compilation, devices",
         "",
         _origin(results, path),
-        f"Peak memory of a process that makes two meta-steps of W1; in brackets what it had before the first. The "
-        f"budget is {results['budget_mib']} MiB.",
+        f"Peak memory of a process that makes two meta-steps of W1; in brackets: before the first. The budget is "
+        f"{results['budget_mib']} MiB.",
         "",
         "| peak MiB | " + " | ".join(methods) + " |",
         "|---" * (len(methods) + 1) + "|",
@@ -124,18 +124,22 @@ def growth_section(results: dict, path: str) -> str:
     for name, row in results["memory"].items():
         cells = [f"{row[m]['peak_mib']:.0f} ({row[m]['peak_mib_before']:.0f})" for m in methods]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| seconds a meta-step | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    lines += ["", "| seconds per meta-step | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for name, row in results["memory"].items():
         lines.append(f"| {name} | " + " | ".join(f"{row[m]['seconds']:.2f}" for m in methods) + " |")
     first = results["first_meta_step"]
     lines += ["", "| compilation cache | first meta-step | later ones |", "|---|---|---|"]
     lines += [f"| {name} | {case['first_seconds']:.1f} s | {case['seconds']:.2f} s |" for name, case in first.items()]
-    lines += ["", "| devices, processes | tasks a second | largest relative difference to one |", "|---|---|---|"]
+    lines += [
+        "",
+        "| devices, processes | tasks per second | largest relative difference to one device |",
+        "|---|---|---|",
+    ]
     for name, case in results["devices"].items():
         lines.append(f"| {name} | {case['tasks_per_second']:.1f} | {case['largest_difference']:.0e} |")
     tasks = results["tasks"]
-    lines += ["", "| tasks in a meta-step | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    for title, key, digits in (("tasks a second", "tasks_per_second", 1), ("peak MiB", "peak_mib", 0)):
+    lines += ["", "| tasks per meta-step | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for title, key, digits in (("tasks per second", "tasks_per_second", 1), ("peak MiB", "peak_mib", 0)):
         lines.append(f"| {title} | " + " | ".join(f"{case[key]:.{digits}f}" for case in tasks.values()) + " |")
     return "\n".join([*lines, "", ""])
 
@@ -145,7 +149,7 @@ def _origin(results, path):
     return (
         f"From `{path}`: `{origin['command']}`, commit {origin['commit']}, {origin['device']}, "
         f"jax {origin['versions']['jax']}, {'an unknown number of' if load is None else f'{load:.2f}'} cores used by "
-        "others."
+        "other processes."
     )
 
 

@@ -1,4 +1,4 @@
-"""How a speed is measured: alternately, in one process, on a quiet machine."""
+"""Timing of programs: alternately, in one process, on a machine without other load."""
 
 import os
 import resource
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_LOAD = 0.2  # cores that others may use
+MAX_LOAD = 0.2  # cores that other processes may use
 
 
 def load_of_others(seconds: float = 2.0) -> float | None:
-    """Cores that other processes kept busy while this one slept; None where /proc does not tell."""
+    """Mean number of cores that other processes use while this one sleeps; None without /proc."""
     before = _busy_seconds()
     if before is None:
         return None
@@ -22,22 +22,22 @@ def load_of_others(seconds: float = 2.0) -> float | None:
 
 
 def require_quiet() -> float | None:
-    """The load of other processes, in cores; raises a RuntimeError if it is above `MAX_LOAD`."""
+    """Returns the load of other processes, in cores; raises a RuntimeError if it is above `MAX_LOAD`."""
     load = load_of_others()
     if load is not None and load > MAX_LOAD:
-        raise RuntimeError(f"other processes keep {load:.2f} cores busy; a benchmark needs at most {MAX_LOAD}.")
+        raise RuntimeError(f"other processes use {load:.2f} cores; benchmarks need at most {MAX_LOAD}.")
     return load
 
 
 def alternate(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Runs all contestants in turn, `repeats` times after a warm-up.
+    """Times all contestants in turn, `repeats` times after a warm-up.
 
     Args:
-      contestants: by name, functions that return when their work is done (`block_until_ready`).
-      repeats: at least 5 for a result.
+      contestants: `{name: function}`. The functions return when their work is done (`block_until_ready`).
+      repeats: number of timed runs; results need at least 5.
 
     Returns:
-      For each, `seconds` (median), `all` (each run), and `first`, the warm-up with its compilation.
+      For each name, `seconds` (median), `all` (each run) and `first` (the warm-up, with compilation).
     """
     first = {name: _seconds(run) for name, run in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -51,7 +51,7 @@ def alternate(contestants: Mapping[str, Callable[[], Any]], repeats: int) -> dic
 
 
 def peak_memory() -> float:
-    """Most memory that this process ever held, in MiB."""
+    """Peak memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

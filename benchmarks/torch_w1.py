@@ -1,4 +1,4 @@
-"""W1 in PyTorch: tasks merged into one batch; the query set scored after each step, or all at once (two-phase)."""
+"""W1 in PyTorch: tasks merged into one batch; query losses after each step, or all at the end (two-phase)."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from benchmarks import w1
 
 
 class LeNet(nn.Module):
-    """The LeNet of `lft_jax.victims.models`, images `[N, 1, H, W]`."""
+    """The LeNet of `lft_jax.victims.models`, for images `[N, 1, H, W]`."""
 
     def __init__(self, variables, dtype):
         super().__init__()
@@ -20,7 +20,9 @@ class LeNet(nn.Module):
             self._keep(params[name]["kernel"].transpose(3, 2, 0, 1), dtype)
             self._keep(params[name]["bias"], dtype)
         side = int((len(params["Dense_0"]["kernel"]) // 32) ** 0.5)
-        flat = params["Dense_0"]["kernel"].reshape(side, side, 32, -1).transpose(3, 2, 0, 1)  # channels come first here
+        flat = (
+            params["Dense_0"]["kernel"].reshape(side, side, 32, -1).transpose(3, 2, 0, 1)
+        )  # PyTorch has channels first
         self._keep(flat.reshape(len(flat), -1), dtype)
         self._keep(params["Dense_0"]["bias"], dtype)
         self._keep(params["Dense_1"]["kernel"].T, dtype)
@@ -40,7 +42,7 @@ class LeNet(nn.Module):
 
 
 class Rule(nn.Module):
-    """The coordinatewise LSTM with LogAndSign features; takes the weights of the library's rule."""
+    """The coordinatewise LSTM with LogAndSign features, with the weights of the library's rule."""
 
     def __init__(self, params, hidden, dtype):
         super().__init__()
@@ -61,7 +63,7 @@ class Rule(nn.Module):
             self.head.bias.copy_(torch.tensor(np.asarray(params["head"]["bias"])))
 
     def forward(self, grad, states):
-        """`grad [n]` -> the step to subtract `[n]`, and the cells' states."""
+        """Maps `grad` `[n]` to the step to subtract `[n]` and the states of the cells."""
         small = float(np.exp(-10.0))
         magnitude = torch.log(grad.abs().clamp(min=small)) / 10
         x, new = torch.stack([magnitude, (grad / small).clamp(-1, 1)], -1), []
@@ -78,11 +80,11 @@ def _hinge(logits, labels):
 
 
 def meta_loss(work, victim, rule, support, query, *, two_phase):
-    """The mean over tasks of the query loss summed over the steps. Batches: images `[T, 10, 1, H, W]`, labels."""
+    """Query loss, summed over steps, mean over tasks. Batches: images `[T, 10, 1, H, W]`, labels `[T, 10]`."""
     tasks, count = support[1].shape
 
     def losses(thetas, batch):
-        """`thetas [B, T, 1, H, W]`: the loss of each, summed over all."""
+        """Sum of the losses of `thetas` `[B, T, 1, H, W]`."""
         images = batch[0][None] + thetas[:, :, None]
         images = images.clamp(0, 1) if work.clip else images
         labels = batch[1][None].expand(len(thetas), -1, -1).reshape(-1)
@@ -107,7 +109,7 @@ def meta_loss(work, victim, rule, support, query, *, two_phase):
 
 
 def batches(episodes, dtype):
-    """The library's episodes `[T]` as (images, labels) of support and query."""
+    """The library's episodes `[T]` as pairs (images, labels), of support and query sets."""
     return [
         (
             torch.tensor(np.asarray(batch.images).transpose(0, 1, 4, 2, 3), dtype=dtype),
@@ -118,7 +120,7 @@ def batches(episodes, dtype):
 
 
 def meta_step(work, variables, params, episodes, *, two_phase):
-    """A function that makes one meta-step; the episodes are drawn beforehand, which costs PyTorch nothing here."""
+    """A function that makes one meta-step. The tasks are sampled beforehand, outside the timing."""
     victim, rule = LeNet(variables, torch.float32), Rule(params, work.hidden, torch.float32)
     support, query = batches(episodes, torch.float32)
     optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
@@ -132,7 +134,7 @@ def meta_step(work, variables, params, episodes, *, two_phase):
 
 
 def loss_and_head_gradient(work, variables, params, episodes, *, two_phase):
-    """The meta-loss, and its gradient with respect to the head's weights, in float64."""
+    """The meta-loss and its gradient with respect to the weights of the head, in float64."""
     victim, rule = LeNet(variables, torch.float64), Rule(params, work.hidden, torch.float64)
     loss = meta_loss(work, victim, rule, *batches(episodes, torch.float64), two_phase=two_phase)
     loss.backward()
@@ -140,5 +142,5 @@ def loss_and_head_gradient(work, variables, params, episodes, *, two_phase):
 
 
 def versions():
-    """Of PyTorch, and the threads that it takes by default."""
+    """Version of PyTorch and its default number of threads."""
     return {"version": torch.__version__, "threads": torch.get_num_threads()}

@@ -1,9 +1,9 @@
-r"""Universal perturbations: `lft_jax.universal_perturbation` against the Adversarial Robustness Toolbox (ART).
+r"""Compares `lft_jax.universal_perturbation` with the Adversarial Robustness Toolbox (ART).
 
 python -m benchmarks.uap --output=results/bench_uap.json
 
-One LeNet, the same weights in JAX and in PyTorch; the same images, ball and test images for all. A better learned
-fine-tuner is compared with `--optimizer=PATH`.
+The victim is one LeNet with the same weights in JAX and in PyTorch. All methods have the same images, ball and test
+images. `--optimizer=PATH` compares another learned fine-tuner.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from lft_jax.victims import load_victim
 
 try:
     from benchmarks import art_uap
-except ModuleNotFoundError:  # a smoke run does without
+except ModuleNotFoundError:  # smoke tests run without it
     art_uap = None
 
 STEPS = 20
-SEED = 1001  # of the victim: the attack's rule has not seen it
+SEED = 1001  # of the victim, which the rule was not meta-trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +38,19 @@ class Config:
 
     output: str = config.option("results/bench_uap.json", "Results file.")
     victim: str = config.option("runs/victims/mnist_5k_lenet_1001", "Stored LeNet to attack; trained if missing.")
-    optimizer: str = config.option("uap-linf", "Learned fine-tuner: a pretrained one's name or a file.")
+    optimizer: str = config.option("uap-linf", "Learned fine-tuner: name of a pretrained rule or a .safetensors file.")
     epsilon: float = config.option(0.3, "Radius of the linf ball.")
-    images: tuple[int, ...] = config.option((10, 100, 1000), "Images that a perturbation is made from.")
-    draws: tuple[int, ...] = config.option((3, 1, 1), "Draws of so many images, for each of --images.")
-    limit: float = config.option(30.0, "Seconds after which a run of ART is given up.")
-    smoke: bool = config.option(False, "Tiny, on a machine that need not be quiet: whether it runs at all.")
+    images: tuple[int, ...] = config.option((10, 100, 1000), "Numbers of images that a perturbation is made from.")
+    draws: tuple[int, ...] = config.option((3, 1, 1), "Random choices of the images, for each number in --images.")
+    limit: float = config.option(30.0, "Seconds after which an attack by ART is stopped.")
+    smoke: bool = config.option(False, "Smoke test: few steps, without the check for other load.")
 
 
 AUGMENTED = lft_jax.AttackRecipe()
 
 
 def ours(victim, optimizer, epsilon, steps, recipe=PLAIN):
-    """`(images, labels) -> (perturbation, forward, backward)`, image evaluations, by `universal_perturbation`."""
+    """An attack by `universal_perturbation`, as a function `(images, labels) -> (perturbation, forward, backward)`."""
 
     def attack(images, labels):
         result = lft_jax.universal_perturbation(
@@ -68,7 +68,7 @@ def ours(victim, optimizer, epsilon, steps, recipe=PLAIN):
 
 
 def contestants(victim, flags: Config) -> dict:
-    """By name, what makes a perturbation from images and labels."""
+    """All attacks, `{name: (images, labels) -> (perturbation, forward, backward)}`."""
     steps = 2 if flags.smoke else STEPS
     uap_sgd = baselines.projected_gradient(**baselines.make_baselines("linf")["uap_sgd"].default.params)
     found = {
@@ -85,7 +85,7 @@ def bench(flags: Config) -> dict:
     if not (flags.smoke or art_uap):
         raise ModuleNotFoundError("ART is missing: pip install -r benchmarks/requirements.txt, or use make bench.")
     if len(flags.images) != len(flags.draws):
-        raise ValueError(f"draws must be as many as images, {len(flags.images)}, got {len(flags.draws)}.")
+        raise ValueError(f"draws: expected as many numbers as in images, {len(flags.images)}, got {len(flags.draws)}.")
     if not Path(flags.victim, "card.json").exists():
         train_victim.train(train_victim.Config(source="mnist_5k", architecture="lenet", seed=SEED, output=flags.victim))
     victim = load_victim(flags.victim)
@@ -104,12 +104,12 @@ def bench(flags: Config) -> dict:
         rows = [np.random.default_rng(draw).permutation(len(train.labels))[:count] for draw in range(draws)]
         runs = {name: [] for name in attacks}
         first = {}
-        for name in list(attacks)[:3]:  # the calls that compile: more steps are the same program, and PyTorch has none
+        for name in list(attacks)[:3]:  # only these compile: more steps use the same program
             first[name] = _timed(attacks[name], train, rows[0])[0]
         for draw in rows:  # in turn
             for name, attack in attacks.items():
                 if runs[name] and runs[name][-1]["asr"] is None:
-                    continue  # given up on another draw already
+                    continue  # stopped on an earlier draw
                 seconds, (perturbation, forward, backward) = _timed(attack, train, draw)
                 asr = _success(victim, test, perturbation, flags.epsilon)
                 runs[name].append({"asr": asr, "seconds": seconds, "forward": forward, "backward": backward})
@@ -129,7 +129,7 @@ def bench(flags: Config) -> dict:
             success = "none" if row["asr"] is None else f"{row['asr']:.3f}"
             print(
                 f"{count} images: {name}: ASR {success}, {row['seconds']:.2f} s "
-                f"({row['time_over_lft']:.1f} x the LFT's), {row['forward']:.0f} forward and {row['backward']:.0f} back"
+                f"({row['time_over_lft']:.1f} x the LFT), {row['forward']:.0f} forward, {row['backward']:.0f} backward"
             )
         provenance.write_json(Path(flags.output), results)
     return results
@@ -150,7 +150,7 @@ def _success(victim, test, perturbation, epsilon):
 
 
 def _mean_success(values):
-    """The mean over draws and half its 95% interval: None where a run was given up, or there is one draw only."""
+    """Mean over draws and half the width of its 95% interval; None if a run was stopped or for a single draw."""
     if None in values:
         return {"asr": None, "asr_interval": None}
     interval = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

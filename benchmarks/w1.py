@@ -1,6 +1,6 @@
 """The reference work W1: one meta-step of an LFT against a frozen LeNet on 28x28x1 images, hinge loss, linf ball.
 
-Its numbers do not matter to its speed, so the images and the LeNet's weights are random.
+Images and weights of the LeNet are random, since the speed does not depend on them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from lft_jax.tasks.recipe import constrained_oracle
 from lft_jax.victims import apply_function, build_model
 
 EPSILON = 0.3
-KAPPA = 50.0  # so large that no image of a random LeNet stops counting
+KAPPA = 50.0  # so large that no image of a random LeNet reaches the margin
 CLASSES = 10
 
 
@@ -29,10 +29,10 @@ class Work:
     """Sizes of the work.
 
     Attributes:
-      tasks: in a meta-step, each of ten support and ten query images.
-      num_steps: K.
+      tasks: tasks per meta-step, each with 10 support and 10 query images.
+      num_steps: fine-tuning steps (K).
       side: height and width of an image.
-      hidden, layers: of the rule.
+      hidden, layers: size of the rule.
       clip: whether perturbed images are clipped to [0, 1].
     """
 
@@ -47,7 +47,7 @@ class Work:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unclipped(UapFamily):
-    """UAP tasks whose perturbed images may leave [0, 1]: the victim is then linear in its first layer."""
+    """UAP tasks whose perturbed images are not clipped to [0, 1], so that the first layer is linear in theta."""
 
     def oracle(self, support):
         def attack(images):
@@ -69,7 +69,7 @@ def lenet_variables(side: int, seed: int = 0) -> dict:
 
 
 def make_family(work: Work, variables: dict, dtype=np.float32) -> UapFamily:
-    """The library's tasks: 400 random images, ten classes, one support and one query image per class."""
+    """UAP tasks of 400 random images and 10 classes, with one support and one query image per class."""
     generator = np.random.default_rng(0)
     images = generator.uniform(size=(400, work.side, work.side, 1)).astype(dtype)
     labels = np.arange(400) % CLASSES
@@ -84,12 +84,15 @@ def make_family(work: Work, variables: dict, dtype=np.float32) -> UapFamily:
 
 
 def make_rule(work: Work) -> lft_jax.Rule:
-    """The paper's rule."""
+    """The rule of arXiv 2009.13714."""
     return lft_jax.coordinate_lstm(work.hidden, work.layers)
 
 
 def ours(work: Work, family: UapFamily, **options):
-    """A function that makes one meta-step of the library, waits, and returns the state; options: its trainer's."""
+    """A function that makes one meta-step of the library, blocks until ready and returns the state.
+
+    Options are those of `lft_jax.meta_trainer`.
+    """
     trainer = lft_jax.meta_trainer(
         lft_jax.learners.lft(make_rule(work)),
         [family],
@@ -109,7 +112,7 @@ def ours(work: Work, family: UapFamily, **options):
 
 
 def our_gradient(work: Work, family: UapFamily, params, keys):
-    """The meta-gradient of the query loss, summed over the steps, as the library computes it."""
+    """The library's query loss, summed over steps, mean over tasks, and its meta-gradient."""
     learner = lft_jax.learners.lft(make_rule(work))
 
     def total(params):

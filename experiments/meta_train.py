@@ -317,7 +317,7 @@ def trainer_of(flags: Config, learner: Learner) -> meta.MetaTrainer:
         meta_optimizer=meta_optimizer_of(flags),
         unroll=meta.Unroll(flags.step_weights, flags.window, remat, flags.memory),
         meta_gradient=meta_gradient_of(flags),
-        schedule=meta.Schedule(curriculum_of(flags), imitation_of(flags)),
+        stages=meta.Stages(curriculum_of(flags), imitation_of(flags)),
         mesh=mesh_of(flags),
     )
 

@@ -1,12 +1,12 @@
-r"""What each part of the fine-tuner is worth: leaves it out or adds it, one at a time, and attacks validation victims.
+r"""Ablation: removes or adds one part of the fine-tuner at a time and attacks validation victims.
 
   python -m experiments.studies.ablation --variants=base,positions
   python -m experiments.studies.ablation --study=query
 
-Choices are made here, on victims and images of meta-validation, so that the studies' unseen victims decide nothing.
-Variants differ from a study's runs in what they say only, and attack in its balls. The first one given is what the
-others are compared with, task by task, at as many queries, by the mean over --seeds. Runs are kept in --workdir: a
-variant is trained once.
+Victims and images are those of meta-validation, so that no choice depends on the unseen victims of the studies. A
+variant has the settings of a study except for its own, and the study's radii. All variants are compared with the first
+one, at the same number of queries, paired by task and averaged over --seeds. Runs are kept in --workdir and not
+repeated.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from lft_jax.victims import load_victim
 
 _SEEN = ("momentum", "spread", "constraint", "progress", "context")
 
-# Without a base update its settings have no effect: they go back to the defaults, or the run is refused.
+# Without a base update, meta_train accepts only the default values of its settings.
 _PAPERS_RULE = {"rule": "coordinate_lstm", "layers": 2, "base_update": "none", "base_step": 0.8, "base_decay": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How a variant differs from its study.
+    """Differences of a variant from its study.
 
     Attributes:
-      flags: of experiments.meta_train.
-      judged: those of its tasks and steps that differ only when it is judged, by the first variant's meta-parameters;
-        there are no other flags then.
-      per_source: how many victims of each source it is meta-trained on, all of them if None.
+      flags: flags of experiments.meta_train.
+      judged: flags that change only at test time. The variant is then not meta-trained; it uses the meta-parameters of
+        the first variant, and `flags` and `per_source` are empty.
+      per_source: meta-training victims per source; all if None.
     """
 
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -45,7 +45,7 @@ class Variant:
     per_source: int | None = None
 
 
-#: By study and name.
+#: `{study: {name: variant}}`.
 VARIANTS: dict[str, dict[str, Variant]] = {
     "hard": {
         "base": Variant(),
@@ -97,26 +97,28 @@ VARIANTS: dict[str, dict[str, Variant]] = {
 class Config:
     """Command-line flags."""
 
-    study: str = config.option("hard", "Which study they are variants of.", tuple(VARIANTS))
-    variants: tuple[str, ...] = config.option((), "What to compare, the first with all others; all if empty.")
+    study: str = config.option("hard", "Study that the variants belong to.", tuple(VARIANTS))
+    variants: tuple[str, ...] = config.option(
+        (), "Names of the variants, the first one being the reference; all if empty."
+    )
     sources: tuple[str, ...] = config.option(("mnist", "cifar10"), "Image sources.")
-    architectures: tuple[str, ...] = config.option((), "Of the victims to meta-train on; all if empty.")
+    architectures: tuple[str, ...] = config.option((), "Architectures of the meta-training victims; all if empty.")
     meta_steps: int | None = config.option(
-        None, "Meta-steps of each variant that does not say; the study's if not given."
+        None, "Meta-steps of variants that do not set them; those of the study if not given."
     )
-    seeds: int = config.option(3, "Meta-training seeds of each variant, from 0.")
-    num_tasks: int = config.option(50, "Validation tasks of each victim.")
+    seeds: int = config.option(3, "Number of meta-training seeds per variant, from 0.")
+    num_tasks: int = config.option(50, "Validation tasks per victim.")
     at: tuple[int, ...] = config.option(
-        (1, 2, 5, 10, 20), "Fine-tuning steps to judge; the last one is K, unless a variant says."
+        (1, 2, 5, 10, 20), "Fine-tuning steps to evaluate after; the last one is K, unless a variant sets it."
     )
-    victims: str = config.option("victims", "Folder of the victims, made by experiments.studies.victims.")
+    victims: str = config.option("victims", "Folder of the victims that experiments.studies.victims trains.")
     workdir: str = config.option("runs/ablation", "Folder for the meta-training runs.")
     output: str | None = config.option(None, "Results file; results/ablation_STUDY.json if not given.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
 def ablate(flags: Config) -> None:
-    """Meta-trains the variants that are missing and compares them all."""
+    """Meta-trains the variants that are missing and compares all."""
     known = VARIANTS[check_name("study", flags.study, VARIANTS)]
     check_at_least("seeds", flags.seeds, 1)
     trained = {recipe.architecture for s in flags.sources for recipe in victims.RECIPES[s] if recipe.role == "train"}
@@ -126,7 +128,7 @@ def ablate(flags: Config) -> None:
     for name in names:
         check_name("variants", name, known)
     if known[names[0]].judged:
-        raise ValueError(f"variants: {names[0]!r} is not meta-trained, so it cannot be the first.")
+        raise ValueError(f"variants: {names[0]!r} is not meta-trained, so it cannot be the reference.")
     output = flags.output or f"results/ablation_{flags.study}.json"
     origin, rows, first, reference = provenance.describe(list(range(flags.seeds))), [], None, {}
     for name in names:
@@ -148,8 +150,8 @@ def ablate(flags: Config) -> None:
             rows[-1]["queries"] = float(np.mean(found[0]["queries"][:, -1]))
             if rows[-1]["queries"] != rows[0]["queries"]:
                 raise ValueError(
-                    f"at: after {at[-1]} steps {name!r} has spent {rows[-1]['queries']:.0f} queries, "
-                    f"{names[0]!r} {rows[0]['queries']:.0f}; they must be as many."
+                    f"at: after {at[-1]} steps {name!r} has made {rows[-1]['queries']:.0f} queries, {names[0]!r} "
+                    f"{rows[0]['queries']:.0f}; expected equal numbers."
                 )
             print(f"  {victim}: " + ", ".join(f"{mean:.3f}" for mean in rows[-1]["asr"]), flush=True)
         described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
@@ -172,7 +174,7 @@ def _settings(name: str, variant: Variant, seed: int, flags: Config) -> meta_tra
 
 
 def _families(settings: meta_train.Config, flags: Config) -> dict[str, tasks.UapFamily]:
-    """The validation victims' tasks as a variant sees them."""
+    """Tasks of the validation victims with the settings of a variant, by name of the victim."""
     radii = config.pairs("epsilon", _epsilon(flags))
     seen = dataclasses.replace(meta_train.tasks_of(settings), query_shots=5, epsilon=radii)
     paths = [path for s in flags.sources for path in victims.paths(s, "validation", flags.victims)]
@@ -184,7 +186,7 @@ def _epsilon(flags):
 
 
 def _row(name, victim, at, asr, reference):
-    """A row from `asr` `[seeds, tasks, steps]` and what the first variant had after its last step `[seeds, tasks]`."""
+    """A row of results, from `asr` `[seeds, tasks, steps]` and the final ASR of the first variant `[seeds, tasks]`."""
     means, widths = zip(*(evaluation.mean_interval(column) for column in asr.mean(0).T), strict=True)
     differences = asr[..., -1] - reference
     return {

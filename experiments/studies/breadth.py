@@ -1,9 +1,9 @@
-r"""A pretrained rule away from what it was trained on: other sizes, radii, steps, class counts and shots.
+r"""Tests a pretrained rule outside its meta-training: other image sizes, radii, steps, class counts and shots.
 
   python -m experiments.studies.breadth --optimizer=uap-linf
 
-Attacks the unseen victims of the studies. A victim of larger images is a stored one that sees them scaled down to its
-own size; one of fewer classes is a stored one whose other logits are left out. PGD is tuned in each case anew.
+Attacks the unseen victims of the studies. For larger images, a stored victim sees them scaled down to its own size. For
+fewer classes, its other logits are dropped. PGD is tuned for each case.
 """
 
 import dataclasses
@@ -23,23 +23,23 @@ from lft_jax.evaluation import baselines, metrics
 from lft_jax.pretrained import load_pretrained
 from lft_jax.victims import load_victim
 
-#: Those of the studies.
+#: Radii of the studies, by source.
 RADII = {"digits": 0.25, "mnist": 0.2, "cifar10": 0.06}
-_MOST_IMAGES = 400  # of a case, scaled ones being large
+_MOST_IMAGES = 400  # per case, to limit memory for scaled images
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What differs from one image of each of ten classes, K = 20 and the usual radius.
+    """One setting. The defaults are one image per class, ten classes, K = 20 and the usual radius.
 
     Attributes:
       source: image source.
-      unseen: which of its unseen victims.
+      unseen: index of the victim among the unseen ones of the source.
       side: height and width that images are scaled to, or None.
-      classes: of the victim.
-      shots: support images a class.
-      factor: of the radius.
-      num_steps: K.
+      classes: classes of the victim.
+      shots: support images per class.
+      factor: factor on the usual radius.
+      num_steps: fine-tuning steps (K).
     """
 
     source: str
@@ -80,10 +80,10 @@ CASES = (
 class Config:
     """Command-line flags."""
 
-    optimizer: str = config.option("uap-linf", "A pretrained rule for linf balls, or a .safetensors file of one.")
-    num_tasks: int = config.option(30, "Test tasks of each case.")
-    num_validation: int = config.option(10, "Validation tasks of each case, on which PGD is tuned.")
-    victims: str = config.option("victims", "Folder of the victims, made by experiments.studies.victims.")
+    optimizer: str = config.option("uap-linf", "Rule for linf balls: a pretrained one or a .safetensors file.")
+    num_tasks: int = config.option(30, "Test tasks per case.")
+    num_validation: int = config.option(10, "Validation tasks per case, on which PGD is tuned.")
+    victims: str = config.option("victims", "Folder of the victims that experiments.studies.victims trains.")
     output: str = config.option("results/breadth.json", "Results file.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
@@ -120,13 +120,13 @@ def _row(case, learner, params, second_loss, flags):
         options = {"num_steps": case.num_steps, "at": (case.num_steps,)}
         return np.asarray(evaluation.evaluate(learner, params, family, keys, **options)["asr"][:, -1], np.float64)
 
-    given = test.with_recipe(second_loss=second_loss)
-    silent = {**params, "head": jax.tree.map(np.zeros_like, params["head"])}
+    augmented = test.with_recipe(second_loss=second_loss)
+    without_output = {**params, "head": jax.tree.map(np.zeros_like, params["head"])}
     asr = {
         "pgd (untuned)": success(pgd.learner, pgd.default.params, metrics.minimising(plain, pgd.default.support_loss)),
         "pgd": success(pgd.learner, tuned.params, metrics.minimising(plain, tuned.support_loss)),
-        "the rule's base update, augmented": success(learner, silent, given),
-        flags.optimizer: success(learner, params, given),
+        "the rule's base update, augmented": success(learner, without_output, augmented),
+        flags.optimizer: success(learner, params, augmented),
     }
     methods = {
         name: {
@@ -164,7 +164,7 @@ def make_family(case: Case, path: str, split: str, data_dir: str | None) -> task
 
 @dataclasses.dataclass(frozen=True)
 class _Shrunk:
-    """A victim that sees images of its own size, of which only the first classes are asked."""
+    """A victim that scales images to its own size and has only the logits of the first classes."""
 
     side: int
     classes: int

@@ -1,11 +1,11 @@
-r"""Few-shot classification of images of classes not met before: congruous, and incongruous as MAML cannot play.
+r"""Few-shot classification of unseen classes, by congruous and by incongruous meta-training.
 
   python -m experiments.studies.classification
 
-Congruous: all that can be meta-learned, on one network and one image source. Incongruous: one learned fine-tuner (LFT),
-meta-trained on several sources, image sizes and architectures together. The LFT, SGD and Adam start from random
-weights; SGD, Adam and the inner rates of all others are tuned on validation tasks, which are of the classes of
-meta-training and of images of their own. Test tasks are of other classes and other images.
+Congruous: all learners, on one network and one image source. Incongruous: one learned fine-tuner (LFT), meta-trained on
+several sources, image sizes and architectures together, which learners of an initialization cannot be. The LFT, SGD and
+Adam start from random weights. SGD, Adam and the inner learning rates of the other learners are tuned on validation
+tasks, which have the classes of meta-training and other images. Test tasks have other classes and other images.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ from lft_jax.optimizers import rules
 from lft_jax.tasks.classification import ClassificationFamily, classification_family
 
 NUM_STEPS = 5
-_MOST_IMAGES = 400  # of a class: a draw takes time in proportion
-_TRAIN_QUERIES, _TEST_QUERIES = 5, 15  # of a class
-_SCANNED = 50
-_AT_ONCE = 25  # tasks judged at a time
+_MOST_IMAGES = 400  # per class; sampling a task takes time in proportion
+_TRAIN_QUERY_SHOTS, _TEST_QUERY_SHOTS = 5, 15
+_SCANNED = 50  # meta-steps per call
+_AT_ONCE = 25  # tasks evaluated at a time
 _FIXED = {name: learners.fixed(name, getattr(optax, name)) for name in ("sgd", "adam")}
 _RATES = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.06, 0.1, 0.3, 1.0)
-#: The grids of what learns nothing.
+#: Grids of the optimizers that are not meta-learned.
 GRIDS = {
     "sgd": [{"learning_rate": rate, "momentum": m} for rate in _RATES for m in (0.0, 0.9)],
     "adam": [{"learning_rate": rate, "b1": b1} for rate in _RATES for b1 in (0.5, 0.9)],
@@ -46,7 +46,7 @@ def _first_order_maml(rate):
     return dataclasses.replace(learners.maml(optax.sgd(rate), second_order=False), name="first_order_maml")
 
 
-#: `{method: (settings -> learner, settings tried)}`, of what learns an initialization.
+#: Learners of an initialization: `{method: (settings -> learner, settings tried)}`.
 INITIALIZATIONS: dict[str, tuple[Callable[..., Learner], tuple[dict[str, float], ...]]] = {
     "maml": (lambda rate: learners.maml(optax.sgd(rate)), ({"rate": 0.1}, {"rate": 0.4})),
     "first_order_maml": (_first_order_maml, ({"rate": 0.1}, {"rate": 0.4})),
@@ -56,7 +56,7 @@ INITIALIZATIONS: dict[str, tuple[Callable[..., Learner], tuple[dict[str, float],
     "reptile": (lambda rate: learners.reptile(optax.sgd(rate)), ({"rate": 0.1}, {"rate": 0.4})),
     "joint": (lambda: learners.joint(RULE), ({},)),
 }
-#: Those that fine-tune alike share a program.
+#: Learners that fine-tune alike share one compiled program.
 _FINE_TUNES_AS = {"first_order_maml": "maml", "reptile": "maml"}
 
 
@@ -64,24 +64,26 @@ _FINE_TUNES_AS = {"first_order_maml": "maml", "reptile": "maml"}
 class Config:
     """Command-line flags."""
 
-    output: str = config.option("results/classification.json", "Results file; the figure is put beside it.")
-    congruous: str = config.option("mnist:14:conv4:8", "Tasks, source:size:architecture[:width], of all learners.")
+    output: str = config.option("results/classification.json", "Results file. The figure is put beside it.")
+    congruous: str = config.option("mnist:14:conv4:8", "Tasks of all learners, as source:size:architecture[:width].")
     incongruous: tuple[str, ...] = config.option(
         ("digits:8:mlp:32", "mnist:14:conv4:8", "mnist:28:linear", "cifar10:16:conv4:8"),
-        "Tasks that one LFT is meta-trained on together, each as above.",
+        "Tasks that one LFT is meta-trained on together, in the same form.",
     )
     ways: int = config.option(4, "Classes of a task.")
-    shots: int = config.option(5, "Support images a class.")
-    seeds: tuple[int, ...] = config.option((0, 1, 2), "Meta-training seeds; inner rates are tuned with the first.")
-    meta_steps: int = config.option(400, "Meta-steps of each learner.")
-    tasks: int = config.option(4, "Tasks of a meta-step, of each family.")
-    num_tasks: int = config.option(100, "Test tasks of each family.")
-    validation_tasks: int = config.option(25, "Tasks of each family to tune on.")
+    shots: int = config.option(5, "Support images per class.")
+    seeds: tuple[int, ...] = config.option(
+        (0, 1, 2), "Meta-training seeds; inner learning rates are tuned with the first."
+    )
+    meta_steps: int = config.option(400, "Meta-steps per learner.")
+    tasks: int = config.option(4, "Tasks per family and meta-step.")
+    num_tasks: int = config.option(100, "Test tasks per family.")
+    validation_tasks: int = config.option(25, "Validation tasks per family, for tuning.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
 def classify(flags: Config) -> dict[str, Any]:
-    """Runs the experiment and writes its files; returns the results."""
+    """Runs the experiment, writes its files and returns the results."""
     described = {name: value for name, value in dataclasses.asdict(flags).items() if name != "data_dir"}
     results = {"provenance": provenance.describe(flags.seeds), "flags": described, "rows": []}
     for part, cases in (("congruous", (flags.congruous,)), ("incongruous", flags.incongruous)):
@@ -97,7 +99,7 @@ def classify(flags: Config) -> dict[str, Any]:
                 accuracy[name] = _accuracy(learner, [tried[best]], test, flags)
                 settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
             accuracy["lft"] = _accuracy(learners.lft(RULE), rule, test, flags)
-            if part == "congruous":  # a learned initialization serves one network alone
+            if part == "congruous":  # an initialization fits one network only
                 evaluators = {name: common.with_settings(make) for name, (make, _) in INITIALIZATIONS.items()}
                 for name, (make, grid) in INITIALIZATIONS.items():
                     learner = evaluators[_FINE_TUNES_AS.get(name, name)]
@@ -117,33 +119,34 @@ def classify(flags: Config) -> dict[str, Any]:
 
 
 def make_families(case: str, flags: Config) -> tuple[ClassificationFamily, ...]:
-    """The tasks of meta-training, validation and test, described as source:size:architecture[:width].
+    """The meta-training, validation and test tasks of a case source:size:architecture[:width].
 
-    Where the splits of a source share their classes, the first half of them is for meta-training and validation, the
-    other for test.
+    If the splits of a source share their classes, the first half of the classes is for meta-training and validation,
+    the second half for test.
     """
     described = re.fullmatch(r"(.+):(\d+):([a-z]\w*)(?::(\d+))?", case)
     if described is None:
         raise ValueError(f"congruous, incongruous: expected source:size:architecture[:width], got {case!r}.")
     source_name, size, architecture, width = described.groups()
     families = []
-    for split, queries in (("train", _TRAIN_QUERIES), ("validation", _TEST_QUERIES), ("test", _TEST_QUERIES)):
+    query_shots = {"train": _TRAIN_QUERY_SHOTS, "validation": _TEST_QUERY_SHOTS, "test": _TEST_QUERY_SHOTS}
+    for split, count in query_shots.items():
         source = load_source(source_name, split, data_dir=flags.data_dir)
         classes = np.unique(source.labels)
         if source_name not in SPLIT_BY_CLASS:
             seen = source.num_classes // 2
             classes = classes[classes >= seen] if split == "test" else classes[classes < seen]
-        # Equally many images of each class, so that validation and test share a program where there are enough.
+        # The same number of images per class, so that validation and test share a program if there are enough images.
         rows = [np.flatnonzero(source.labels == label)[:_MOST_IMAGES] for label in classes]
         rows = np.concatenate([of_class[: min(map(len, rows))] for of_class in rows])
-        options = {"ways": flags.ways, "shots": flags.shots, "query_shots": queries, "size": int(size)}
+        options = {"ways": flags.ways, "shots": flags.shots, "query_shots": count, "size": int(size)}
         options |= {"architecture": architecture, "width": width and int(width)}
         families.append(classification_family(source.images[rows], source.labels[rows], **options))
     return tuple(families)
 
 
 def _tuned_seeds(make_learner, grid, learner, family, validation, flags):
-    """The meta-parameters of each seed under the best setting, as `learner` evaluates them, and which that was."""
+    """Meta-parameters of each seed with the best setting, as `learner` takes them, and the index of that setting."""
     train = _trainer(make_learner, (family,), flags)
     tried = [_settings(setting) for setting in grid]
     first = [{"settings": s, "learned": train(flags.seeds[0], flags.meta_steps, **s)} for s in tried]
@@ -168,7 +171,7 @@ def _tuning(flags):
 
 
 def _accuracy(learner, params, family, flags):
-    """`[P, T, K]`."""
+    """Accuracy `[P, T, K]`: sets of meta-parameters, tasks, steps."""
     options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks, "at_once": _AT_ONCE}
     return common.judged(learner, params, family, "accuracy", **options)
 

@@ -1,13 +1,12 @@
-r"""How many zeroth-order directions a step are best, for each method, at equal total queries.
+r"""Finds the best number of zeroth-order directions per step, for each method, at equal total queries.
 
   python -m experiments.studies.directions
 
-More directions make a better estimate of each gradient and leave fewer steps. Every method is given as many
-evaluations of the support images in all, so its number of steps follows from its directions; the hand-designed ones
-are tuned anew for each number, on validation tasks of the victim. They run as published, and once more
-(", augmented") as the learned rule does: on augmented images, from a start that a search of plane waves spent part of
-the evaluations on, along directions of each image's own on tiles. All estimates have the smoothing that was chosen for
-the learned rule.
+More directions give a better estimate of each gradient and leave fewer steps: every method makes the same number of
+evaluations of the support images. Hand-designed methods are tuned for each number of directions, on validation tasks of
+the victim. They run as published, and again (", augmented") with everything that the learned rule has: augmented
+images, a start from the search of plane waves (which takes part of the evaluations), and different directions for each
+image, constant on tiles. The smoothing is that of the learned rule for all.
 """
 
 import dataclasses
@@ -34,13 +33,17 @@ class Config:
         ("victims/digits_small_cnn_1000", "victims/digits_lenet_1001"),
         "Folders of the victims to attack.",
     )
-    learned: str = config.option("uap-linf-query", "A rule for zeroth-order gradients: its run's folder, or its name.")
+    learned: str = config.option(
+        "uap-linf-query", "Rule for zeroth-order gradients: the folder of its run, or its name."
+    )
     methods: tuple[str, ...] = config.option(("sgd", "pgd", "adam", "adamm"), "Hand-designed baselines to tune.")
-    directions: tuple[int, ...] = config.option((1, 5, 20), "Directions a step.")
-    evaluations: int = config.option(400, "Evaluations of every support image that a fine-tuning may make in all.")
-    epsilon: tuple[str, ...] = config.option(("mnist=0.2",), "Radii that differ from the defaults: source=radius,...")
+    directions: tuple[int, ...] = config.option((1, 5, 20), "Numbers of directions per step.")
+    evaluations: int = config.option(400, "Evaluations per support image in total.")
+    epsilon: tuple[str, ...] = config.option(
+        ("mnist=0.2",), "Radii that differ from the defaults, as source=radius,...."
+    )
     num_tasks: int = config.option(50, "Meta-test tasks.")
-    num_validation: int = config.option(5, "Meta-validation tasks, on which the baselines are tuned.")
+    num_validation: int = config.option(5, "Meta-validation tasks on which the baselines are tuned.")
     output: str = config.option("results/directions.json", "Results file.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
@@ -56,7 +59,7 @@ def measure(flags: Config) -> None:
         check_at_least("directions", count, 1)
     of, learned = meta_train.load_learned(flags.learned)
     if not of.num_directions:
-        raise ValueError(f"learned: {flags.learned} was meta-trained on exact gradients, not on estimates.")
+        raise ValueError(f"learned: {flags.learned} was meta-trained on exact gradients; expected zeroth-order ones.")
     tasks_config = meta_train.tasks_of(of)
     radii = {**tasks_config.epsilon, **config.pairs("epsilon", flags.epsilon)}
     tasks_config = dataclasses.replace(tasks_config, query_shots=5, epsilon=radii)
@@ -69,20 +72,21 @@ def measure(flags: Config) -> None:
         victim = {"victim": target.victim, "seen_victim": target.seen, "epsilon": float(target.test.constraint.epsilon)}
         rows = [{**victim, **row} for row in _rows(target, learned, table, flags)]
         if len(made := {row["queries"] for row in rows}) > 1:
-            raise ValueError(f"evaluations: the methods made {sorted(made)} queries, not as many.")
+            raise ValueError(f"evaluations: expected equal numbers of queries, got {sorted(made)}.")
         results["rows"] += rows
         provenance.write_json(flags.output, results)
     print(f"wrote {flags.output}")
 
 
 def num_steps(family: UapFamily, evaluations: int) -> int:
-    """The steps that so many evaluations are enough for; raises a ValueError if some would be left over."""
+    """Number of steps that a number of evaluations allows; raises a ValueError if it leaves a remainder."""
     waves, each = family.recipe.waves, family.estimator.evaluations
-    spared = waves.evaluations if waves else 0
-    steps, left = divmod(evaluations - spared, each)
+    searched = waves.evaluations if waves else 0
+    steps, left = divmod(evaluations - searched, each)
     if steps < 1 or left:
         raise ValueError(
-            f"evaluations: {evaluations}, {spared} of them for a start, are no whole number of steps of {each}."
+            f"evaluations: {evaluations} minus {searched} for the start is not a positive multiple of {each}, those of "
+            "a step."
         )
     return steps
 
@@ -90,7 +94,7 @@ def num_steps(family: UapFamily, evaluations: int) -> int:
 def _rows(
     target: comparison.Target, learned: comparison.Learned, table: dict[str, baselines.Baseline], flags: Config
 ) -> Iterator[dict[str, Any]]:
-    """A row for each method and number of directions; refuses numbers that do not go into the evaluations first."""
+    """Yields a row for each method and number of directions, after checking all these numbers."""
     keys, keys_validation = (
         jax.random.split(key, count)
         for key, count in zip(jax.random.split(jax.random.key(0)), (flags.num_tasks, flags.num_validation), strict=True)
@@ -118,12 +122,12 @@ def _rows(
             yield row(name + suffix, count, steps, baseline.learner, setting.params, family, **notes)
         if suffix:
             yield row("lft", count, steps, learned.learner, learned.params[0], test)
-        # Programs of one number of steps serve no other, and XLA does not survive all of them in one process.
+        # No other number of steps uses these programs, and XLA crashes with too many in one process.
         jax.clear_caches()
 
 
 def _views(target, count):
-    """The validation and test tasks as baselines are published, and as the learned rule has them; with a suffix."""
+    """Yields suffix, validation tasks and test tasks: as published, then with what the learned rule has."""
 
     def ours(family):
         return dataclasses.replace(family, estimator=dataclasses.replace(family.estimator, num_directions=count))

@@ -1,10 +1,10 @@
-r"""Puts the rule of a meta-training run into the package, with a card of what it does and where it fails.
+r"""Copies the rule of a meta-training run into the package, with a card of its results and its failures.
 
   python -m experiments.studies.ship --run=runs/studies/hard/lft_mnist+cifar10_0 --name=uap-linf \
     --results=results/hard/mnist.json,results/hard/cifar10.json --fails="..."
 
-The card holds the run's own, the rows of the results files for the run's learner (of all its seeds) and for tuned PGD,
-and what the rule does on a few small tasks, for a test to do again.
+The card has the contents of the run's card, the rows of the results files for the run's learner (over all seeds) and
+for tuned PGD, and metrics on a few small tasks, which a test repeats.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class Config:
     """Command-line flags."""
 
     run: str = config.required("Folder of the meta-training run.")
-    name: str = config.required("Name that the rule is to have.")
-    fails: str = config.required("Where it fails, a sentence or two.")
-    results: tuple[str, ...] = config.option((), "Results files of experiments.evaluate that hold the run.")
+    name: str = config.required("Name of the rule in the package.")
+    fails: str = config.required("Settings in which the rule fails, in a sentence or two.")
+    results: tuple[str, ...] = config.option((), "Results files of experiments.evaluate that include the run.")
 
 
 def ship(flags: Config) -> None:
@@ -50,7 +50,7 @@ def ship(flags: Config) -> None:
 
 
 def check(params: Any, rule: Any, card: dict[str, Any]) -> dict[str, float]:
-    """Mean success and norms on 20 tasks of digits, K = 10, with the losses and the bound of its meta-training."""
+    """Mean ASR and norms on 20 digits tasks, K = 10, with the losses and the bound of the meta-training."""
     flags = dataclasses.replace(meta_train.flags_of(card["meta_training"]), epsilon=())
     victim = load_victim(_ROOT / "victims" / "digits_small_cnn_1000")
     tasks = dataclasses.replace(meta_train.tasks_of(flags), query_shots=5)

@@ -1,11 +1,10 @@
-r"""A study on real images: meta-trains what it compares, then attacks victims that meta-training never saw.
+r"""Runs a study on real images: meta-trains learners, then compares them on unseen victims.
 
   python -m experiments.studies.victims
   python -m experiments.studies.study --study=hard --attacked=mnist --output=results/hard/mnist.json
 
-Runs are kept in --workdir, so a study that was stopped goes on where it was, and another of the same runs has only
-to attack. --only=lft/mnist+cifar10 makes and compares some of its runs. How much is measured stands under `protocol` in
-the results file.
+Runs are kept in --workdir, so that a study can be resumed and studies can share runs. --only=lft/mnist+cifar10 limits
+the study to some of its runs. The results file has the settings of the comparison under `protocol`.
 """
 
 import dataclasses
@@ -22,13 +21,13 @@ _ATTACKED = (*_BOTH, "digits")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is meta-trained.
+    """A learner to meta-train.
 
     Attributes:
-      learner: as for experiments.meta_train.
-      sources: whose victims it is trained on.
-      seeds: meta-training seeds, from 0: so many runs of it.
-      settings: its own besides the study's, of experiments.meta_train.
+      learner: the flag of experiments.meta_train.
+      sources: sources of the meta-training victims.
+      seeds: number of meta-training seeds, from 0.
+      settings: other flags of experiments.meta_train, in addition to those of the study.
     """
 
     learner: str
@@ -38,20 +37,20 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As --only takes it."""
+        """Name for --only, such as "lft/mnist+cifar10"."""
         return f"{self.learner}/{'+'.join(self.sources)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A comparison.
+    """A comparison of meta-trained learners.
 
     Attributes:
-      runs: what it compares.
-      meta: settings of every run, of experiments.meta_train.
-      protocol: settings of the comparison, of experiments.evaluate.
-      rule: settings of the runs that learn an update rule.
-      of: the study whose runs these are, if it has none of its own.
+      runs: the learners.
+      meta: flags of experiments.meta_train for all runs.
+      protocol: flags of experiments.evaluate.
+      rule: flags of experiments.meta_train for runs that learn an update rule.
+      of: name of the study that these runs belong to; None if they belong to this one.
     """
 
     runs: tuple[Run, ...]
@@ -61,7 +60,7 @@ class Study:
     of: str | None = None
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """All settings of a run, its own before the study's."""
+        """All settings of a run. Its own override those of the study."""
         return {**self.meta, **(self.rule if run.learner in meta_train.RULE_LEARNERS else {}), **run.settings}
 
 
@@ -69,15 +68,15 @@ _LFT, _L2O = Run("lft", _BOTH), Run("l2o", _BOTH)
 
 
 def _alone(learner, seeds=3, **settings):
-    """Runs on each source alone, as initializations must be: they have the shape of its images."""
+    """One run per source. Initializations need this, since they have the shape of the images."""
     return tuple(Run(learner, (source,), seeds, settings) for source in _BOTH)
 
 
 def _maml(*inner_steps, **settings):
-    """MAML on each source, its inner step chosen on meta-validation victims of that source.
+    """MAML on each source, with inner steps that were chosen on meta-validation victims of that source.
 
-    From 0.2, 0.5 and 0.8 in a ball, from 0.02, 0.05, 0.2 and 0.5 with a penalty, and from 0.1, 0.3 and 0.8 without
-    gradients.
+    The candidates were 0.2, 0.5 and 0.8 in a ball; 0.02, 0.05, 0.2 and 0.5 with a penalty; 0.1, 0.3 and 0.8 with
+    zeroth-order gradients.
     """
     return tuple(
         Run("maml", (source,), settings={"inner_step": step, **settings})
@@ -86,41 +85,42 @@ def _maml(*inner_steps, **settings):
 
 
 _PROTOCOL = evaluate.PRESETS["study"]
-# MNIST's unseen victims are weaker than the others: there it is at 0.2 that a full-data UAP fools about four in five.
+# The unseen MNIST victims are weaker than the others: at 0.2 a full-data UAP has an ASR of about 80%.
 _BALL = {**_PROTOCOL, "epsilon": ("mnist=0.2",)}
 
 
 def _preset(name, *others):
-    """Settings of a preset, without its victims and without `others`."""
+    """Settings of a preset, except its victims and `others`."""
     return {k: v for k, v in config.PRESETS[name].items() if k not in ("victims", *others)}
 
 
 _META = _preset("uap_linf")
-# An initialization is what a search would find instead: its evaluations go to directions, 400 in all as for the others.
+# A learned initialization replaces the search for a start. Its evaluations go to directions: 400 in total, as
+# for the other methods.
 _NO_SEARCH = {"waves": 0, "num_directions": 10}
 _ONE_L2O = dataclasses.replace(_L2O, seeds=1)
 _HARD = Study((_LFT, _L2O, *_alone("lft"), *_maml(0.5, 0.5), *_alone("joint")), _META, _BALL)
 STUDIES = {
-    # All ten classes, one image of each, exact gradients, linf ball.
+    # Ten classes, one image per class, exact gradients, linf ball.
     "hard": _HARD,
-    # The same fine-tuners on five images of each class, which they were not meta-trained on.
+    # The same runs on five images per class, which they were not meta-trained for.
     "five_images": dataclasses.replace(_HARD, protocol={**_BALL, "shots": 5, "num_validation": 5}, of="hard"),
-    # The same with a second loss, meta-trained at the radius that MNIST is attacked at.
+    # As "hard", with a second loss. Meta-trained at the radius of the attacks on MNIST.
     "two_losses": Study(
         (_LFT, _ONE_L2O, *_alone("lft", 1), *_alone("maml", 1)),
         {**_META, "epsilon": ("mnist=0.2",), "second_loss": "dominant"},
         _BALL,
         {"features": ("momentum", "second", "spread", "constraint", "progress", "context")},
     ),
-    # The update rules of "hard", meta-trained at the radius that MNIST is attacked at, whose base update is along
-    # the gradient instead of its sign. Its step and momentum were chosen on meta-validation victims.
+    # The update rules of "hard", with a base update along the gradient instead of its sign. Meta-trained at the radius
+    # of the attacks on MNIST. Step and momentum were chosen on meta-validation victims.
     "gradient_start": Study(
         (_LFT, _ONE_L2O),
         {**_META, "epsilon": ("mnist=0.2",)},
         _BALL,
         {"base_update": "gradient", "base_step": 1.0, "base_decay": 0.9},
     ),
-    # The same without gradients: 400 evaluations of the support images, 160 of them for a start.
+    # As "hard", query-only: 400 evaluations of the support images, 160 of them to search for a start.
     "query": Study(
         (_LFT, _L2O, *_alone("lft"), *_maml(0.1, 0.8, **_NO_SEARCH), *_alone("joint", **_NO_SEARCH)),
         _preset("uap_linf_query", "base_step", "base_decay"),
@@ -133,7 +133,7 @@ STUDIES = {
         _preset("uap_l2"),
         {**_PROTOCOL, "methods": ("momentum_pgd",), "transfer": False},
     ),
-    # The paper's tasks, not its rule.
+    # The tasks of arXiv 2009.13714, with the rule of this library.
     "paper": Study(
         (_LFT, _L2O, *_alone("lft"), *_maml(0.05, 0.2), *_alone("joint")),
         _preset("uap_l1", "base_step"),
@@ -147,28 +147,28 @@ STUDIES = {
 class Config:
     """Command-line flags."""
 
-    study: str = config.option("hard", "Which study.", tuple(STUDIES))
-    seeds: int = config.option(3, "Meta-training seeds at most; some runs have fewer.")
-    only: tuple[str, ...] = config.option((), "Names of the runs to make and to compare; all if empty.")
+    study: str = config.option("hard", "Name of the study.", tuple(STUDIES))
+    seeds: int = config.option(3, "Largest number of meta-training seeds per run; some runs have fewer.")
+    only: tuple[str, ...] = config.option((), "Names of the runs to meta-train and compare; all if empty.")
     attacked: tuple[str, ...] = config.option(
-        _ATTACKED, "Sources whose unseen victims are attacked, or names of such victims; none to train only."
+        _ATTACKED, "Sources whose unseen victims are attacked, or names of such victims; empty to only meta-train."
     )
-    victims: str = config.option("victims", "Folder of the victims, made by experiments.studies.victims.")
+    victims: str = config.option("victims", "Folder of the victims that experiments.studies.victims trains.")
     workdir: str = config.option("runs/studies", "Folder for the meta-training runs.")
     output: str | None = config.option(None, "Results file; results/STUDY/results.json if not given.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
 def study(flags: Config) -> None:
-    """Makes the runs that are missing and compares them all."""
+    """Meta-trains the runs that are missing and compares all."""
     check_at_least("seeds", flags.seeds, 1)
     chosen = STUDIES[flags.study]
     folder = Path(flags.workdir, chosen.of or flags.study)
     known = {run.name: run for run in chosen.runs}
     if unknown := sorted(set(flags.only) - known.keys()):
-        raise ValueError(f"only: {flags.study} has no run {', '.join(unknown)}, only {', '.join(known)}.")
+        raise ValueError(f"only: {flags.study} has no run {', '.join(unknown)}; its runs are {', '.join(known)}.")
     learned = []
-    for seed in range(flags.seeds):  # every run once before any of them again
+    for seed in range(flags.seeds):  # the first seed of every run before the second of any
         for name in flags.only or known:
             run, workdir = known[name], folder / f"{name.replace('/', '_')}_{seed}"
             if seed >= run.seeds:
@@ -200,7 +200,7 @@ def study(flags: Config) -> None:
 
 
 def _unseen(name, folder):
-    """The unseen victims of a source, or the one of that name."""
+    """Folders of the unseen victims of a source, or of the unseen victim with this name."""
     unseen = {source: victims.paths(source, "unseen", folder) for source in victims.RECIPES}
     single = {Path(path).name: (path,) for paths in unseen.values() for path in paths}
     return {**single, **unseen}[check_name("attacked", name, [*unseen, *single])]

@@ -1,9 +1,9 @@
-r"""Measures how far the meta-gradients of LFT and L2O are apart, against the number of support and query images.
+r"""Measures the gap between the meta-gradients of LFT and L2O against the number of support and query images.
 
   python -m experiments.train_victim --source=mnist_5k --seed=1000
   python -m experiments.studies.theory_gap --victim=runs/victims/mnist_5k_small_cnn_1000
 
-Writes a results file and, beside it, a figure. Theory says that the gap on one task falls with the root of the number
+Writes a results file and, beside it, a figure. In theory the gap on one task falls with the square root of the number
 of images: an exponent of 0.5.
 """
 
@@ -29,18 +29,20 @@ class Config:
     """Command-line flags."""
 
     victim: str = config.required("Folder of the victim (experiments.train_victim).")
-    output: str = config.option("results/theory_gap.json", "Results file; the figure is put beside it.")
-    rule: str = config.option("uap-linf", "Meta-trained rule: a pretrained one's name or a .safetensors file.")
-    shots: tuple[int, ...] = config.option((1, 2, 5, 10, 20, 50, 100), "Support, and query, images a class.")
+    output: str = config.option("results/theory_gap.json", "Results file. The figure is put beside it.")
+    rule: str = config.option("uap-linf", "Meta-trained rule: name of a pretrained one or a .safetensors file.")
+    shots: tuple[int, ...] = config.option(
+        (1, 2, 5, 10, 20, 50, 100), "Numbers of support images per class, and as many query images."
+    )
     ways: int = config.option(10, "Classes of a task.")
     num_steps: int = config.option(20, "Fine-tuning steps (K).")
-    num_tasks: int = config.option(60, "Tasks at each number of images.")
-    seed: int = config.option(0, "Of the tasks, and of the weights that are not meta-trained.")
+    num_tasks: int = config.option(60, "Tasks per number of images.")
+    seed: int = config.option(0, "Seed of the tasks and of the untrained weights.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
 def measure(flags: Config) -> dict:
-    """Runs the measurement and writes its files; returns the results."""
+    """Runs the measurement, writes its files and returns the results."""
     victim = load_victim(flags.victim)
     trained, rule = pretrained.load_pretrained(flags.rule)
     second_loss = stored_second_loss(flags.rule)
@@ -72,8 +74,10 @@ def measure(flags: Config) -> dict:
                     "mean_norm": float(found.mean_norm),
                 }
             )
-            print(f"{shots} per class, {name}: gap {found.gaps.mean():.3g}, of the mean {found.mean_gap:.3g}")
-        results["rows"] = rows  # after each number of images: nothing done is lost
+            print(
+                f"{shots} images per class, {name}: gap {found.gaps.mean():.3g}, gap of the means {found.mean_gap:.3g}"
+            )
+        results["rows"] = rows  # after each number, so that an interrupted run keeps its rows
         if len(gaps["untrained"]) > 1:
             results["decay"] = {
                 name: theory.fit_decay(flags.shots[: len(g)], np.stack(g))._asdict() for name, g in gaps.items()
@@ -86,7 +90,7 @@ def measure(flags: Config) -> dict:
 
 
 def _mean(values):
-    """Mean over tasks and half its 95% interval."""
+    """Mean over tasks and half the width of its 95% interval."""
     spread = float(1.96 * values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return {"mean": float(values.mean()), "interval": spread}
 

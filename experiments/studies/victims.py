@@ -1,10 +1,10 @@
-r"""Trains the victims of the studies on real images that are missing: ten of three architectures, two of digits.
+r"""Trains the missing victims of the studies: ten per source of MNIST and CIFAR-10, two of digits.
 
   python -m experiments.studies.victims --sources=mnist,cifar10
 
-Eight of MNIST and of CIFAR-10 are for meta-training and meta-validation. The others, one of each source of an
-architecture that meta-training never sees, and those of digits are only attacked. A victim is stored when it is ready,
-so a run that was stopped goes on.
+Eight of MNIST and eight of CIFAR-10 are for meta-training and meta-validation. The other two per source are unseen; one
+of them has an architecture outside meta-training. Digits victims are only attacked. Victims are stored one by one; run
+it again to resume.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class Recipe:
     """One victim of a study.
 
     Attributes:
-      role: one of `ROLES`: what the studies use it for.
-      architecture: of `lft_jax.victims.MODELS`.
-      seed: of its training.
-      epochs: of its training, not the same for all, so that some are sharper than others.
+      role: its use in the studies, one of `ROLES`.
+      architecture: a name in `lft_jax.victims.MODELS`.
+      seed: seed of its training.
+      epochs: epochs of its training. They differ, so that victims differ in confidence.
     """
 
     role: str
@@ -70,21 +70,21 @@ class Config:
     """Command-line flags."""
 
     sources: tuple[str, ...] = config.option(tuple(RECIPES), f"Image sources, of {', '.join(RECIPES)}.")
-    folder: str = config.option("victims", "Folder to store them in.")
+    folder: str = config.option("victims", "Folder for the victims.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
 def paths(source: str, role: str, folder: str = "victims", architectures: Sequence[str] = ()) -> tuple[str, ...]:
-    """Where the victims of one source and role are stored, of all architectures if none is named."""
+    """Folders of the victims of one source and role, and of these architectures (all if empty)."""
     recipes = [r for r in RECIPES[source] if r.role == role and (not architectures or r.architecture in architectures)]
     return tuple(_path(folder, source, recipe) for recipe in recipes)
 
 
 def train_missing(flags: Config) -> None:
-    """Trains the victims that are not there yet."""
+    """Trains the victims that are missing."""
     for source in flags.sources:
         if source not in RECIPES:
-            raise ValueError(f"sources: no victims are planned for {source!r}, choose from {', '.join(RECIPES)}.")
+            raise ValueError(f"sources: there are no victims of {source!r}; choose from {', '.join(RECIPES)}.")
     for source in flags.sources:
         for recipe in RECIPES[source]:
             path = _path(flags.folder, source, recipe)

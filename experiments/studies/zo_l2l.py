@@ -1,15 +1,20 @@
-r"""Learning to learn by zeroth-order oracle (ZO-L2L, Ruan et al. 2020, section 4.1): attacks on single MNIST images.
+r"""Repeats ZO-L2L, query-only attacks on single MNIST images (Ruan et al. 2020, arXiv 1910.09464, section 4.1).
 
   python -m experiments.studies.zo_l2l
 
-A learned fine-tuner (their UpdateRNN) is meta-trained on raw zeroth-order estimates, then, with its weights kept, a
-sampler (their QueryRNN), which sets the deviations of the directions. They are compared on test images with
-ZO-SGD, ZO-signSGD and ZO-Adam, at the published learning rates and at tuned ones, and with guided ES in the sampler's
-place. All attack the victim that the meta-training saw, as published.
+First a learned fine-tuner (their UpdateRNN) is meta-trained on raw zeroth-order estimates. Then its weights are fixed
+and a sampler (their QueryRNN) is meta-trained, which sets the deviation of the directions. Both are compared on test
+images with ZO-SGD, ZO-signSGD and ZO-Adam, at published and at tuned learning rates, and with guided ES instead of the
+sampler. All attack the victim of the meta-training, as published.
 
-Where this differs from the authors' code: the victim is a small CNN of ours; float32, so a smoothing of 1e-4 instead of
-1e-6; one meta-update a trajectory, of all its windows together, instead of one a window; LSTMs with biases; no penalty
-on the sampler's output; and in testing the sampler is asked at every step, where theirs is at every other, by chance.
+Differences to the authors' code:
+
+- The victim is a small CNN of this library.
+- Numbers are float32, so the smoothing is 1e-4 instead of 1e-6.
+- There is one meta-update per trajectory, from all its windows together, instead of one per window.
+- LSTMs have biases.
+- The output of the sampler has no penalty.
+- At test time the sampler is used at every step; theirs is used at a random half of the steps.
 """
 
 import dataclasses
@@ -32,7 +37,7 @@ from lft_jax.optimizers import sampling
 from lft_jax.tasks.single_image import SingleImageFamily, single_image_family
 from lft_jax.victims import load_victim
 
-#: Each with its published learning rate, times the number of coordinates d.
+#: Optimizers and their published learning rates times d, the number of coordinates.
 BASELINES = {
     "zo_sgd": (optax.sgd, 4.0),
     "zo_signsgd": (optax.sign_sgd, 8.0),
@@ -46,22 +51,22 @@ RATES = tuple(2.0**power for power in range(-1, 9))
 class Config:
     """Command-line flags."""
 
-    output: str = config.option("results/zo_l2l.json", "Results file; the figure is put beside it.")
+    output: str = config.option("results/zo_l2l.json", "Results file. The figure is put beside it.")
     victim: str = config.option("victims/mnist_small_cnn_0", "Folder of the victim.")
-    seed: int = config.option(0, "Of the meta-training.")
-    update_steps: int = config.option(500, "Meta-steps of the first stage, a trajectory each.")
-    query_steps: int = config.option(250, "Meta-steps of the second stage, a trajectory each.")
-    output_scale: float = config.option(1.0, "Of the UpdateRNN.")
+    seed: int = config.option(0, "Seed of the meta-training.")
+    update_steps: int = config.option(500, "Meta-steps (trajectories) of the UpdateRNN.")
+    query_steps: int = config.option(250, "Meta-steps (trajectories) of the QueryRNN.")
+    output_scale: float = config.option(1.0, "Factor on the output of the UpdateRNN.")
     num_steps: int = config.option(200, "Steps of an attack (K).")
-    window: int = config.option(20, "Of truncated backpropagation.")
-    meta_images: int = config.option(1000, "Images of the training split that are meta-trained, and tuned, on.")
-    images: int = config.option(10, "Test images that are attacked.")
-    runs: int = config.option(10, "Attacks on each.")
+    window: int = config.option(20, "Steps of truncated backpropagation.")
+    meta_images: int = config.option(1000, "Training images for meta-training and tuning.")
+    images: int = config.option(10, "Test images to attack.")
+    runs: int = config.option(10, "Attacks per image.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
 def zo_l2l(flags: Config) -> dict[str, Any]:
-    """Runs the experiment and writes its files; returns the results."""
+    """Runs the experiment, writes its files and returns the results."""
     victim = load_victim(flags.victim)
     results = {
         "provenance": provenance.describe([flags.seed]),
@@ -95,16 +100,7 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
         "update_rnn + query_rnn": (both, weights, {}),
         "update_rnn + guided": (guided, rule, {}),
     }
-    size = family.images[0].size
-    for name, (make, published) in BASELINES.items():
-        learner = learners.fixed(name, make)
-        tried = [_attacks(learner, _rate(c, size), family, flags.images, flags, seed=1) for c in RATES]
-        scores = [float(np.nan_to_num(found["loss"][:, -1].mean(), nan=np.inf)) for found in tried]
-        chosen = RATES[int(np.argmin(scores))]
-        print(f"{name}: learning rate {chosen} / d of {dict(zip(RATES, scores, strict=True))}", flush=True)
-        methods[name] = (learner, _rate(published, size), {"rate_times_d": published})
-        setting = {"rate_times_d": chosen, "settings_tried": len(RATES), "tuning_losses": scores}
-        methods[f"{name} (tuned)"] = (learner, _rate(chosen, size), setting)
+    methods |= _baselines(family, flags)
     found = {}
     for name, (learner, params, setting) in methods.items():
         each = [
@@ -114,14 +110,29 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
         found[name] = {metric: np.stack([of_image[metric] for of_image in each]) for metric in each[0]}
         results["rows"].append({"method": name, **setting, **_row(found[name], found["update_rnn"])})
         results["rows"].sort(key=lambda row: row["loss"][-1])
-        provenance.write_json(flags.output, results)  # after each method: nothing done is lost
+        provenance.write_json(flags.output, results)  # after each method, so that an interrupted run keeps its rows
         print(f"{name}: {found[name]['loss'][..., -1].mean():.3f}", flush=True)
     figures.zo_l2l(results, Path(flags.output).with_suffix(".png"))
     return results
 
 
+def _baselines(family, flags):
+    """The baselines with published and with tuned learning rates: `{name: (learner, params, notes)}`."""
+    methods, size = {}, family.images[0].size
+    for name, (make, published) in BASELINES.items():
+        learner = learners.fixed(name, make)
+        tried = [_attacks(learner, _rate(c, size), family, flags.images, flags, seed=1) for c in RATES]
+        scores = [float(np.nan_to_num(found["loss"][:, -1].mean(), nan=np.inf)) for found in tried]
+        chosen = RATES[int(np.argmin(scores))]
+        print(f"{name}: learning rate {chosen} / d, losses {dict(zip(RATES, scores, strict=True))}", flush=True)
+        methods[name] = (learner, _rate(published, size), {"rate_times_d": published})
+        setting = {"rate_times_d": chosen, "settings_tried": len(RATES), "tuning_losses": scores}
+        methods[f"{name} (tuned)"] = (learner, _rate(chosen, size), setting)
+    return methods
+
+
 def _meta_trained(learner: Learner, optimizer, family, flags, meta_steps, rule=None):
-    """The meta-parameters, starting from the weights of `rule` if given, and the outer losses on the way."""
+    """The meta-parameters, from the weights of `rule` if given, and the curve of the outer loss."""
     trainer = lft_jax.meta_trainer(
         learner,
         [family],
@@ -152,7 +163,7 @@ def _only(family: SingleImageFamily, number: int) -> SingleImageFamily:
 
 
 def _attacks(learner, params, family, count, flags, seed):
-    """`{metric: [count, K]}`; the seed is far from those of meta-training."""
+    """Metrics `{name: [count, K]}` of `count` attacks. The seed is far from those of meta-training."""
     keys = jax.random.split(jax.random.key(2**31 - seed), count)
     at = tuple(range(1, flags.num_steps + 1))
     found = evaluation.evaluate(learner, params, family, keys, num_steps=flags.num_steps, at=at)
@@ -160,12 +171,12 @@ def _attacks(learner, params, family, count, flags, seed):
 
 
 def _row(found, reference):
-    """Means and intervals of metrics `[images, runs, K]`."""
+    """A row of results: means and intervals of metrics `[images, runs, K]`."""
     by_run, by_image = found["loss"].mean(0), found["loss"].mean(1)
     means, widths = zip(*(evaluation.mean_interval(column) for column in by_run.T), strict=True)
     return {
         "loss": means,
-        "loss_interval": widths,  # over the runs, of the mean over the images
+        "loss_interval": widths,  # over runs, of the mean over images
         "success": found["success"].mean((0, 1)).tolist(),
         "queries": found["queries"].mean((0, 1)).tolist(),
         "final_loss_by_image": by_image[:, -1].tolist(),

@@ -2,9 +2,10 @@
 
 How the pieces compose::
 
-    frozen dataclass --config.main--> absl flags, presets --> the same dataclass, read back     `config`
-    lft-attack: stored victim, a few of its images --universal_perturbation--> .npy, .png, .json  `attack`
-    command, commit, versions, device --> what every results file says about itself             `provenance`
+    `config`      frozen dataclass --> absl flags, presets --> an instance of the dataclass
+    `attack`      stored victim, a few images --universal_perturbation--> .npy, .png, .json (lft-attack)
+    `provenance`  command, commit, versions and device, for results files
+    `picture`     perturbations and perturbed images, drawn by matplotlib
 
 Flags are defined when a script runs, not when a module is imported. Nothing else in `lft_jax` imports absl's flags.
 """

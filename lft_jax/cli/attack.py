@@ -32,31 +32,29 @@ class Config:
     victim: str = config.required("Folder of the victim (experiments.train_victim).")
     output: str = config.required("Where to write, without suffix: OUTPUT.npy, OUTPUT.png and OUTPUT.json.")
     optimizer: str = config.option(
-        "uap-linf", "A pretrained rule, a .safetensors file of one, or a baseline: pgd, momentum_pgd, adam, uap_sgd."
+        "uap-linf", "Pretrained rule, .safetensors file of a rule, or baseline: pgd, momentum_pgd, adam, uap_sgd."
     )
-    shots: int = config.option(1, "Images per class to make the perturbation from.")
+    shots: int = config.option(1, "Images per class.")
     norm: str = config.option("linf", "Norm of the ball (linf, l2) or of the penalty (l1, l2).", ("linf", "l2", "l1"))
     epsilon: float | None = config.option(None, "Radius of the ball, in units of the image range; has defaults.")
     penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
     loss: str = config.option("cross_entropy", "Loss that is minimised.", LOSSES)
     second_loss: str = config.option(
         "stored",
-        "Loss that is added to it (exact gradients only), none, or what the rule was meta-trained with (stored).",
+        "Loss that is added to it (exact gradients only). stored: the one that the rule was meta-trained with.",
         ("stored", "none", *LOSSES),
     )
     target: int | None = config.option(None, "Target class; any wrong class if not given.")
     steps: int = config.option(20, "Fine-tuning steps.")
     oracle: str = config.option("gradient", "Exact gradients, or queries only.", ORACLES)
-    waves: int = config.option(
-        0, "Evaluations of the images, 2 or more, that search plane waves for a start; 0 for none."
-    )
-    max_queries: int | None = config.option(None, "Image evaluations at most.")
-    seed: int = config.option(0, "Chooses the images, and the random directions of a query oracle.")
+    waves: int = config.option(0, "Evaluations per image, 2 or more, that search plane waves for a start; 0 for none.")
+    max_queries: int | None = config.option(None, "Maximum number of image evaluations.")
+    seed: int = config.option(0, "Seed of the choice of images and of the random directions.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
 def attack(flags: Config) -> dict[str, Any]:
-    """Runs the attack that the flags describe and writes its files; returns what went into the .json."""
+    """Runs the attack, writes its files and returns the contents of the .json file."""
     victim = load_victim(flags.victim)
     name = victim.card["source"]
     train, test = (load_source(name, split, data_dir=flags.data_dir) for split in ("validation", "test"))
@@ -91,8 +89,8 @@ def attack(flags: Config) -> dict[str, Any]:
 
 
 def _report(entry: Mapping[str, float]) -> None:
-    said = f"step {entry['step']:3d}  loss {entry['loss']:8.4f}  support ASR {entry['asr']:.2f}"
-    print(f"{said}  queries {entry['queries']}")
+    line = f"step {entry['step']:3d}  loss {entry['loss']:8.4f}  support ASR {entry['asr']:.2f}"
+    print(f"{line}  queries {entry['queries']}")
 
 
 def _write(output, theta, results):
@@ -130,11 +128,11 @@ def _recipe(flags):
 
 
 def _few(source, shots, seed):
-    """Rows of `shots` images of each class, drawn at random."""
+    """Row numbers of `shots` random images per class."""
     check_at_least("shots", shots, 1)
     table, counts = class_table(source.labels, source.num_classes)
     if shots > counts.min():
-        raise ValueError(f"shots: {shots} images per class were asked for, but a class has only {counts.min()}.")
+        raise ValueError(f"shots: expected at most {counts.min()}, the images of the smallest class, got {shots}.")
     random = np.random.default_rng(seed)
     return np.concatenate([random.choice(row[:n], shots, replace=False) for row, n in zip(table, counts, strict=True)])
 

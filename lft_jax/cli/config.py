@@ -1,6 +1,6 @@
-"""The configuration of a program is one frozen dataclass: this defines its flags and reads it back from them.
+"""Command-line flags from a frozen dataclass, the configuration of a program.
 
-Flags are defined when a program runs, not when its module is imported, so several can be imported side by side.
+Flags are defined when a program runs, not when its module is imported, so that one process can import several programs.
 """
 
 import ctypes
@@ -19,12 +19,12 @@ from lft_jax.data._cache import user_folder
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a configuration: its default, its help text, and the values it may have."""
+    """A field of a configuration, with its default, its help text and its permitted values (any if None)."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def required(help: str) -> Any:
-    """A field that must be given as a flag."""
+    """A field of a configuration that has no default."""
     return dataclasses.field(metadata={"help": help, "choices": None})
 
 
@@ -37,17 +37,18 @@ def main(config_type: type, run: Callable[[Any], Any], *, presets: Presets | Non
 
     Args:
       config_type: a frozen dataclass whose fields are made by `option` and `required`.
-      run: the program. A ValueError, TypeError, OSError or ModuleNotFoundError of it ends the process with one line.
-      presets: settings that `--preset=NAME` chooses; a flag that is given beside it overrides them.
+      run: the program. If it raises a ValueError, TypeError, OSError or ModuleNotFoundError, the process exits with a
+        one-line message.
+      presets: settings that `--preset=NAME` selects. Other flags override them.
     """
     presets = presets or {}
     tune_process()
     define_flags(config_type, flags.FLAGS, presets)
     flags.DEFINE_string(
-        "compilation_cache", str(user_folder() / "compiled"), "Folder that keeps compiled programs; empty for none."
+        "compilation_cache", str(user_folder() / "compiled"), "Folder of the compilation cache; empty for no cache."
     )
 
-    # --help shows the flags of the program alone, which are those defined here, below its module's docstring.
+    # --help shows the docstring of the program's module and only the flags that are defined here.
     names = [field.name for field in dataclasses.fields(config_type)] + ["preset"] * bool(presets)
     for name in (*names, "compilation_cache"):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
@@ -56,7 +57,7 @@ def main(config_type: type, run: Callable[[Any], Any], *, presets: Presets | Non
 
     def from_flags(argv):
         jax.config.update("jax_compilation_cache_dir", flags.FLAGS.compilation_cache or None)
-        logging.set_verbosity(logging.WARNING)  # TFDS and orbax log much at the level below
+        logging.set_verbosity(logging.WARNING)  # TFDS and orbax log a lot at INFO
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
         try:
@@ -68,12 +69,12 @@ def main(config_type: type, run: Callable[[Any], Any], *, presets: Presets | Non
 
 
 def tune_process() -> None:
-    """Settings that make meta-training faster on a CPU; to be called before JAX is used."""
-    if jax.__version_info__ < (0, 12):  # these releases hand convolutions to YNNPACK, which takes up to twice as long
+    """Makes meta-training on a CPU faster. Call it before JAX is used."""
+    if jax.__version_info__ < (0, 12):  # they use YNNPACK for convolutions, which is up to 2x slower
         os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
     if sys.platform == "linux":
-        # glibc is to keep freed memory: giving it back and having it zeroed again is a sixth of a meta-step.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every libc
+        # Make glibc keep freed memory. Returning it to the system takes a sixth of the time of a meta-step.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # some C libraries lack it
         if mallopt:
             m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
             for parameter, value in ((m_trim_threshold, 2**31 - 1), (m_mmap_max, 0), (m_arena_max, 1)):
@@ -81,7 +82,7 @@ def tune_process() -> None:
 
 
 def define_flags(config_type: type, values: flags.FlagValues, presets: Presets | None = None) -> None:
-    """Defines one flag for each field of a configuration, and `--preset` if there are presets."""
+    """Defines one flag per field of a configuration, and `--preset` if there are presets."""
     presets = presets or {}
     if presets:
         help = "Named settings, which other flags override: " + ", ".join(presets) + "."
@@ -107,10 +108,10 @@ def define_flags(config_type: type, values: flags.FlagValues, presets: Presets |
 
 
 def read_flags(config_type: type, values: flags.FlagValues, presets: Presets | None = None) -> Any:
-    """The configuration that the parsed flags describe.
+    """Returns the configuration that the parsed flags describe.
 
     Raises:
-      ValueError: for a list whose entries are of another type, and a required flag that no preset gives either.
+      ValueError: if entries of a list have the wrong type, or neither a flag nor a preset sets a required field.
     """
     chosen = presets[values["preset"].value] if presets and values["preset"].value else {}
     given = {}
@@ -120,7 +121,7 @@ def read_flags(config_type: type, values: flags.FlagValues, presets: Presets | N
             continue
         value, kind = values[field.name].value, _kind(config_type, field)
         if value is None and field.default is dataclasses.MISSING:
-            raise ValueError(f"--{field.name} must be given, or a --preset that does.")
+            raise ValueError(f"--{field.name} is required, unless a --preset sets it.")
         if typing.get_origin(kind) is tuple:
             element = typing.get_args(kind)[0]
             try:
@@ -132,7 +133,7 @@ def read_flags(config_type: type, values: flags.FlagValues, presets: Presets | N
 
 
 def pairs(argument: str, entries: Sequence[str]) -> dict[str, float]:
-    """`("digits=0.2", ...)` -> `{"digits": 0.2, ...}`; raises a ValueError that names the argument."""
+    """Maps `("digits=0.2", ...)` to `{"digits": 0.2, ...}`; a ValueError names the argument."""
     found = {}
     for entry in entries:
         name, _, number = entry.partition("=")

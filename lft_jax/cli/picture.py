@@ -1,4 +1,4 @@
-"""A picture of perturbations and of what they do to images, by matplotlib (the extra `plots`)."""
+"""Pictures of perturbations and perturbed images, drawn by matplotlib (the extra `plots`)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,9 +22,9 @@ def attack_picture(
     path: Path,
     num_images: int = 6,
 ) -> None:
-    """One row per perturbation: the perturbation, then perturbed images with the predictions of the model.
+    """Draws one row per perturbation: the perturbation, then perturbed images with the model's predictions.
 
-    Titles are "label -> prediction", red where the prediction is wrong. The first row has clean images.
+    Titles are "label -> prediction", in red if the prediction is wrong. The first row has clean images.
     """
     labels = np.asarray(source.labels)
     picked = np.asarray([np.flatnonzero(labels == label)[0] for label in np.unique(labels)[:num_images]])
@@ -35,12 +35,14 @@ def attack_picture(
     limit = max(float(np.abs(theta).max()) for theta in perturbations.values()) or 1.0
     for line, (name, theta) in zip(axes, lines.items(), strict=True):
         images = perturb(clean, jnp.asarray(theta))
-        answers = np.argmax(np.asarray(model(images)), -1)
+        predictions = np.argmax(np.asarray(model(images)), -1)
         show(line[0], theta / (2 * limit) + 0.5)
         line[0].set_ylabel(name)
-        for axis, image, answer, label in zip(line[1:], np.asarray(images), answers, labels[picked], strict=True):
+        for axis, image, predicted, label in zip(
+            line[1:], np.asarray(images), predictions, labels[picked], strict=True
+        ):
             show(axis, image)
-            axis.set_title(f"{label} -> {answer}", fontsize=9, color="tab:red" if answer != label else "black")
+            axis.set_title(f"{label} -> {predicted}", fontsize=9, color="tab:red" if predicted != label else "black")
     axes[0, 0].set_title("perturbation", fontsize=9)
     save(figure, path)
 
@@ -52,7 +54,8 @@ def show(axis, image: np.ndarray) -> None:
     axis.set_yticks([])
 
 
-def save(figure, path):
+def save(figure, path: Path) -> None:
+    """Writes a figure to a file, whose folder it makes, and closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Where a number came from: what every results file says about itself."""
+"""Provenance of results files: command, commit, versions, device, seeds and date."""
 
 import datetime
 import importlib.metadata
@@ -18,7 +18,7 @@ from lft_jax._version import __version__
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes a results file whole or not at all."""
+    """Writes a JSON file atomically: an interrupted call leaves no partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
@@ -26,13 +26,13 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     scratch.replace(path)
 
 
-_FOLDERS = ("--data_dir", "--compilation_cache")  # paths of one machine
+_FOLDERS = ("--data_dir", "--compilation_cache")  # local paths, left out of the command
 
 
 def describe(seeds: Sequence[int]) -> dict[str, Any]:
-    """Command, commit, versions, device and seeds, for a results file."""
+    """Command, commit, versions, device, seeds and date, for a results file."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    spec = sys.modules["__main__"].__spec__  # of what `python -m` was given
+    spec = sys.modules["__main__"].__spec__  # of the module that `python -m` runs
     module = spec.name if spec else Path(sys.argv[0]).stem
     return {
         "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]),
@@ -45,7 +45,7 @@ def describe(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def _commit():
-    """The commit of the checkout that this file belongs to, or the version of the installed package."""
+    """The commit of the checkout that has this file, or the version of the installed package."""
     here = Path(__file__)
     if shutil.which("git") is None:
         return f"lft_jax {__version__}"
@@ -54,8 +54,8 @@ def _commit():
         run = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
         return run.stdout.strip()
 
-    if not git("ls-files", here.name):  # installed, perhaps into a folder of somebody else's repository
+    if not git("ls-files", here.name):  # installed, perhaps inside another repository
         return f"lft_jax {__version__}"
-    outputs = (f":(top,exclude){folder}" for folder in ("results", "docs"))  # what a run writes does not count
+    outputs = (f":(top,exclude){folder}" for folder in ("results", "docs"))  # runs write there
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *outputs)
     return git("rev-parse", "--short=12", "HEAD") + (" + uncommitted changes" if changed else "")

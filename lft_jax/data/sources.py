@@ -77,12 +77,13 @@ def load_source(
         images, labels = _npz(Path(name))
         return _part(Path(name).stem, images, labels, (0.6, 0.2, 0.2), split)
     if name in EMBEDDED:
-        images, labels = _digits() if name == "digits" else _mnist_5k(cache_dir)
+        images, labels = {"digits": _digits, "mnist_5k": _mnist_5k}[name](cache_dir)
         return _part(name, images, labels, EMBEDDED[name], split)
     return ImageSource(name, *_tfds.load(name, split, data_dir, cache_dir))
 
 
-def _digits():
+def _digits(cache_dir):
+    del cache_dir  # read from memory
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:

@@ -5,7 +5,7 @@ How the pieces compose::
     key --run_task--> one fine-tuned task --outer_losses--> loss after each step      `outer_loss`
     outer losses --backpropagation | evolution strategies--> meta-gradient            `_gradients`, `evolution`
     (Learner, families) --meta_trainer--> init, step                                  `learners`, `trainer`,
-                                                                                      `schedule`, `mesh`
+                                                                                      `stages`, `mesh`
     MetaTrainer --run.train--> checkpoints, metrics, exact resume                     `run`, `checkpoints`
 
 `imitation` trains a rule to imitate another optimizer in the first meta-steps, and `theory` measures the gap between
@@ -17,7 +17,7 @@ from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrat
 from lft_jax.meta.imitation import Imitation
 from lft_jax.meta.mesh import task_mesh
 from lft_jax.meta.outer_loss import Unroll, run_task, step_weights
-from lft_jax.meta.schedule import Schedule
+from lft_jax.meta.stages import Stages
 from lft_jax.meta.trainer import MetaState, MetaTrainer, clipped_adam, init_state, meta_trainer
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "MetaState",
     "MetaTrainer",
     "PersistentEvolutionStrategies",
-    "Schedule",
+    "Stages",
     "Unroll",
     "clipped_adam",
     "init_state",

@@ -26,8 +26,8 @@ class Imitation:
       Chen et al. 2020, Training stronger baselines for learning to optimize, arXiv 2010.09089.
 
     Examples:
-      >>> from lft_jax.meta import Schedule
-      >>> Schedule(imitation=Imitation(optax.sgd(0.1), meta_steps=50)).imitation.meta_steps
+      >>> from lft_jax.meta import Stages
+      >>> Stages(imitation=Imitation(optax.sgd(0.1), meta_steps=50)).imitation.meta_steps
       50
     """
 

@@ -36,7 +36,7 @@ from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrat
 from lft_jax.meta.imitation import imitating
 from lft_jax.meta.mesh import share_tasks
 from lft_jax.meta.outer_loss import UNROLL, Unroll, step_weights
-from lft_jax.meta.schedule import Schedule, stages_of
+from lft_jax.meta.stages import Stages, stages_of
 
 
 class MetaState(NamedTuple):
@@ -108,7 +108,7 @@ def init_state(
     return MetaState(params, _skipping(meta_optimizer).init(params), key_run, jnp.zeros((), jnp.int32))
 
 
-_NO_STAGES = Schedule()
+_NO_STAGES = Stages()
 
 
 def _present_keywords(old, kwargs):
@@ -116,7 +116,7 @@ def _present_keywords(old, kwargs):
         kwargs["meta_gradient"] = old.pop("estimator")
     scheduled = {name: old.pop(name) for name in ("curriculum", "imitation") if name in old}
     if scheduled:
-        kwargs["schedule"] = Schedule(**scheduled)
+        kwargs["stages"] = Stages(**scheduled)
     if old:
         old = {"step_weights" if name == "weights" else name: value for name, value in old.items()}
         kwargs["unroll"] = Unroll(**old)
@@ -130,8 +130,8 @@ def _present_keywords(old, kwargs):
     remat="unroll=Unroll(remat=...)",
     memory_mib="unroll=Unroll(memory_mib=...)",
     estimator="meta_gradient=",
-    curriculum="schedule=Schedule(curriculum=...)",
-    imitation="schedule=Schedule(imitation=...)",
+    curriculum="stages=Stages(curriculum=...)",
+    imitation="stages=Stages(imitation=...)",
 )
 def meta_trainer(
     learner: Learner,
@@ -142,7 +142,7 @@ def meta_trainer(
     meta_optimizer: optax.GradientTransformation,
     unroll: Unroll = UNROLL,
     meta_gradient: EvolutionStrategies | PersistentEvolutionStrategies | None = None,
-    schedule: Schedule = _NO_STAGES,
+    stages: Stages = _NO_STAGES,
     mesh: jax.sharding.Mesh | None = None,
 ) -> MetaTrainer:
     """Meta-trains a learner on tasks of all families, which may have different shapes (incongruous tasks).
@@ -162,7 +162,7 @@ def meta_trainer(
       unroll: weights w_k of the steps, and how the steps are differentiated.
       meta_gradient: evolution strategies, or None for backpropagation through the steps. With
         `PersistentEvolutionStrategies` a meta-step is one window of an episode, which the next meta-step continues.
-      schedule: a curriculum and imitation for the first meta-steps.
+      stages: a curriculum and imitation for the first meta-steps.
       mesh: devices that share the tasks, see `task_mesh`. None for the default device. The results are those of one
         device up to the order of summation.
 
@@ -202,16 +202,16 @@ def meta_trainer(
     base.check_at_least("tasks_per_family", tasks_per_family, 1)
     _check_meta_gradient(meta_gradient, learner, unroll, mesh)
     if isinstance(meta_gradient, PersistentEvolutionStrategies):
-        _check_windows(meta_gradient.window, num_steps, unroll, schedule)
+        _check_windows(meta_gradient.window, num_steps, unroll, stages)
     groups, order = group_families(families)
-    stages = stages_of(num_steps, schedule, meta_gradient)
-    gradients = [_stage_gradient(s, learner, unroll, meta_gradient, tasks_per_family, mesh) for s in stages]
+    every_stage = stages_of(num_steps, stages, meta_gradient)
+    gradients = [_stage_gradient(s, learner, unroll, meta_gradient, tasks_per_family, mesh) for s in every_stage]
     optimizer = _skipping(meta_optimizer)
 
     @jax.jit
     def step(state, groups):
         """One meta-step: sample tasks, fine-tune, outer loss, its gradient, update."""
-        stage, keys, window = _task_keys(state, stages, [group.size for group in groups], tasks_per_family)
+        stage, keys, window = _task_keys(state, every_stage, [group.size for group in groups], tasks_per_family)
         carried = state.particles or ((),) * len(groups)
         # For each family: a task per key, fine-tuned; the outer loss and its gradient (`_gradients.family_gradient`).
         (losses, last), grads, carried = jax.lax.switch(stage, gradients, state.params, groups, keys, carried, window)
@@ -287,8 +287,8 @@ def _check_meta_gradient(meta_gradient, learner, unroll, mesh):
         )
 
 
-def _check_windows(window, num_steps, unroll, schedule):
-    if num_steps % window or schedule.curriculum:
+def _check_windows(window, num_steps, unroll, stages):
+    if num_steps % window or stages.curriculum:
         raise ValueError(
             f"meta_gradient: its window of {window} must divide num_steps = {num_steps}, without a curriculum."
         )

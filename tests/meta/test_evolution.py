@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import Schedule, Unroll
+from lft_jax import Stages, Unroll
 from lft_jax.evaluation import baselines
 from lft_jax.meta import learners
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
@@ -183,7 +183,7 @@ def test_a_start_is_searched_once_per_episode():
     ("options", "message"),
     [
         ({"num_steps": 5}, "its window of 2 must divide num_steps = 5"),
-        ({"num_steps": 4, "schedule": Schedule([(2, 10)])}, "without a curriculum"),
+        ({"num_steps": 4, "stages": Stages([(2, 10)])}, "without a curriculum"),
         ({"num_steps": 4, "unroll": Unroll("final")}, "step_weights: they are 0 in some windows"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import Schedule, Unroll
+from lft_jax import Stages, Unroll
 from lft_jax.evaluation import baselines
 from lft_jax.meta import learners
 from lft_jax.meta.evolution import EvolutionStrategies
@@ -81,7 +81,7 @@ def test_a_rule_learns_from_its_teacher_on_a_model_without_gradients(opaque_fami
         num_steps=2,
         tasks_per_family=4,
         meta_optimizer=optax.rmsprop(0.03),
-        schedule=Schedule([(1, 1)], imitation),
+        stages=Stages([(1, 1)], imitation),
         meta_gradient=EvolutionStrategies(1),
         unroll=Unroll("final"),
     )

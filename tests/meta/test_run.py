@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import Schedule
+from lft_jax import Stages
 from lft_jax.evaluation import baselines
 from lft_jax.meta import learners, run
 from lft_jax.meta.checkpoints import save_tree
@@ -157,7 +157,7 @@ def test_a_run_resumed_within_an_episode_is_the_uninterrupted_one(trainer, tmp_p
         tasks_per_family=1,
         meta_optimizer=OPTIMIZER,
         meta_gradient=PersistentEvolutionStrategies(2, 2),
-        schedule=Schedule(imitation=Imitation(optax.sgd(0.1), 1)),
+        stages=Stages(imitation=Imitation(optax.sgd(0.1), 1)),
     )
     state, states = windows.init(KEY), []
     for _ in range(6):

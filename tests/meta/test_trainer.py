@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import Schedule, Unroll, learners, oracles
+from lft_jax import Stages, Unroll, learners, oracles
 from lft_jax.base import Episode, TaskFamily
 from lft_jax.evaluation import baselines
 from lft_jax.meta._gradients import MemoryPlan, memory_plan
@@ -257,7 +257,7 @@ def test_a_curriculum_is_the_shorter_runs_one_after_the_other():
     settings = {"step": jnp.float32(0.3), "decay": jnp.float32(0.5), "final": jnp.float32(0.2)}
     learner = dataclasses.replace(learner, init=lambda key, families: settings)
     options = {"tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1, momentum=0.9), "unroll": Unroll("linear")}
-    trainer = meta_trainer(learner, [family], num_steps=3, schedule=Schedule([(1, 2), (2, 1)]), **options)
+    trainer = meta_trainer(learner, [family], num_steps=3, stages=Stages([(1, 2), (2, 1)]), **options)
     plain = {k: meta_trainer(learner, [family], num_steps=k, **options) for k in (1, 2, 3)}
     state = trainer.init(KEY)
     for num_steps in (1, 1, 2, 3, 3):
@@ -278,7 +278,7 @@ def test_curricula_that_do_not_ascend_are_refused(curriculum):
             learners.lft(RULE),
             [quadratic(0)],
             num_steps=3,
-            schedule=Schedule(curriculum),
+            stages=Stages(curriculum),
             meta_optimizer=optax.sgd(0.1),
         )
 
@@ -327,7 +327,7 @@ def test_bad_unrolls_are_refused(fields, message):
 def test_old_keywords_are_the_new_ones():
     options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1)}
     old = {"weights": "linear", "window": 1, "curriculum": [(1, 2)], "estimator": None}
-    new = {"unroll": Unroll("linear", window=1), "schedule": Schedule([(1, 2)])}
+    new = {"unroll": Unroll("linear", window=1), "stages": Stages([(1, 2)])}
     found, expected = (meta_trainer(learners.lft(RULE), [quadratic(0)], **options, **more) for more in (old, new))
     for _ in range(3):
         states = [trainer.step(trainer.init(KEY))[0] for trainer in (found, expected)]

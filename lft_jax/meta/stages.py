@@ -11,7 +11,7 @@ from lft_jax.meta.imitation import Imitation
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Stages:
     """Stages at the beginning of a run: a curriculum of unroll lengths, and imitation.
 
     Attributes:
@@ -25,7 +25,7 @@ class Schedule:
       Chen et al. 2020, Training stronger baselines for learning to optimize, arXiv 2010.09089.
 
     Examples:
-      >>> Schedule(curriculum=((5, 100), (10, 100))).curriculum[0]
+      >>> Stages(curriculum=((5, 100), (10, 100))).curriculum[0]
       (5, 100)
     """
 
@@ -51,11 +51,11 @@ class Stage(NamedTuple):
 
 def stages_of(
     num_steps: int,
-    schedule: Schedule,
+    stages: Stages,
     meta_gradient: EvolutionStrategies | PersistentEvolutionStrategies | None,
 ) -> list[Stage]:
     """The stages of a run, in order."""
-    curriculum, imitation = schedule.curriculum, schedule.imitation
+    curriculum, imitation = stages.curriculum, stages.imitation
     lengths = [*(length for length, _ in curriculum), num_steps]
     for number, (length, meta_steps) in enumerate(curriculum):
         if not 1 <= length < lengths[number + 1] or not meta_steps >= 1:
@@ -65,11 +65,11 @@ def stages_of(
             )
     begins = np.cumsum([0, *(meta_steps for _, meta_steps in curriculum)])
     imitated = imitation.meta_steps if imitation else 0
-    stages = []
+    found = []
     for first in sorted({*begins.tolist(), imitated}):
         length = lengths[np.searchsorted(begins, first, side="right") - 1]
         windows = 1
         if isinstance(meta_gradient, PersistentEvolutionStrategies) and first >= imitated:
             windows = length // meta_gradient.window
-        stages.append(Stage(first, length, imitation if first < imitated else None, windows))
-    return stages
+        found.append(Stage(first, length, imitation if first < imitated else None, windows))
+    return found

@@ -36,8 +36,8 @@ class Config:
     transfer: bool = config.option(
         True, "Also compare a UAP of the meta-training victims of the same source (transfer)."
     )
-    oracle_steps: int = config.option(300, "Steps of each run of the full-data oracle.")
-    oracle_targeted: bool = config.option(False, "Also optimize the full-data oracle for each target class.")
+    oracle_steps: int = config.option(300, "Steps of each run that optimizes the full-data UAP.")
+    oracle_targeted: bool = config.option(False, "Also optimize the full-data UAP for each target class.")
     shots: int | None = config.option(None, "Support images per class; as in meta-training if not given.")
     query_shots: int = config.option(5, "Query images per class.")
     epsilon: tuple[str, ...] = config.option(

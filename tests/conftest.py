@@ -1,4 +1,4 @@
-"""Tests run as strictly as JAX allows: no silent rank or dtype promotion, warnings are errors (pyproject.toml)."""
+"""Strict settings for all tests: no silent rank or dtype promotion; warnings are errors (pyproject.toml)."""
 
 import contextlib
 import dataclasses
@@ -7,8 +7,8 @@ import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests' time is nearly all compilation, which these flags make less than half as long. Of the last one, later
-# versions than 0.10 know nothing, and end the process.
+# Tests spend nearly all their time on compilation, which these flags more than halve. Versions after 0.10 abort at the
+# last one, which they do not know.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -28,7 +28,7 @@ from lft_jax.tasks.quadratic import QuadraticFamily
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Few, but the same examples every time; `x64` below is safe to share among them.
+# Few examples, the same in every run. They may share the function-scoped fixture `x64`.
 settings.register_profile(
     "tests",
     max_examples=15,
@@ -43,9 +43,9 @@ settings.load_profile("tests")
 def promotion(request):
     """Lets tests marked `standard_promotion` mix dtypes; all others keep the strict default.
 
-    The marker is for tests that run optax's own optimizers: several of them, Adam first, raise a Python float to the
-    power of an integer step count, or multiply gradients by booleans, which strict promotion forbids. Be warned: in a
-    marked test a silent promotion in `lft_jax` goes unnoticed, so mark single tests or parameters, never a module.
+    The marker is for tests that run optimizers of optax. Several of them, such as Adam, raise a Python float to the
+    power of an integer step count, or multiply gradients by booleans, which strict promotion forbids. A marked test
+    does not notice a silent promotion in `lft_jax`, so mark single tests or parameters where possible.
     """
     marked = request.node.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("standard") if marked else contextlib.nullcontext():
@@ -54,7 +54,7 @@ def promotion(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_module():
-    """Forgets the programs that a module compiled: those of all of them are more than XLA survives in one process."""
+    """Clears the compiled programs after each module, since XLA crashes with too many in one process."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -70,7 +70,7 @@ def x64():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Opaque(QuadraticFamily):
-    """Quadratic tasks whose loss only NumPy can tell."""
+    """Quadratic tasks with a loss in NumPy, which JAX cannot differentiate."""
 
     def oracle(self, support):
         return oracles.zeroth_order(lambda theta: self.loss(theta, support), num_directions=3, smoothing=0.1)
@@ -84,5 +84,5 @@ class Opaque(QuadraticFamily):
 
 @pytest.fixture
 def opaque_family():
-    """Two examples of three coordinates a task."""
+    """Tasks of three coordinates with two support and two query examples."""
     return Opaque(jnp.ones(3), support=2, query=2)

@@ -1,6 +1,6 @@
-"""The benchmarks run, and what they compare computes the same; their timings are another matter (`make bench`).
+"""Smoke tests of the benchmarks: they run, and the programs that they compare compute the same numbers.
 
-Two of them compile a dozen meta-steps, some in processes of their own, and are left to `make test-slow`.
+`make bench` measures the times. Two tests compile a dozen meta-steps and run only with `make test-slow`.
 """
 
 import json
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.standard_promotion
 
 @pytest.mark.slow
 def test_meta_step(tmp_path, capsys):
-    with jax.numpy_rank_promotion("allow"):  # flax's own layers, in the plain version, need it
+    with jax.numpy_rank_promotion("allow"):  # the layers of flax in plain_jax need it
         meta_step.bench(meta_step.Config(output=str(tmp_path / "bench.json"), repeats=1, smoke=True))
     results = json.loads((tmp_path / "bench.json").read_text())
     for work in results["works"].values():
@@ -25,8 +25,9 @@ def test_meta_step(tmp_path, capsys):
     assert "times the floor" in capsys.readouterr().out
 
 
-def test_the_operations_of_w1_are_those_counted_by_hand():
-    # Two passes over 1,600 images of 2,923,392 multiply-adds; three over 784 x 8 x 20 of 4,980; two operations each.
+def test_gflop_of_w1_equals_count_by_hand():
+    # Two passes over 1,600 images with 2,923,392 multiply-adds each; three passes over 784 x 8 x 20 coordinate updates
+    # with 4,980 each; two operations per multiply-add.
     counts = meta_step.gflop(w1.Work())
     assert counts["victim, support"] == counts["victim, query"] == pytest.approx(2 * 2 * 1600 * 2.923392e-3)
     assert counts["recurrence"] == pytest.approx(2 * 3 * 784 * 8 * 20 * 4980e-9)
@@ -46,7 +47,7 @@ def test_uap(tmp_path):
     uap.bench(flags)
     results = json.loads((tmp_path / "bench.json").read_text())
     lft = results["sizes"]["3"]["LFT (uap-linf), 2 steps"]
-    # Three clean images; in each of two steps three for the gradient and three for the history.
+    # Three evaluations of clean images; in each of two steps three for the gradient and three for the history.
     assert (lft["forward"], lft["backward"], lft["time_over_lft"]) == (15, 6, 1)
     assert 0 <= lft["asr"] <= 1
     assert lft["asr_interval"] is not None
@@ -64,7 +65,7 @@ def test_growth(tmp_path):
     assert "| 2 devices, 2 processes |" in render.growth_section(results, "bench.json")
 
 
-def test_alternate_runs_all_in_turn():
+def test_alternate_runs_contestants_in_turn():
     order = []
     times = timing.alternate({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3)
     assert order == list("ab") * 4  # the first is the warm-up
@@ -73,5 +74,5 @@ def test_alternate_runs_all_in_turn():
 
 def test_a_busy_machine_is_refused(monkeypatch):
     monkeypatch.setattr(timing, "load_of_others", lambda: 1.5)
-    with pytest.raises(RuntimeError, match=r"1\.50 cores busy"):
+    with pytest.raises(RuntimeError, match=r"other processes use 1\.50 cores"):
         timing.require_quiet()

@@ -1,4 +1,4 @@
-"""What is installed, and what `import lft_jax` costs."""
+"""Requirements, package contents, and the time and imports of `import lft_jax`."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ def requirements(lines):
 
 
 def pins(python):
-    """`{name: version}` of requirements.txt on that Python."""
+    """`{name: version}` in requirements.txt for a Python version."""
     found = {}
     for requirement in requirements((ROOT / "requirements.txt").read_text().splitlines()):
         if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
@@ -41,7 +41,7 @@ def pins(python):
 
 @pytest.fixture
 def package(monkeypatch):
-    """The arguments of `setup`."""
+    """The keyword arguments of `setup` in setup.py."""
     arguments = {}
     monkeypatch.setattr(setuptools, "setup", arguments.update)
     monkeypatch.chdir(ROOT)
@@ -54,7 +54,7 @@ def ranges(package):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_ranges_admit_the_pinned_versions(package, python):
+def test_version_ranges_admit_pinned_versions(package, python):
     pinned = pins(python)
     assert {canonicalize_name(r.name) for r in ranges(package)} == set(pinned)
     for requirement in ranges(package):
@@ -80,7 +80,9 @@ def test_every_import_is_declared(package):
 
 def test_package_data_and_packages_exist(package):
     assert {"lft_jax", "lft_jax.pretrained", "lft_jax.cli"} <= set(package["packages"])
-    assert all(name.partition(".")[0] == "lft_jax" for name in package["packages"])  # a user may have experiments/
+    assert all(
+        name.partition(".")[0] == "lft_jax" for name in package["packages"]
+    )  # users may have an experiments package
     (script,) = package["entry_points"]["console_scripts"]
     module, _, function = script.partition(" = ")[2].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
@@ -89,7 +91,7 @@ def test_package_data_and_packages_exist(package):
 
 
 def test_import_is_light():
-    """Measured beyond `import jax`; up to three times, since machines are shared."""
+    """The time of `import lft_jax` after `import jax`. Up to three attempts, since machines are shared."""
     program = (
         "import json, sys, time, jax\n"
         "start = time.perf_counter()\n"

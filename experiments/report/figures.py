@@ -208,7 +208,7 @@ def zo_l2l(results: Mapping[str, Any], path: Path) -> None:
 
 
 def theory_gap(results: Mapping[str, Any], path: Path) -> None:
-    """Draws the gap between the meta-gradients, and its bounds, against the number of images."""
+    """Draws the gap between the meta-gradients, and standard deviations of gradients, against the number of images."""
     rows = results["rows"]
     figure, axes = plt.subplots(1, len(rows), figsize=(4.6 * len(rows), 3.8), squeeze=False, layout="constrained")
     drawn = (

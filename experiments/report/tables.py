@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from lft_jax import evaluation
+from lft_jax.cli.config import pairs
 from lft_jax.evaluation.comparison import AUGMENTED, TRANSFER
-from lft_jax.victims import DEFAULT_EPSILON
+from lft_jax.victims import DEFAULT_EPSILON, MODELS
 
 _SHOWN = (1, 2, 5, 10, 20)
+#: Columns of the gap closed, from the best baseline without augmentation and from the best of all baselines.
+_GAP, _GAP_AUGMENTED = "gap closed, without augmentation", "gap closed, with augmentation"
 
 
 def shown_steps(at: Sequence[int]) -> list[int]:
@@ -35,8 +38,8 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
     """One row per unseen victim: the final ASR of the strongest method of each kind."""
     lines = [
         "| victim | tuned PGD | best tuned baseline | best with augmentation | L2O | LFT | full-data oracle | "
-        "LFT minus tuned PGD | LFT minus best with augmentation | gap closed |",
-        "|---" * 10 + "|",
+        f"LFT minus tuned PGD | LFT minus best with augmentation | {_GAP} | {_GAP_AUGMENTED} |",
+        "|---" * 11 + "|",
     ]
     for results, victim, of in _unseen(found):
         lft, l2o = _required_lft(of, victim), _of_learner(of, "l2o")
@@ -46,7 +49,7 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
         cells += [_final(row) if row else "" for row in (l2o, lft, of["oracle"])]
         mean, width = lft["difference_to_tuned_pgd"]
         cells += [f"{100 * mean:+.1f} ± {_percent(width)}", _paired(lft, augmented) if augmented else ""]
-        cells += ["" if lft["gap_closed"] is None else f"{100 * lft['gap_closed']:.0f}%"]
+        cells += [_share(lft["gap_closed"]), _share(lft["gap_closed_augmented"])]
         lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
@@ -115,22 +118,24 @@ def claims(found: Sequence[Mapping[str, Any]]) -> str:
                 ("never" if steps is None else _reached(row, steps - 1, results["tasks"])) if row else ""
                 for row, steps in zip(first.values(), reached, strict=True)
             ),
-            "" if lft["gap_closed"] is None else f"{100 * lft['gap_closed']:.0f}%",
+            _share(lft["gap_closed"]),
+            _share(lft["gap_closed_augmented"]) if augmented else "",
         ]
         lines.append(f"| `{victim}` | " + " | ".join(cells) + " |")
     if not lines:
         return ""
     head = (
         "| victim | setting | times untuned PGD | minus tuned PGD | minus tuned Adam | minus best with augmentation | "
-        "steps to the best tuned baseline's final ASR: LFT | L2O | MAML | joint | gap closed |"
+        f"steps to the best tuned baseline's final ASR: LFT | L2O | MAML | joint | {_GAP} | {_GAP_AUGMENTED} |"
     )
     about = (
         "Victims that meta-training did not see. Differences are the LFT's final ASR minus that of another method, in "
-        "percentage points, mean ± 95% interval, paired by task. Augmented baselines are tuned too. Gap closed is the "
-        "share of the distance from the best tuned baseline without augmentation to the full-data oracle."
+        "percentage points, mean ± 95% interval, paired by task. Augmented baselines are tuned too. Steps are counted "
+        "to the best tuned baseline without augmentation. Gap closed is the share of the distance to a full-data UAP, "
+        "from that baseline and from the best of all baselines, augmented ones included."
     )
     title = "## The LFT against each kind of method"
-    return "\n".join([title, "", about, "", head, "|---" * 11 + "|", *lines, "", ""])
+    return "\n".join([title, "", about, "", head, "|---" * 12 + "|", *lines, "", ""])
 
 
 def _kind(results):
@@ -202,10 +207,10 @@ def results_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "meta-training seeds has the mean over seeds, and in brackets the range of their final ASR.",
         "",
         f"- Gradients: {_gradients(tasks)}.",
-        f"- Bound: {_bound(tasks, rows)}.",
+        f"- Bound: {_bound(tasks, rows, results['meta_training'])}.",
         f"- Meta-training: {_meta_trained(results['meta_training'], tasks)}.",
         f"- Baselines: {_baselines(tasks, protocol, rows)}.",
-        "- Oracle: a perturbation optimized on all training images of the same victim.",
+        '- "oracle": a full-data UAP, optimized on all training images of the same victim.',
         f"- Columns: {_columns(rows, penalised)}.",
         f"- {origin(results, path)}",
         "",
@@ -258,19 +263,38 @@ def _gradients(tasks):
     return found
 
 
-def _bound(tasks, rows):
+def _bound(tasks, rows, runs):
     if tasks.get("penalty"):
         bound = (
-            f"none; the loss has a penalty of {tasks['penalty']} times the {tasks['norm']} norm. Settings and oracles "
-            "are chosen by the loss, of which success is only a part"
+            f"none; the loss has a penalty of {tasks['penalty']} times the {tasks['norm']} norm. Settings and "
+            "full-data UAPs are chosen by the loss, of which success is only a part"
         )
     else:
-        known = {**DEFAULT_EPSILON.get(tasks["norm"], {}), **tasks["epsilon"]}
-        radii = ", ".join(f"{s} {known[s]}" for s in dict.fromkeys(row["source"] for row in rows) if s in known)
+        radii = _radii(tasks, rows, runs)
         bound = f"{tasks['norm']} ball{f', radius {radii}' if radii else ''}"
     if tasks.get("loss") == "hinge":
         bound += f"; the loss is the hinge with a confidence (kappa) of {tasks.get('kappa', 0.0):g}"
     return bound
+
+
+def _radii(tasks, rows, runs):
+    """Radius of each attacked source, and in brackets those of meta-training on that source if they differ."""
+    usual = DEFAULT_EPSILON.get(tasks["norm"], {})
+    radii, trained = {**usual, **tasks["epsilon"]}, {}
+    for run in runs:
+        own = {**usual, **pairs("epsilon", run.get("epsilon", ()))}
+        for source in _sources(run["victims"]):
+            trained.setdefault(source, {})[own.get(source)] = None
+    parts = []
+    for source in dict.fromkeys(row["source"] for row in rows if row["source"] in radii):
+        other = ", ".join(str(radius) for radius in trained.get(source, ()) if radius != radii[source])
+        parts.append(f"{source} {radii[source]}" + (f" (meta-trained at {other})" if other else ""))
+    return ", ".join(parts)
+
+
+def _sources(victims):
+    """The sources in the names of stored victims, each once."""
+    return dict.fromkeys(re.sub(f"_({'|'.join(MODELS)})_.*", "", Path(victim).name) for victim in victims)
 
 
 def _baselines(tasks, protocol, rows):
@@ -297,10 +321,10 @@ def _baselines(tasks, protocol, rows):
 def _columns(rows, penalised):
     about = (
         '"steps" is the first judged step at which a method\'s mean ASR reaches the final one of tuned PGD; "gap '
-        'closed" is the share of the distance from the best tuned baseline to the oracle'
+        'closed" is the share of the distance from the best tuned baseline to the full-data UAP'
     )
     if _augmented(rows):
-        about += '; "augmented" is the same with the augmented baselines among them'
+        about += f'; "{_GAP}" leaves augmented baselines out, "{_GAP_AUGMENTED}" counts them too'
     return about + ('; "loss" is the mean query loss, penalty included' if penalised else "")
 
 
@@ -311,8 +335,7 @@ def _meta_trained(runs, tasks):
         seeds.setdefault((run["learner"], tuple(run["victims"])), []).append(run["seed"])
     parts = []
     for (learner, victims), of_run in seeds.items():
-        names = [Path(victim).name for victim in victims]
-        sources = dict.fromkeys(re.sub("_(small_cnn|lenet|vgg)_.*", "", name) for name in names)
+        sources = _sources(victims)
         seeds_of, victims_of = (
             f"{len(of)} {noun}{'' if len(of) == 1 else 's'}" for of, noun in ((of_run, "seed"), (victims, "victim"))
         )
@@ -360,8 +383,8 @@ def _target_table(target, rows, penalised):
         "",
         "| query ASR, % | "
         + " | ".join(f"K = {k}" for k in shown)
-        + " | minus tuned PGD | steps | gap closed | "
-        + ("augmented | " if augmented else "")
+        + " | minus tuned PGD | steps | "
+        + (f"{_GAP} | {_GAP_AUGMENTED} | " if augmented else "gap closed | ")
         + ("loss | " if penalised else "")
         + "l1 | l2 | linf |",
         "|---" * (len(shown) + 7 + augmented + penalised) + "|",
@@ -381,7 +404,7 @@ def _target_table(target, rows, penalised):
         cells += [
             f"{100 * mean:+.1f} ± {_percent(width)}",
             str(row["steps_to_tuned_pgd"] or ""),
-            *("" if gap is None else f"{100 * gap:.0f}%" for gap in gaps),
+            *map(_share, gaps),
             *([f"{row['loss']:.2f}"] if penalised else []),
             f"{row['l1']:.1f}",
             f"{row['l2']:.2f}",
@@ -389,6 +412,10 @@ def _target_table(target, rows, penalised):
         ]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def _share(gap):
+    return "" if gap is None else f"{100 * gap:.0f}%"
 
 
 def _percent(width):

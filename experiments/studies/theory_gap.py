@@ -3,8 +3,8 @@ r"""Measures the gap between the meta-gradients of LFT and L2O against the numbe
   python -m experiments.train_victim --source=mnist_5k --seed=1000
   python -m experiments.studies.theory_gap --victim=runs/victims/mnist_5k_small_cnn_1000
 
-Writes a results file and, beside it, a figure. In theory the gap on one task falls with the square root of the number
-of images: an exponent of 0.5.
+Writes a results file and, beside it, a figure. An exponent of 0.5 means that the gap on one task falls with the square
+root of the number of images.
 """
 
 import dataclasses

@@ -32,10 +32,10 @@ _FOLDERS = ("--data_dir", "--compilation_cache")  # local paths, left out of the
 def describe(seeds: Sequence[int]) -> dict[str, Any]:
     """Command, commit, versions, device, seeds and date, for a results file."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    spec = sys.modules["__main__"].__spec__  # of the module that `python -m` runs
-    module = spec.name if spec else Path(sys.argv[0]).stem
+    spec = sys.modules["__main__"].__spec__  # of what `python -m` was given; a console script has none
+    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     return {
-        "command": " ".join(["python", "-m", module, *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]),
+        "command": " ".join([program, *(a for a in sys.argv[1:] if not a.startswith(_FOLDERS))]),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",

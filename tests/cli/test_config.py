@@ -22,8 +22,8 @@ from experiments.studies import (
 )
 from lft_jax.cli import config
 
-BINARIES = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
-BINARIES += (classification, directions, train_victim, victims, zo_l2l)
+PROGRAMS = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
+PROGRAMS += (classification, directions, train_victim, victims, zo_l2l)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def parse(*arguments):
     return config.read_flags(Config, values)
 
 
-def test_flags_read_back_as_a_configuration():
+def test_flags_are_parsed_to_a_configuration():
     assert parse("--name=x") == Config("x")
     expected = Config("x", kind="b", count=3, sizes=(4, 5, 6), fast=True)
     assert parse("--name=x", "--kind=b", "--count=3", "--sizes=4,5,6", "--fast") == expected
@@ -52,12 +52,12 @@ def test_flags_read_back_as_a_configuration():
     ("arguments", "named"),
     [((), "--name"), (("--name=x", "--kind=c"), "kind"), (("--name=x", "--count=two"), "count")],
 )
-def test_bad_flags_are_named(arguments, named):
+def test_errors_name_the_invalid_flag(arguments, named):
     with pytest.raises(flags.Error, match=named):
         parse(*arguments)
 
 
-def test_a_bad_list_is_named():
+def test_errors_name_a_list_with_invalid_entries():
     with pytest.raises(ValueError, match="--sizes: expected a list of int"):
         parse("--name=x", "--sizes=1,b")
 
@@ -65,7 +65,7 @@ def test_a_bad_list_is_named():
 PRESETS = {"small": {"name": "tiny", "count": 1}, "large": {"name": "huge", "sizes": (9,)}}
 
 
-def test_a_preset_gives_what_no_flag_does():
+def test_flags_override_presets():
     def parse(*arguments):
         values = flags.FlagValues()
         config.define_flags(Config, values, PRESETS)
@@ -76,7 +76,7 @@ def test_a_preset_gives_what_no_flag_does():
     assert parse("--preset=large", "--count=4", "--name=x") == Config("x", count=4, sizes=(9,))
     assert parse("--preset=large", "--sizes=1") == Config("huge", sizes=(1,))
     assert parse("--name=x") == Config("x")
-    with pytest.raises(ValueError, match="--name must be given, or a --preset that does"):
+    with pytest.raises(ValueError, match="--name is required, unless a --preset sets it"):
         parse()
     with pytest.raises(flags.Error, match="preset"):
         parse("--preset=medium")
@@ -88,39 +88,42 @@ def test_pairs():
         config.pairs("epsilon", ("digits",))
 
 
-@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.__name__)
-def test_every_flag_has_a_help_text(binary):
-    assert binary.__doc__
-    for field in dataclasses.fields(binary.Config):
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_every_flag_has_a_help_text(program):
+    assert program.__doc__
+    for field in dataclasses.fields(program.Config):
         assert field.metadata["help"].endswith("."), field.name
 
 
-def test_help_and_errors_of_a_binary():
+def test_help_and_errors_of_a_program():
     def run(*arguments):
         command = [sys.executable, "-m", "experiments.attack", *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
     shown = run("--help")
-    assert "universal perturbation" in shown.stdout and "--max_queries: Image evaluations at most." in shown.stdout
+    assert (
+        "universal perturbation" in shown.stdout
+        and "--max_queries: Maximum number of image evaluations." in shown.stdout
+    )
     missing = run("--victim=nowhere", "--output=x")
     assert missing.returncode != 0
     assert "nowhere" in missing.stderr and "Traceback" not in missing.stderr
 
 
-def test_compiled_programs_are_kept_where_the_flag_says_or_nowhere(tmp_path):
+def test_compilation_cache_flag(tmp_path):
     script = (
         "import dataclasses, jax; from lft_jax.cli import config\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Config:\n"
         "    size: int = config.option(3, 'Size.')\n"
-        "config.main(Config, lambda flags: print('kept in', jax.config.jax_compilation_cache_dir))\n"
+        "config.main(Config, lambda flags: print('cache:', jax.config.jax_compilation_cache_dir))\n"
     )
 
-    def told(*arguments):
+    def printed(*arguments):
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
         command = [sys.executable, "-c", script, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
-    assert told() == f"kept in {tmp_path / 'lft_jax' / 'compiled'}"
-    assert told(f"--compilation_cache={tmp_path / 'here'}") == f"kept in {tmp_path / 'here'}"
-    assert told("--compilation_cache=") == "kept in None"
+    assert printed() == f"cache: {tmp_path / 'lft_jax' / 'compiled'}"
+    assert printed(f"--compilation_cache={tmp_path / 'here'}") == f"cache: {tmp_path / 'here'}"
+    assert printed("--compilation_cache=") == "cache: None"

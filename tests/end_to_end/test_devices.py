@@ -1,4 +1,4 @@
-"""One meta-training on one device, on four, and in two processes: the same numbers up to the order of summation."""
+"""Meta-training gives the same numbers on one device, on four devices, and in two processes, up to rounding."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.standard_promotion
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 120, 12
-TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}  # Adam makes of rounding in tiny gradients more than rounding
+TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}  # Adam amplifies rounding errors of tiny gradients
 TIMEOUT = 240
 
 
@@ -29,8 +29,8 @@ def victim(tmp_path_factory):
     return folder / "victim"
 
 
-def start(victim, workdir, *, virtual_devices=1, **flags):
-    """A process that meta-trains on so many virtual devices."""
+def launch(victim, workdir, *, virtual_devices=1, **flags):
+    """Starts a process that meta-trains on a number of virtual devices."""
     settings = {
         "victims": victim,
         "workdir": workdir,
@@ -46,7 +46,11 @@ def start(victim, workdir, *, virtual_devices=1, **flags):
     }
     xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={virtual_devices}"
     command = [sys.executable, "-m", "experiments.meta_train", *(f"--{k}={v}" for k, v in settings.items())]
-    environment = {**os.environ, "XLA_FLAGS": xla, "XDG_CACHE_HOME": str(victim.parent)}  # compiled once for all
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": xla,
+        "XDG_CACHE_HOME": str(victim.parent),
+    }  # all processes share one compilation cache
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -55,12 +59,12 @@ def finish(*processes):
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
 
 
-def start_two(victim, workdir, **flags):
+def launch_two(victim, workdir, **flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     return [
-        start(victim, workdir, coordinator=address, num_processes=2, process_id=number, **flags) for number in range(2)
+        launch(victim, workdir, coordinator=address, num_processes=2, process_id=number, **flags) for number in range(2)
     ]
 
 
@@ -76,32 +80,32 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def one_device(victim, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one") / "run"
-    finish(start(victim, workdir))
+    finish(launch(victim, workdir))
     return workdir
 
 
-def test_four_devices_give_the_numbers_of_one_and_a_run_goes_on_elsewhere(victim, one_device, tmp_path):
-    finish(start(victim, tmp_path / "four", virtual_devices=4))
+def test_four_devices_match_one_and_a_run_resumes_on_one(victim, one_device, tmp_path):
+    finish(launch(victim, tmp_path / "four", virtual_devices=4))
     assert_same(tmp_path / "four", one_device)
-    # The schedule depends on the number of meta-steps, so the run is stopped, not made shorter.
-    stopped = start(victim, tmp_path / "moved", virtual_devices=4)
+    # The schedule depends on the number of meta-steps, so the run is killed instead of having fewer.
+    stopped = launch(victim, tmp_path / "moved", virtual_devices=4)
     stop_at_checkpoint(stopped, tmp_path / "moved")
-    finish(start(victim, tmp_path / "moved", devices=1))
+    finish(launch(victim, tmp_path / "moved", devices=1))
     assert_same(tmp_path / "moved", one_device)
 
 
-def test_two_processes_give_the_numbers_of_one_and_survive_that_one_is_killed(victim, one_device, tmp_path):
-    first, second = start_two(victim, tmp_path / "run")
+def test_two_processes_match_one_and_resume_after_one_is_killed(victim, one_device, tmp_path):
+    first, second = launch_two(victim, tmp_path / "run")
     stop_at_checkpoint(first, tmp_path / "run")
     output = second.communicate(timeout=TIMEOUT)[0].decode()
-    assert second.returncode != 0, output  # it does not wait for ever for the one that is gone
+    assert second.returncode != 0, output  # it ends instead of waiting for the killed one
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < STEPS
-    finish(*start_two(victim, tmp_path / "run"))
+    finish(*launch_two(victim, tmp_path / "run"))
     assert_same(tmp_path / "run", one_device)
 
 
 def stop_at_checkpoint(process, workdir):
-    """Kills a process as soon as there is a checkpoint."""
+    """Kills a process as soon as it has written its second checkpoint."""
     deadline = time.monotonic() + TIMEOUT
     while not (workdir / "checkpoints" / str(2 * EVERY)).exists():
         assert process.poll() is None, process.communicate()[0].decode()

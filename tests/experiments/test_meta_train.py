@@ -59,8 +59,8 @@ def test_unknown_names_are_refused(changes, message):
         ({"learner": "meta_sgd", "features": ("raw",)}, "features: meta_sgd learns no update rule"),
         ({"base_update": "none", "base_step": 0.1}, "base_step: lft has no base update"),
         ({"learner": "joint", "inner_step": 0.1}, "inner_step: joint fine-tunes by its own rule"),
-        ({"learner": "reptile", "step_weights": "final"}, "step_weights: reptile differentiates nothing"),
-        ({"learner": "reptile", "second_order": True}, "second_order: reptile differentiates nothing"),
+        ({"learner": "reptile", "step_weights": "final"}, "step_weights: reptile uses no derivative of an unroll"),
+        ({"learner": "reptile", "second_order": True}, "second_order: reptile uses no derivative of an unroll"),
         (
             {"learner": "sign_maml", "second_order": True},
             "second_order: sign_maml steps along a sign, whose derivative",
@@ -72,39 +72,45 @@ def test_unknown_names_are_refused(changes, message):
         ({"resolution": 8}, "resolution: lft uses exact gradients, without --num_directions"),
         ({"sampler": True}, "sampler: lft uses exact gradients, without --num_directions"),
         ({"sampler": True, "learner": "joint", "num_directions": 3}, "sampler: joint has no sampler of directions"),
-        ({"features": ("raw", "update")}, "features: update is for a sampler"),
+        ({"features": ("raw", "update")}, "features: update is a feature of samplers"),
         ({"per_example": True}, "per_example: lft uses exact gradients, without --num_directions"),
         ({"basis": "dct", "num_directions": 3}, "basis: lft has no subspace of directions, without --resolution"),
         (
             {"second_loss": "hinge", "num_directions": 3},
-            "second_loss: lft has estimates of one loss, with --num_directions",
+            "second_loss: lft estimates the gradient of one loss only, with --num_directions",
         ),
-        ({"features": ("momentum", "second")}, "features: second is the gradient of a second loss, and there is none"),
+        ({"features": ("momentum", "second")}, "features: second is the gradient of a second loss; set --second_loss"),
         ({"second_loss": "cross_entropy"}, "second_loss: cross_entropy is the support loss already"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"es_window": 5}, "es_window: lft has no windows, without --meta_gradient=pes"),
-        ({"meta_gradient": "pes"}, "es_window: pes needs one that divides num_steps = 20, got None"),
-        ({"meta_gradient": "truncated_es", "es_window": 3}, "es_window: truncated_es needs one that divides"),
-        ({"meta_gradient": "pes", "es_window": 5, "curriculum": (5, 20)}, "curriculum: lft has windows for short"),
-        ({"meta_gradient": "pes", "es_window": 5, "step_weights": "final"}, "step_weights: final leaves all windows"),
+        ({"meta_gradient": "pes"}, "es_window: pes needs a window that divides num_steps = 20, got None"),
+        ({"meta_gradient": "truncated_es", "es_window": 3}, "es_window: truncated_es needs a window that divides"),
+        ({"meta_gradient": "pes", "es_window": 5, "curriculum": (5, 20)}, "curriculum: lft has short windows already"),
+        (
+            {"meta_gradient": "pes", "es_window": 5, "step_weights": "final"},
+            "step_weights: with final, all windows except the last",
+        ),
         ({"meta_gradient": "pes", "es_window": 5, "learner": "adaptive_lft"}, "meta_gradient: adaptive_lft diff"),
         ({"curriculum": (5, 10)}, r"curriculum: expected .* to num_steps = 20, got \(5, 10\)"),
-        ({"curriculum": (10, 5, 20)}, "curriculum: expected .* numbers that ascend"),
+        ({"curriculum": (10, 5, 20)}, "curriculum: expected .* increasing numbers"),
         ({"curriculum": (0, 20)}, "curriculum: expected .* from at least 1"),
-        ({"curriculum": (5, 10, 20), "meta_steps": 2}, "curriculum: expected at most meta_steps = 2 numbers"),
+        (
+            {"curriculum": (5, 10, 20), "meta_steps": 2},
+            "curriculum: expected at most meta_steps = 2 increasing numbers",
+        ),
         ({"learner": "maml", "imitation_steps": 5}, "imitation_steps: maml learns no update rule"),
-        ({"imitation_decay": 0.9}, "imitation_decay: lft imitates nothing, without imitation_steps"),
+        ({"imitation_decay": 0.9}, "imitation_decay: lft imitates nothing, without --imitation_steps"),
         ({"imitation_steps": 1000}, "imitation_steps: expected fewer than meta_steps = 1000, got 1000"),
         ({"imitation_steps": -1}, "imitation_steps: expected fewer than meta_steps = 1000, got -1"),
-        ({"imitation_steps": 5}, "imitation_steps: the base update .* is the one to imitate"),
+        ({"imitation_steps": 5}, "imitation_steps: the base update .* equals the update to imitate"),
         ({"penalty": 0.1, "norm": "l1", "epsilon": ("digits=0.1",)}, "epsilon: lft has a penalty"),
         (
             {"learner": "maml", "step_weights": "final", "window": 5},
-            "window: the last of 20 steps alone, cut off after 5",
+            "window: the loss of the last of 20 steps, truncated to 5 steps",
         ),
     ],
 )
-def test_flags_without_a_use_are_refused(changes, message):
+def test_flags_without_effect_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         meta_train.meta_train(flags(**changes))
 
@@ -123,7 +129,7 @@ def test_flags_without_a_use_are_refused(changes, message):
         {"second_loss": "dominant", "features": ("momentum", "second")},
     ],
 )
-def test_flags_of_use_are_not(changes):
+def test_flags_with_an_effect_are_accepted(changes):
     meta_train.check(flags(**changes))
 
 
@@ -133,11 +139,11 @@ def test_flags_describe_meta_gradients():
         3, 0.1
     )
     for name, value in {"second_order": True, "window": 5}.items():
-        for estimator in ("es", "pes"):
-            with pytest.raises(ValueError, match=f"{name}: evolution strategies differentiate nothing"):
-                meta_train.meta_gradient_of(flags(meta_gradient=estimator, **{name: value}))
-    for estimator, accumulate in {"pes": True, "truncated_es": False}.items():
-        found = meta_train.meta_gradient_of(flags(meta_gradient=estimator, es_window=5, es_pairs=3))
+        for meta_gradient in ("es", "pes"):
+            with pytest.raises(ValueError, match=f"{name}: evolution strategies use no derivatives"):
+                meta_train.meta_gradient_of(flags(meta_gradient=meta_gradient, **{name: value}))
+    for meta_gradient, accumulate in {"pes": True, "truncated_es": False}.items():
+        found = meta_train.meta_gradient_of(flags(meta_gradient=meta_gradient, es_window=5, es_pairs=3))
         assert found == PersistentEvolutionStrategies(5, 3, 0.01, accumulate)
 
 
@@ -163,15 +169,15 @@ def test_flags_describe_teachers():
         assert np.any(update)
 
 
-def test_what_a_run_lacks_is_the_default_of_its_day():
+def test_missing_flags_of_old_runs_get_their_former_values():
     present = meta_train.present_flags({})
     assert (present["augment"], present["curriculum"], present["window"]) == (False, (), None)
     assert not {"victims", "workdir", "remat"} & present.keys()
 
 
 @pytest.mark.parametrize("name", sorted(config.PRESETS))
-def test_a_preset_is_the_run_of_the_shipped_rule(name):
-    """Up to the seed, and to victims that were stored in another folder."""
+def test_presets_equal_the_meta_training_of_shipped_rules(name):
+    """Except the seed and the folder of the victims."""
     shipped = meta_train.flags_of(pretrained_card(name.replace("_", "-"))["meta_training"])
     preset = meta_train.Config(workdir="", seed=shipped.seed, **config.PRESETS[name])
     meta_train.check(preset)
@@ -179,7 +185,7 @@ def test_a_preset_is_the_run_of_the_shipped_rule(name):
     assert dataclasses.replace(preset, victims=()) == dataclasses.replace(shipped, victims=())
 
 
-def test_runs_of_the_first_version_are_read_under_the_present_names():
+def test_flags_of_version_0_1_are_read_under_their_present_names():
     old = {"victims": ["a"], "start": "none", "start_step": 0.1, "start_decay": 0.2, "queries": 7, "weights": "linear"}
     found = meta_train.flags_of(old, "there")
     assert (found.base_update, found.base_step, found.base_decay) == ("none", 0.1, 0.2)

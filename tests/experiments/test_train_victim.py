@@ -1,4 +1,4 @@
-"""The binary that trains victims, on a tiny source."""
+"""The program that trains victims, on a tiny source."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def tiny(tmp_path):
     return tmp_path / "tiny.npz"
 
 
-def test_a_victim_its_card_and_its_curve(tiny, tmp_path, capsys):
+def test_training_writes_victim_card_and_curve(tiny, tmp_path, capsys):
     output, curve = tmp_path / "victim", tmp_path / "curve.json"
     given = train_victim.Config(
         source=str(tiny),
@@ -53,7 +53,7 @@ def test_a_victim_its_card_and_its_curve(tiny, tmp_path, capsys):
     assert f"test accuracy {written['test_accuracy']:.4f} on 16 images" in capsys.readouterr().out
 
 
-def test_defaults_suit_the_source():
+def test_defaults_depend_on_the_source():
     recipe = train_victim._recipe(train_victim.Config(source="digits", epochs=2))
     assert (recipe.architecture, recipe.epochs, recipe.learning_rate) == ("small_cnn", 2, 3e-3)
     assert train_victim._recipe(train_victim.Config(source="else")).architecture == "vgg"
@@ -61,10 +61,10 @@ def test_defaults_suit_the_source():
         assert train_victim._recipe(train_victim.Config(source=source)).check().architecture in MODELS
 
 
-def test_flags_are_the_configuration():
+def test_flags_are_parsed_to_a_configuration():
     values = flags.FlagValues()
     config.define_flags(train_victim.Config, values)
-    values(["binary", "--source=cifar10", "--epochs=4", "--architecture=lenet"])
+    values(["program", "--source=cifar10", "--epochs=4", "--architecture=lenet"])
     given = config.read_flags(train_victim.Config, values)
     assert given == train_victim.Config(source="cifar10", epochs=4, architecture="lenet")
 

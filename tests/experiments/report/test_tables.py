@@ -1,4 +1,4 @@
-"""Rendered results: pages hold the numbers of their files, and the committed pages are up to date."""
+"""Rendered results: pages have the numbers of their files, and the committed pages are up to date."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def row(method, asr, steps, gap, victim="toy_small_cnn_1000", **more):
         "difference_to_tuned_pgd": [asr[-1] - 0.4, 0.02],
         "steps_to_tuned_pgd": steps,
         "gap_closed": gap,
-        "gap_closed_augmented": None,
+        "gap_closed_augmented": 0.25,
         "clean_accuracy": 0.98,
         "l1": 1.0,
         "l2": 0.5,
@@ -111,7 +111,7 @@ ABLATION = {
 
 @pytest.fixture
 def rendered(tmp_path):
-    """The document that the three results make, and the folder of their files."""
+    """The document rendered from three results files, and their folder."""
     (tmp_path / "docs").mkdir()
     document = tmp_path / "docs" / "results.md"
     document.write_text(f"Before.\n{render.BEGIN}\nold\n{render.END}\nAfter.\n")
@@ -137,13 +137,13 @@ def rendered(tmp_path):
         ({"num_directions": 3, "second_loss": "hinge"}, "momentum", "queries only"),
     ],
 )
-def test_comparisons_of_one_victim_are_told_apart(tasks, start, kind):
+def test_comparisons_of_one_victim_have_different_settings(tasks, start, kind):
     changes = {"tasks": {"shots": 2, "norm": "l2", **tasks}, "meta_training": [{"start": start}]}
     lines = tables.claims([{**COMPARISON, **changes}]).strip().splitlines()
     assert lines[-1].startswith(f"| `toy_small_cnn_1000` | {kind} | 5.5 |")
 
 
-def test_what_is_around_the_marks_stays(rendered):
+def test_text_outside_the_marks_is_kept(rendered):
     text, _ = rendered
     assert text.startswith(f"Before.\n{render.BEGIN}\n## The LFT against each kind of method")
     assert text.endswith(f"{render.END}\nAfter.\n")
@@ -156,15 +156,15 @@ def test_what_is_around_the_marks_stays(rendered):
         "## Attacks on `toy_small_cnn_1000` and `toy_lenet_1001`: 3 classes, 2 images per class, queries only, l1 pen",
         "- Gradients: zeroth-order estimates from 10 directions per step; the start is the best of plane waves, ",
         "searched with 40 evaluations of every support image.",
-        # The differences of the two tasks are 0.2 and 0.1, and 0.15 and 0.05; 1.96 / sqrt(2) of their deviation 0.0707.
-        "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never |  | 75% |",
+        # Differences by task: 0.2 and 0.1, 0.15 and 0.05. Intervals: 1.96 / sqrt(2) times the deviation 0.0707.
+        "| queries only | 5.5 | +15.0 ± 9.8 |  | +10.0 ± 9.8 | 1 (300 of 400 queries) |  | never |  | 75% | 25% |",
         "a penalty of 0.01 times the l1 norm",
         "lft (2 seeds) on 2 victims of toy and big_toy; maml (1 seed) on 1 victim of toy; joint (1 seed) on ",
         "with 1 support image(s) per class; maml and joint without that search, with 12 directions per step.\n",
         "on 4 validation tasks of the same victim",
         "queries only, l1 penalty, base update along the gradient\n",
-        "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
-        "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% |  | -1.00 | 1.0 | 0.50 | 0.100 |",
+        "| lft | 40.0 ± 1.0 | 55.0 ± ? (50.0 to 60.0) | +15.0 ± 2.0 | 1 | 75% | 25% | -1.00 | 1.0 | 0.50 | 0.100 |",
+        "| oracle |  | 60.0 ± ? | +20.0 ± 2.0 | 1 | 100% | 25% | -1.00 | 1.0 | 0.50 | 0.100 |",
         "| toy_lenet_1001 | 8x9x3 | 4 | 2 | x 0.5 | 6 | 30.0 ± 2.0 | 41.0 ± 3.0 | +11.0 ± 4.0 |",
         "3 meta-steps on victims of all the study's architectures, mean over 2 meta-training seeds. In brackets",
         "paired by task, then that of each seed. Radii are the defaults, except toy=0.3. Variants",
@@ -175,8 +175,15 @@ def test_what_is_around_the_marks_stays(rendered):
         "![perturbations of toy_lenet_1001](../compare_toy_lenet_1001.png)",
     ],
 )
-def test_numbers_and_figures_are_those_of_the_files(rendered, line):
+def test_document_has_numbers_and_figures_of_the_files(rendered, line):
     assert line in rendered[0]
+
+
+def test_radii_that_differ_from_meta_training_are_named():
+    tasks = {**COMPARISON["tasks"], "norm": "linf", "penalty": None, "epsilon": {"toy": 0.2}}
+    runs = [{**run, "epsilon": ["toy=0.3"]} for run in COMPARISON["meta_training"]]
+    section = tables.results_section({**COMPARISON, "tasks": tasks, "meta_training": runs}, "toy.json", "toy")
+    assert "- Bound: linf ball, radius toy 0.2 (meta-trained at 0.3).\n" in section
 
 
 def of_one_victim():
@@ -184,9 +191,9 @@ def of_one_victim():
     return {**COMPARISON, "rows": rows}
 
 
-def test_a_summary_has_a_row_per_victim():
+def test_summary_has_a_row_per_victim():
     cells = ["40.0 ± ?", "40.0 ± ? (pgd)", "45.0 ± ? (pgd)", "", "55.0 ± ?", "60.0 ± ?", "+15.0 ± 2.0", "+10.0 ± 9.8"]
-    assert tables.summary([of_one_victim()]).endswith(f"| `toy_small_cnn_1000` | {' | '.join(cells)} | 75% |\n")
+    assert tables.summary([of_one_victim()]).endswith(f"| `toy_small_cnn_1000` | {' | '.join(cells)} | 75% | 25% |\n")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,7 @@ def test_a_summary_has_a_row_per_victim():
         (-0.3, "behind (-20.0 ± 9.8)"),
     ],
 )
-def test_a_short_summary_says_who_is_ahead(tmp_path, change, verdict):
+def test_short_summary_has_a_verdict(tmp_path, change, verdict):
     results = of_one_victim()
     rows = [
         {**r, "task_asr": [x + change for x in r["task_asr"]]} if r["method"] == "lft" else r for r in results["rows"]
@@ -219,16 +226,16 @@ def test_figures_are_drawn_beside_the_files(rendered):
         assert (rendered[1] / name).stat().st_size > 5_000
 
 
-def test_what_cannot_be_rendered_is_refused_by_name(tmp_path):
+def test_errors_of_render_name_the_argument(tmp_path):
     rows = [r for r in COMPARISON["rows"] if r["method"] != "lft"]
     (tmp_path / "mine.json").write_text(json.dumps({**COMPARISON, "rows": rows}))
     document = tmp_path / "README.md"
     document.write_text(f"{render.BEGIN}{render.END}")
     options = {"results": (str(tmp_path / "mine.json"),), "document": str(document)}
     for summary in (tables.summary, tables.brief):
-        with pytest.raises(ValueError, match="results: toy_small_cnn_1000 was not attacked by an lft"):
+        with pytest.raises(ValueError, match="results: a summary needs an lft, and none attacked toy_small_cnn_1000"):
             summary([{**COMPARISON, "rows": rows}])
-    with pytest.raises(ValueError, match="results: without --document all results files are rendered"):
+    with pytest.raises(ValueError, match="results: all results files are rendered without --document"):
         render.render(render.Config(results=options["results"]))
     with pytest.raises(ValueError, match="has no marks"):
         render.render(render.Config(results=options["results"], document=options["results"][0]))
@@ -239,11 +246,11 @@ def test_what_cannot_be_rendered_is_refused_by_name(tmp_path):
     assert "each kind of method" not in document.read_text()
 
 
-def test_results_of_an_unknown_program_are_refused_by_name(tmp_path):
+def test_results_of_an_unknown_program_are_refused(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"provenance": {"command": "python -m experiments.other"}}))
     document = tmp_path / "notes.md"
     document.write_text(f"{render.BEGIN}{render.END}")
-    with pytest.raises(ValueError, match=r"mine\.json was made by other, which has no section"):
+    with pytest.raises(ValueError, match=r"mine\.json was written by other, which has no section"):
         render.render(render.Config(results=(str(tmp_path / "mine.json"),), document=str(document)))
 
 
@@ -256,7 +263,7 @@ def test_results_of_an_unknown_program_are_refused_by_name(tmp_path):
         ("elsewhere/mine.json", "mine"),
     ],
 )
-def test_a_page_is_named_after_its_file(path, name):
+def test_page_names(path, name):
     assert render.page_name(path) == name
 
 
@@ -265,7 +272,7 @@ def documents():
     return render.all_documents(ROOT, {path: json.loads((ROOT / path).read_text()) for path in paths})
 
 
-def test_committed_pages_are_those_of_the_results_files():
+def test_committed_pages_are_up_to_date():
     rendered = documents()
     stale = [
         path for path, text in rendered.items() if not (ROOT / path).is_file() or (ROOT / path).read_text() != text
@@ -276,18 +283,18 @@ def test_committed_pages_are_those_of_the_results_files():
 
 
 def links(document):
-    """The files that a Markdown document links to, without anchors and addresses."""
+    """The files that a Markdown document links to, without anchors and web addresses."""
     found = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
     return [target.partition("#")[0] for target in found if "://" not in target and not target.startswith("#")]
 
 
-def test_links_of_the_documents_lead_to_files():
+def test_links_in_documents_lead_to_files():
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         missing = [target for target in links(document) if not (document.parent / target).exists()]
         assert not missing, document.relative_to(ROOT)
 
 
-def test_cases_fit_their_victims():
+def test_breadth_cases_are_valid():
     sizes = set()
     for case in breadth.CASES:
         sizes.add(case.side)

@@ -1,4 +1,4 @@
-"""An ablation as small as it gets, on victims of a few seconds."""
+"""Ablations with the smallest settings, on victims that train within seconds."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.standard_promotion
-def test_variants_are_paired_task_by_task_at_equal_queries(trained, tmp_path, monkeypatch):
+def test_variants_are_paired_by_task_at_equal_queries(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
     monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {"epsilon": ("digits=0.1",)})})
     variants = {
@@ -88,12 +88,12 @@ def test_unknown_variants_are_refused(names, message):
 
 
 @pytest.mark.parametrize("name", ["lenett", "vgg"])
-def test_architectures_that_nothing_is_trained_on_are_refused(name):
+def test_architectures_without_meta_training_victims_are_refused(name):
     with pytest.raises(ValueError, match=f"architectures: unknown name '{name}'"):
         ablation.ablate(ablation.Config(architectures=(name,)))
 
 
-def test_variants_say_how_many_victims_they_are_trained_on_and_the_flags_of_which_architectures():
+def test_variants_and_flags_choose_the_meta_training_victims():
     def trained(variant, **flags):
         return ablation._settings("variant", variant, 0, ablation.Config(**flags)).victims
 
@@ -104,7 +104,7 @@ def test_variants_say_how_many_victims_they_are_trained_on_and_the_flags_of_whic
 
 
 @pytest.mark.standard_promotion
-def test_variants_attack_in_the_balls_of_the_study(trained, monkeypatch):
+def test_variants_attack_with_the_radii_of_the_study(trained, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
     monkeypatch.setattr(study, "STUDIES", {"hard": study.Study((), META, {"epsilon": ("digits=0.125",)})})
     flags = ablation.Config(sources=("digits",), victims=trained)
@@ -114,33 +114,33 @@ def test_variants_attack_in_the_balls_of_the_study(trained, monkeypatch):
     assert family.constraint.epsilon == 0.125
 
 
-def test_what_is_only_judged_cannot_be_the_first():
+def test_reference_variant_must_be_meta_trained():
     with pytest.raises(
-        ValueError, match="variants: '1 direction at test time' is not meta-trained, so it cannot be the first"
+        ValueError, match="variants: '1 direction at test time' is not meta-trained, so it cannot be the reference"
     ):
         ablation.ablate(ablation.Config(study="query", variants=("1 direction at test time", "base")))
 
 
 @pytest.mark.parametrize("name", ablation.VARIANTS)
-def test_variants_can_be_named_by_a_flag(name):
+def test_variant_names_have_no_comma(name):
     assert not any("," in variant for variant in ablation.VARIANTS[name])
 
 
 @pytest.mark.parametrize("name", ablation.VARIANTS)
-def test_all_variants_of_a_study_make_sense_at_as_many_queries(name):
+def test_all_variants_of_a_study_are_valid_at_equal_queries(name):
     flags, evaluations = ablation.Config(study=name), set()
     for variant in ablation.VARIANTS[name].values():
         settings = ablation._settings("variant", variant, 0, flags)
         meta_train.check(settings)
         assert not (variant.judged and (variant.flags or variant.per_source))
         settings = dataclasses.replace(settings, **variant.judged)
-        tried = 2 * settings.num_directions or 1  # by exact gradients a step evaluates the images once
+        tried = 2 * settings.num_directions or 1  # with exact gradients a step evaluates the images once
         evaluations.add(settings.num_steps * tried + settings.waves)
     assert len(evaluations) == 1
 
 
 @pytest.mark.standard_promotion
-def test_variants_of_unequal_queries_are_refused(trained, tmp_path, monkeypatch):
+def test_variants_with_unequal_queries_are_refused(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
     monkeypatch.setattr(study, "STUDIES", {"query": study.Study((), META, {})})
     variants = {"base": Variant(), "fewer": Variant(judged={"num_directions": 3})}
@@ -153,11 +153,11 @@ def test_variants_of_unequal_queries_are_refused(trained, tmp_path, monkeypatch)
         workdir=str(tmp_path / "runs"),
         output=str(tmp_path / "ablation.json"),
     )
-    with pytest.raises(ValueError, match="at: after 2 steps 'fewer' has spent 120 queries, 'base' 240"):
+    with pytest.raises(ValueError, match="at: after 2 steps 'fewer' has made 120 queries, 'base' 240"):
         ablation.ablate(flags)
 
 
-def test_a_variant_that_says_how_many_meta_steps_keeps_them():
+def test_meta_steps_of_a_variant_override_the_flag():
     def meta_steps(variant, **flags):
         return ablation._settings("variant", variant, 0, ablation.Config(**flags)).meta_steps
 
@@ -166,7 +166,7 @@ def test_a_variant_that_says_how_many_meta_steps_keeps_them():
     assert meta_steps(Variant()) == study.STUDIES["hard"].meta["meta_steps"]
 
 
-def test_no_two_runs_that_make_results_asks_for_share_a_folder():
+def test_ablation_runs_of_make_results_have_different_folders():
     makefile = pathlib.Path(ablation.__file__).parents[2] / "Makefile"
     folders = {}
     for line in makefile.read_text().replace("\\\n", "").splitlines():

@@ -1,4 +1,4 @@
-"""A rule away from its training: victims of other sizes and class counts, and one case as small as it gets."""
+"""A rule outside its meta-training: victims with other sizes and class counts, and one small measurement."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ VICTIMS = Path(breadth.__file__).parents[2] / "victims"
 VICTIM = str(VICTIMS / "digits_small_cnn_1000")
 
 
-def test_a_case_of_larger_images_and_fewer_classes_is_a_view_of_the_stored_victim():
+def test_case_with_larger_images_and_fewer_classes():
     family = breadth.make_family(breadth.Case("digits", side=24, classes=3, factor=0.5), VICTIM, "test", None)
     assert family.images.shape[1:] == (24, 24, 1)
     assert set(np.asarray(family.labels).tolist()) == {0, 1, 2}
@@ -22,7 +22,7 @@ def test_a_case_of_larger_images_and_fewer_classes_is_a_view_of_the_stored_victi
 
 
 @pytest.mark.standard_promotion
-def test_every_case_is_a_row(tmp_path, monkeypatch):
+def test_results_have_a_row_per_case(tmp_path, monkeypatch):
     monkeypatch.setattr(breadth, "CASES", (breadth.Case("digits", classes=2, num_steps=2),))
     monkeypatch.setattr(breadth.evaluation, "tune", lambda baseline, *args, **kwargs: Tuned(baseline.grid[0]))
     output = tmp_path / "breadth.json"
@@ -35,7 +35,7 @@ def test_every_case_is_a_row(tmp_path, monkeypatch):
 
 
 class Tuned:
-    """A grid that was not run."""
+    """The result of a tuning that was skipped."""
 
     def __init__(self, setting):
         self.setting = setting

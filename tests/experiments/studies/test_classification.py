@@ -10,10 +10,10 @@ METHODS = {"sgd", "adam", "lft"}
 
 
 @pytest.mark.standard_promotion
-def test_every_method_is_judged_on_the_tasks_it_serves(tmp_path, monkeypatch):
+def test_every_method_is_evaluated_on_its_tasks(tmp_path, monkeypatch):
     monkeypatch.setattr(classification, "_SCANNED", 2)
     monkeypatch.setattr(classification, "NUM_STEPS", 2)
-    monkeypatch.setattr(classification, "_MOST_IMAGES", 20)  # of validation and test alike: one program for both
+    monkeypatch.setattr(classification, "_MOST_IMAGES", 20)  # equal for validation and test, which then share a program
     for name, kept in (("GRIDS", ("sgd", "adam")), ("INITIALIZATIONS", ("maml", "joint"))):
         monkeypatch.setattr(classification, name, {method: getattr(classification, name)[method] for method in kept})
     flags = classification.Config(
@@ -55,7 +55,7 @@ def test_every_method_is_judged_on_the_tasks_it_serves(tmp_path, monkeypatch):
     assert (tmp_path / "few.png").stat().st_size > 10_000
 
 
-def test_test_classes_and_images_are_not_those_of_meta_training():
+def test_splits_share_no_images_and_have_equal_class_counts():
     train, validation, test = classification.make_families("digits:8:linear", classification.Config(shots=1))
     assert [len(family.counts) for family in (train, validation, test)] == [5, 5, 5]
     images = [{image.tobytes() for image in np.asarray(family.images)} for family in (train, validation, test)]
@@ -63,6 +63,6 @@ def test_test_classes_and_images_are_not_those_of_meta_training():
 
 
 @pytest.mark.parametrize("case", ["digits", "digits:8", "digits:eight:linear", "digits:8:mlp:3:4", "digits:8:mlp:-3"])
-def test_descriptions_of_tasks_are_checked(case):
+def test_invalid_cases_are_refused(case):
     with pytest.raises(ValueError, match=f"expected source:size:architecture.:width., got '{case}'"):
         classification.make_families(case, classification.Config())

@@ -1,4 +1,4 @@
-"""Directions a step: equal queries whatever their number, and a small measurement with its table."""
+"""Numbers of directions per step: equal total queries, and a small measurement with its table."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ VICTIM = str(Path(directions.__file__).parents[2] / "victims" / "digits_small_cn
 SEARCHING = common.TaskConfig(num_directions=6, per_example=True, resolution=4, waves=160)
 
 
-def test_steps_follow_from_directions_and_nothing_is_left_over():
+def test_num_steps_follows_from_directions_without_remainder():
     family = common.make_target(VICTIM, False, SEARCHING).test
     plain = {count: comparison.as_published(family, count) for count in (1, 5, 20)}
     assert {count: directions.num_steps(of, 400) for count, of in plain.items()} == {1: 200, 5: 40, 20: 10}
-    assert directions.num_steps(family, 400) == 20  # 160 for a start, then 12 a step
+    assert directions.num_steps(family, 400) == 20  # 160 for the start, then 12 per step
     with pytest.raises(ValueError, match="evaluations: 401"):
         directions.num_steps(plain[5], 401)
     with pytest.raises(ValueError, match="evaluations: 160"):
@@ -35,7 +35,7 @@ def test_steps_follow_from_directions_and_nothing_is_left_over():
 
 
 @pytest.mark.standard_promotion
-def test_every_method_makes_as_many_queries(tmp_path, monkeypatch):
+def test_all_methods_make_equal_queries(tmp_path, monkeypatch):
     tuned = []
 
     def first(baseline, family, keys, **options):
@@ -61,10 +61,10 @@ def test_every_method_makes_as_many_queries(tmp_path, monkeypatch):
         ("sgd, augmented", 2, 1),
         ("lft", 2, 1),
     ]
-    assert {row["queries"] for row in rows} == {1640.0}  # of ten support images
+    assert {row["queries"] for row in rows} == {1640.0}  # 164 evaluations of ten support images
     assert rows[0]["settings_tried"] == len(baselines.make_baselines("linf")["sgd"].grid)
     assert all(0 <= row["asr"] <= 1 and not row["seen_victim"] and row["epsilon"] == 0.25 for row in rows)
-    # Tuned on validation images, as published and then as the learned rule has its tasks, for the steps of the test.
+    # Tuned on validation images with the steps of the test: as published, then with the tasks of the learned rule.
     validation = load_source("digits", "validation").images
     assert [steps for _, _, steps in tuned] == [41, 1]
     for published, (family, keys, _) in zip((True, False), tuned, strict=True):
@@ -87,10 +87,10 @@ def test_every_method_makes_as_many_queries(tmp_path, monkeypatch):
         ({"methods": ("newton",)}, "methods"),
         ({"directions": (5, 0)}, "directions must be"),
         ({"num_tasks": 1}, "num_tasks must be"),
-        ({"directions": (5, 25)}, "evaluations: 400, 160 of them for a start"),
+        ({"directions": (5, 25)}, "evaluations: 400 minus 160 for the start is not a positive multiple of 50"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_first(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(directions.evaluation, "tune", None)  # so nothing is tuned before
+def test_invalid_flags_are_refused_before_tuning(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(directions.evaluation, "tune", None)  # fails if anything is tuned
     with pytest.raises(ValueError, match=message):
         directions.measure(directions.Config(victims=(VICTIM,), output=str(tmp_path / "x.json"), **changes))

@@ -1,4 +1,4 @@
-"""Shipped rules against their cards, and a run that is shipped."""
+"""Shipped rules match their cards, and a run is shipped with a card."""
 
 import json
 
@@ -14,19 +14,19 @@ from lft_jax.pretrained import list_pretrained, load_pretrained, pretrained_card
 
 
 @pytest.mark.parametrize("name", list_pretrained())
-def test_every_shipped_rule_does_what_its_card_says(name):
-    """On 20 small tasks, whose means may differ by rounding: a step along a sign turns it into a whole step."""
+def test_shipped_rules_match_their_cards(name):
+    """On 20 small tasks. Tolerances are wide, since steps along a sign amplify rounding errors."""
     params, rule = load_pretrained(name)
     card = pretrained_card(name)
     found = ship.check(params, rule, card)
     assert abs(found["asr"] - card["check"]["asr"]) < 0.03
     for norm in ("l1", "l2", "linf"):
         assert found[norm] == pytest.approx(card["check"][norm], rel=0.05)
-    untrained = ship.check(jax.tree.map(jnp.zeros_like, params), rule, card)  # what its output is added to, alone
+    untrained = ship.check(jax.tree.map(jnp.zeros_like, params), rule, card)  # the base update alone
     assert any(abs(untrained[name] / card["check"][name] - 1) > 0.02 for name in card["check"])
 
 
-def test_a_run_is_shipped_with_its_card(tmp_path, monkeypatch):
+def test_ship_writes_the_rule_and_its_card(tmp_path, monkeypatch):
     flags = meta_train.Config(victims=(), workdir="", rule="coordinate_lstm", hidden=2, layers=1, num_steps=3)
     rule = meta_train.rule_of(flags)
     stored = {
@@ -58,16 +58,16 @@ def test_a_run_is_shipped_with_its_card(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", list_pretrained())
-def test_a_shipped_rule_is_evaluated_by_its_name(name):
+def test_shipped_rules_are_loaded_by_name(name):
     flags, learned = meta_train.load_learned(name)
     params, rule = load_pretrained(name)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, learned.params, [params]))
-    assert meta_train.rule_of(flags) == rule  # its flags are those that made it
+    assert meta_train.rule_of(flags) == rule  # the flags describe the rule
     assert flags.workdir == name
     assert len(flags.victims) >= 2
     assert meta_train.tasks_of(flags).augment
 
 
-def test_what_is_neither_a_run_nor_a_shipped_rule_is_refused(tmp_path):
+def test_names_of_neither_a_run_nor_a_shipped_rule_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         meta_train.load_learned(str(tmp_path / "uap-linf"))

@@ -9,7 +9,7 @@ from experiments.studies import sine
 
 
 @pytest.mark.standard_promotion
-def test_every_method_is_judged_on_the_networks_it_serves(tmp_path):
+def test_every_method_is_evaluated_on_its_networks(tmp_path):
     flags = sine.Config(
         output=str(tmp_path / "sine.json"),
         widths=(4, 3),
@@ -24,7 +24,7 @@ def test_every_method_is_judged_on_the_networks_it_serves(tmp_path):
     kept = [path for path in tmp_path.rglob("seed_0_*") if path.is_dir()]
     assert len(kept) == 1 + 3 + 2
     ready = [path.stat().st_mtime_ns for path in kept]
-    again = sine.sine(flags)  # finds what was meta-trained
+    again = sine.sine(flags)  # loads the stored meta-parameters
     assert [path.stat().st_mtime_ns for path in kept] == ready
     assert again["rows"] == first["rows"] and again["published"] == first["published"]
     assert [row["method"] for row in first["published"]] == list(sine.PUBLISHED)
@@ -50,7 +50,7 @@ def test_every_method_is_judged_on_the_networks_it_serves(tmp_path):
     assert f"{named}{of['adam']['error'][0]:.3f} ± " in section
 
 
-def test_an_error_that_is_not_finite_is_none_and_leaves_the_others():
+def test_means_with_infinite_errors_are_none():
     values = np.asarray([[1.0, 2.0], [3.0, np.inf], [2.0, 4.0], [2.0, 5.0]])
     row = common.curve_row("error", values, {"sgd": np.zeros_like(values)})
     assert row["error"] == (2.0, None) and row["error_interval"][1] is None

@@ -1,4 +1,4 @@
-"""The studies on real images: who takes part, and a whole one that is as small as it gets."""
+"""The studies on real images: their runs and victims, and a whole study with the smallest settings."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
-def test_every_run_of_a_study_makes_sense(name):
+def test_every_run_of_a_study_is_valid(name):
     chosen = study.STUDIES[name]
     for run in chosen.runs:
         meta_train.check(
@@ -37,7 +37,7 @@ def test_every_run_of_a_study_makes_sense(name):
 
 
 @pytest.mark.parametrize("source", ["mnist", "cifar10"])
-def test_ten_victims_a_source_some_of_them_strangers(source):
+def test_ten_victims_per_source_some_with_an_unseen_architecture(source):
     recipes = victims.RECIPES[source]
     by_role = {role: [r for r in recipes if r.role == role] for role in victims.ROLES}
     assert len(by_role["train"]) + len(by_role["validation"]) == 8
@@ -50,7 +50,7 @@ def test_ten_victims_a_source_some_of_them_strangers(source):
 
 
 @pytest.mark.standard_promotion
-def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, monkeypatch):
+def test_victims_are_trained_once_and_a_study_compares_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
     flags = victims.Config(sources=("digits",), folder=str(tmp_path / "victims"))
     victims.train_missing(flags)
@@ -83,7 +83,7 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
     assert rows["lft"]["seeds"] == 2
     assert not rows["lft"]["seen_victim"]
-    # Three directions, each tried both ways, on ten support images.
+    # Three directions with central differences, on ten support images.
     assert rows["lft"]["queries"] == rows["sgd"]["queries"] == [60, 120]
     assert "maml" not in rows
     made = json.loads((tmp_path / "runs/tiny/lft_digits_0/config.json").read_text())
@@ -96,18 +96,18 @@ def test_victims_are_trained_once_and_a_study_compares_what_it_trains(tmp_path, 
     assert not (tmp_path / "none.json").exists()
     study.study(dataclasses.replace(given, study="again", attacked=()))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
-    with pytest.raises(ValueError, match="only: tiny has no run lft/mnist, only lft/digits, maml/digits"):
+    with pytest.raises(ValueError, match="only: tiny has no run lft/mnist; its runs are lft/digits, maml/digits"):
         study.study(study.Config(study="tiny", only=("lft/mnist",)))
 
 
-def test_unplanned_sources_are_refused():
-    with pytest.raises(ValueError, match="sources: no victims are planned for 'svhn'"):
+def test_sources_without_victims_are_refused():
+    with pytest.raises(ValueError, match="sources: there are no victims of 'svhn'"):
         victims.train_missing(victims.Config(sources=("svhn",)))
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Makes runs of evaluate from flags, on victims that are named after their source."""
+    """Makes runs for `evaluate` from flags, with victims that are named after their source."""
 
     def load(path):
         return types.SimpleNamespace(card={"source": path})
@@ -124,53 +124,56 @@ def runs(monkeypatch):
     return make
 
 
-def test_seeds_of_one_run_are_one_method(runs):
+def test_runs_that_differ_in_seed_are_one_method(runs):
     (method,) = evaluate._methods(runs({"victims": ("a",), "seed": 0}, {"victims": ("a",), "seed": 1}), "b").items()
     assert (method[0], method[1].params) == ("lft", [0, 1])
 
 
-def test_runs_on_other_sources_are_other_methods(runs):
+def test_runs_on_different_sources_are_different_methods(runs):
     methods = evaluate._methods(
         runs({"victims": ("a",)}, {"victims": ("a", "b")}, {"victims": ("a",), "learner": "maml"}), "b"
     )
-    assert list(methods) == ["lft (a)", "lft (a + b)"]  # no initialization of other shapes
+    assert list(methods) == [
+        "lft (a)",
+        "lft (a + b)",
+    ]  # maml (a) is left out, since its initialization has another shape
 
 
-def test_runs_of_other_settings_are_not_taken_for_seeds(runs):
-    with pytest.raises(ValueError, match="learned: runs of lft may differ in their seed only, not in hidden"):
+def test_runs_with_different_settings_are_refused(runs):
+    with pytest.raises(ValueError, match="learned: runs of lft may differ only in their seed, not in hidden"):
         evaluate._methods(runs({"victims": ("a",)}, {"victims": ("a",), "hidden": 3}), "a")
 
 
-def test_runs_may_spend_the_same_queries_otherwise(runs):
-    """160 evaluations of a search and 6 directions a step, or 10 directions: 400 in 20 steps, each direction both ways.
+def test_runs_may_divide_the_same_queries_differently(runs):
+    """A search of 160 evaluations with 6 directions per step, or 10 directions: both make 400 evaluations in 20 steps.
 
-    The second is judged as it was meta-trained; it is no run of the same tasks where the sum is another.
+    Each run is evaluated as it was meta-trained. Runs with another total may not be compared.
     """
-    (searching, _), (asking, _), (dearer, _), (exact, _) = made = runs(
+    (searching, _), (estimating, _), (dearer, _), (exact, _) = made = runs(
         {"victims": ("b",), "num_directions": 6, "waves": 160},
         {"victims": ("b",), "learner": "maml", "num_directions": 10},
         {"victims": ("b",), "num_directions": 11},
         {"victims": ("b",), "waves": 400},
     )
-    price = evaluate._at_same_price(searching, 20)
-    assert evaluate._at_same_price(asking, 20) == price
-    assert price not in [evaluate._at_same_price(*of) for of in ((asking, 10), (dearer, 20), (exact, 20))]
+    key = evaluate._comparison_key(searching, 20)
+    assert evaluate._comparison_key(estimating, 20) == key
+    assert key not in [evaluate._comparison_key(*of) for of in ((estimating, 10), (dearer, 20), (exact, 20))]
     images = jnp.zeros((2, 4, 4, 1))
     tasks = uap_family(images, [0, 0], lambda x: x[:, 0, :2, 0], ways=1, query_shots=1, epsilon=0.1)
-    searched, asked = (method.tasks(tasks) for method in evaluate._methods(made[:2], "b").values())
+    searched, estimated = (method.tasks(tasks) for method in evaluate._methods(made[:2], "b").values())
     assert (searched.recipe.waves.evaluations, searched.estimator.num_directions) == (160, 6)
-    assert (asked.recipe.waves, asked.estimator.num_directions) == (None, 10)
+    assert (estimated.recipe.waves, estimated.estimator.num_directions) == (None, 10)
 
 
 @pytest.mark.parametrize("change", [{"num_directions": 11}, {"num_directions": 10, "smoothing": 0.1}])
-def test_runs_of_other_tasks_or_another_price_are_not_compared(runs, change, monkeypatch):
+def test_runs_with_different_tasks_or_evaluations_are_refused(runs, change, monkeypatch):
     made = runs({"victims": ("b",), "num_directions": 6, "waves": 160}, {"victims": ("b",), **change})
     monkeypatch.setattr(meta_train, "load_learned", lambda workdir: made[int(workdir)])
-    with pytest.raises(ValueError, match="learned: 1 was meta-trained on other tasks, or at another number of eval"):
+    with pytest.raises(ValueError, match="learned: 1 was meta-trained on other tasks, or with another number of eval"):
         evaluate.evaluate(evaluate.Config(learned=("0", "1"), victims=("b",), output="none.json"))
 
 
-def test_stored_victims_are_those_of_the_recipes():
+def test_stored_victims_match_their_recipes():
     folder = pathlib.Path(victims.__file__).parents[2] / "victims"
     planned = {}
     for source, recipes in victims.RECIPES.items():
@@ -187,7 +190,7 @@ def test_stored_victims_are_those_of_the_recipes():
 
 
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="TFDS_DATA_DIR is not set")
-def test_a_stored_victim_is_as_accurate_as_its_card_says():
+def test_accuracy_of_a_stored_victim_matches_its_card():
     victim = load_victim(pathlib.Path(victims.__file__).parents[2] / "victims" / "mnist_small_cnn_0")
     test = load_source("mnist", "test")
     found = clean_accuracy(victim.logits_fn, test.images, test.labels)

@@ -11,7 +11,7 @@ METHODS |= {name + tuned for name in zo_l2l.BASELINES for tuned in ("", " (tuned
 
 
 @pytest.mark.standard_promotion
-def test_all_methods_attack_the_same_images_from_the_same_starts(tmp_path, monkeypatch):
+def test_all_methods_attack_the_same_images_with_the_same_keys(tmp_path, monkeypatch):
     monkeypatch.setattr(zo_l2l, "RATES", (4.0, 8.0))
     flags = zo_l2l.Config(
         output=str(tmp_path / "zo_l2l.json"),
@@ -39,7 +39,7 @@ def test_all_methods_attack_the_same_images_from_the_same_starts(tmp_path, monke
         published, tuned = rows[name], rows[f"{name} (tuned)"]
         assert published["rate_times_d"] == rate
         assert tuned["rate_times_d"] == (4, 8)[int(np.argmin(tuned["tuning_losses"]))]
-        # Of one setting there is one outcome: the images, the starts and the directions are the same for all.
+        # Equal settings give equal results: images, starts and directions are the same for all methods.
         assert (tuned["loss"] == published["loss"]) == (tuned["rate_times_d"] == rate)
 
     section = sections.zo_l2l_section(results, "results/zo_l2l.json", "../results/zo_l2l")

@@ -27,7 +27,7 @@ def main(folder: str) -> None:
         # A user's own folder of that name must neither break the package nor be taken for a part of it.
         own = pathlib.Path(scratch, "experiments")
         own.mkdir()
-        (own / "__init__.py").write_text("raise ImportError('the user's own experiments')\n")
+        (own / "__init__.py").write_text('raise ImportError("a folder of the user")\n')
         venv.create(pathlib.Path(scratch, "venv"), with_pip=True)
         python = pathlib.Path(scratch, "venv", "bin", "python")
         for installed in (wheel, sdist):

@@ -170,4 +170,4 @@ def _transfer_families(runs, source, tasks_config, flags):
 
 
 if __name__ == "__main__":
-    config.main(Config, evaluate, presets=PRESETS)
+    config.main(Config, evaluate, presets=PRESETS, renamed={"queries": "query_shots"})

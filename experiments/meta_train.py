@@ -336,4 +336,4 @@ def _validation(flags, learner):
 
 
 if __name__ == "__main__":
-    config.main(Config, meta_train, presets=config.PRESETS)
+    config.main(Config, meta_train, presets=config.PRESETS, renamed=RENAMED)

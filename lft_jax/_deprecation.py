@@ -15,6 +15,9 @@ def old_keywords(convert: Converter, **now: str) -> Callable[[Callable[..., Any]
     Args:
       convert: converts the old keywords that were given.
       **now: old keyword -> what to write instead, for the warning.
+
+    Raises:
+      TypeError: when called with an old keyword together with the keyword that holds it now.
     """
 
     def decorate(function):
@@ -24,6 +27,9 @@ def old_keywords(convert: Converter, **now: str) -> Callable[[Callable[..., Any]
             if not old:
                 return function(*args, **kwargs)
             for name in old:
+                present = now[name].partition("=")[0]
+                if present in kwargs and not isinstance(kwargs[present], str):  # oracle="query" takes its settings
+                    raise TypeError(f"{function.__name__}: give {name}= or {present}=, not both.")
                 message = f"{function.__name__}: {name}= is deprecated, write {now[name]} instead."
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
             return function(*args, **convert(old, kwargs))

@@ -197,6 +197,8 @@ def universal_perturbation(
 
     key = jax.random.key(0) if key is None else key
     theta, key = _start(problem, key)
+    # The steps are compiled once for all starts.
+    problem = dataclasses.replace(problem, recipe=dataclasses.replace(problem.recipe, start="zeros", waves=None))
     state, history = tx.init(theta), []
     for k in range(steps):
         if max_queries is not None and queries + cost > max_queries:
@@ -359,7 +361,8 @@ def _start(problem, key):
         key, key_start = jax.random.split(key)
     else:
         key_start = key
-    theta = initial_perturbation(recipe.start, problem.constraint, images.shape[1:], images.dtype, key_start)
+    key_random = jax.random.fold_in(key_start, 1)
+    theta = initial_perturbation(recipe.start, problem.constraint, images.shape[1:], images.dtype, key_random)
     # The model may not be traceable, so the search always runs eagerly.
     theta, _ = search_start(problem.model, problem.batch, recipe, problem.constraint, theta, key_start, opaque=True)
     return theta, key

@@ -15,6 +15,7 @@ from lft_jax import (
     Augmentation,
     Constraint,
     WaveSearch,
+    attack,
     attack_success_rate,
     learned_fine_tuner,
     universal_perturbation,
@@ -312,6 +313,32 @@ def test_old_keywords_still_work_with_a_warning(old, new):
     with pytest.warns(DeprecationWarning, match="is deprecated, write "):
         found = universal_perturbation(linear, IMAGES, LABELS, **{**options, **old})
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
+    with pytest.raises(TypeError, match="not both"):
+        universal_perturbation(
+            linear, IMAGES, LABELS, **{**options, **new, **old, "oracle": new.get("oracle", "query")}
+        )
+
+
+def test_old_keywords_keep_the_second_loss_of_a_stored_rule(tmp_path):
+    rule = coordinate_lstm(3, 1, features=("momentum", "second"), base_update=MomentumUpdate(0.3))
+    path = str(tmp_path / "rule.safetensors")
+    save_rule(path, rule.init(jax.random.key(0)), rule, {"meta_training": {"second_loss": "dominant"}})
+    options = {"steps": 2, "optimizer": path, "epsilon": EPSILON}
+    recipe = AttackRecipe(loss="hinge", second_loss="dominant")
+    expected = universal_perturbation(linear, IMAGES, LABELS, recipe=recipe, **options)
+    with pytest.warns(DeprecationWarning, match="loss= is deprecated"):
+        found = universal_perturbation(linear, IMAGES, LABELS, loss="hinge", **options)
+    np.testing.assert_array_equal(found.perturbation, expected.perturbation)
+
+
+def test_another_start_compiles_no_other_step():
+    options = {"optimizer": optax.GradientTransformation(lambda theta: (), lambda g, s, p=None: (-0.1 * g, s))}
+    model = jax.tree_util.Partial(linear)
+    before = None
+    for parts in ({}, {"waves": WaveSearch.within(8)}, {"waves": WaveSearch.within(12)}, {"start": "random"}):
+        run(model, **options, **parts)
+        before = before or attack._gradient_step._cache_size()
+    assert attack._gradient_step._cache_size() == before
 
 
 def test_the_model_by_its_old_name():

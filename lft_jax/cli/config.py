@@ -32,7 +32,13 @@ def required(help: str) -> Any:
 Presets = Mapping[str, Mapping[str, Any]]
 
 
-def main(config_type: type, run: Callable[[Any], Any], *, presets: Presets | None = None) -> None:
+def main(
+    config_type: type,
+    run: Callable[[Any], Any],
+    *,
+    presets: Presets | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> None:
     """Defines the flags of `config_type`, parses the command line, and calls `run` with the configuration.
 
     Args:
@@ -40,10 +46,13 @@ def main(config_type: type, run: Callable[[Any], Any], *, presets: Presets | Non
       run: the program. If it raises a ValueError, TypeError, OSError or ModuleNotFoundError, the process exits with a
         one-line message.
       presets: settings that `--preset=NAME` selects. Other flags override them.
+      renamed: old names of flags, which still work.
     """
     presets = presets or {}
     tune_process()
     define_flags(config_type, flags.FLAGS, presets)
+    for old, new in (renamed or {}).items():
+        flags.DEFINE_alias(old, new)
     flags.DEFINE_string(
         "compilation_cache", str(user_folder() / "compiled"), "Folder of the compilation cache; empty for no cache."
     )
@@ -60,6 +69,8 @@ def main(config_type: type, run: Callable[[Any], Any], *, presets: Presets | Non
         logging.set_verbosity(logging.WARNING)  # TFDS and orbax log a lot at INFO
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        for old, new in (renamed or {}).items():  # absl does not say that a flag was given by its alias
+            flags.FLAGS[new].present += flags.FLAGS[old].present
         try:
             run(read_flags(config_type, flags.FLAGS, presets))
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:

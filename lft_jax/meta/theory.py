@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Key, Real
 
 from lft_jax import base
+from lft_jax._deprecation import renamed
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.meta import outer_loss
 from lft_jax.meta.outer_loss import run_task
@@ -48,6 +49,7 @@ class MetaGradientGap(NamedTuple):
     query_variance: jax.Array
 
 
+@renamed(weights="step_weights")
 def meta_gradient_gap(
     learner: Learner,
     params: PyTree,

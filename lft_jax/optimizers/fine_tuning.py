@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
+from lft_jax._deprecation import old_keywords
 from lft_jax.base import Estimate, Oracle, PyTree, Trajectory
 
 
@@ -99,6 +100,14 @@ def fine_tune_step(
     return project(optax.apply_updates(theta, updates)), state, estimate
 
 
+def _present_keywords(old, kwargs):
+    length, paused = old.get("length"), old.get("paused")
+    if length is None and paused is not None:
+        raise ValueError("length must be given with paused; write part=Part(length, paused).")
+    return kwargs if length is None else {**kwargs, "part": Part(length, paused)}
+
+
+@old_keywords(_present_keywords, paused="part=Part(length, paused)", length="part=Part(length)")
 def fine_tune(
     optimizer: optax.GradientTransformation,
     oracle: Oracle,

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+#: A hyperparameter. It may be traced, so that a grid of them runs through one compilation.
+Scalar = float | jax.Array
+
 
 def _step_of_scale(
-    direction: optax.GradientTransformation, step: float, final: float
+    direction: optax.GradientTransformation, step: Scalar, final: Scalar
 ) -> optax.GradientTransformationExtraArgs:
     """Steps of `step * scale` along `direction`, falling linearly with the progress to `final` times that."""
     direction = optax.with_extra_args_support(direction)
@@ -25,7 +28,7 @@ def _step_of_scale(
     return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
-def projected_gradient(step: float, decay: float = 0.0, final: float = 1.0) -> optax.GradientTransformation:
+def projected_gradient(step: Scalar, decay: Scalar = 0.0, final: Scalar = 1.0) -> optax.GradientTransformation:
     """Projected gradient descent (PGD) for an linf ball: steps along the sign of the gradient's momentum.
 
     The update is `-step * scale * sign(m)`, with the momentum `m = decay * m + gradient`.
@@ -48,7 +51,7 @@ def projected_gradient(step: float, decay: float = 0.0, final: float = 1.0) -> o
     return _step_of_scale(optax.chain(optax.trace(decay), optax.scale_by_sign()), step, final)
 
 
-def normalized_gradient(step: float, decay: float = 0.0, final: float = 1.0) -> optax.GradientTransformation:
+def normalized_gradient(step: Scalar, decay: Scalar = 0.0, final: Scalar = 1.0) -> optax.GradientTransformation:
     """Projected gradient descent (PGD) for an l2 ball: steps along the gradient's momentum, of equal length.
 
     The update is `-step * scale * m / RMS(m)`, with the momentum `m = decay * m + gradient` and its root mean square
@@ -79,7 +82,7 @@ def normalized_gradient(step: float, decay: float = 0.0, final: float = 1.0) -> 
     return _step_of_scale(optax.chain(optax.trace(decay), optax.stateless(direction)), step, final)
 
 
-def adam(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTransformation:
+def adam(step: Scalar, b1: Scalar = 0.9, final: Scalar = 1.0) -> optax.GradientTransformation:
     """Adam with its step size in units of `scale`.
 
     Args:
@@ -100,7 +103,7 @@ def adam(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTran
     return _step_of_scale(optax.scale_by_adam(b1=b1), step, final)
 
 
-def adamm(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTransformation:
+def adamm(step: Scalar, b1: Scalar = 0.9, final: Scalar = 1.0) -> optax.GradientTransformation:
     """AMSGrad with its step size in units of `scale`; with zeroth-order gradients, ZO-AdaMM.
 
     ZO-AdaMM projects under a Mahalanobis norm, which for an linf ball is the plain projection. Both moments are
@@ -120,7 +123,7 @@ def adamm(step: float, b1: float = 0.9, final: float = 1.0) -> optax.GradientTra
     return _step_of_scale(optax.scale_by_amsgrad(b1=b1), step, final)
 
 
-def sgd(learning_rate: float, decay: float = 0.0) -> optax.GradientTransformation:
+def sgd(learning_rate: Scalar, decay: Scalar = 0.0) -> optax.GradientTransformation:
     """Gradient descent, with momentum if `decay` is not 0.
 
     The update is `-learning_rate * m`, with the momentum `m = decay * m + gradient`.

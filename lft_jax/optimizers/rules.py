@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
+from lft_jax._deprecation import renamed
 from lft_jax.base import PyTree
 from lft_jax.optimizers._network import affine, convolution, flat, lstm
 from lft_jax.optimizers.features import FEATURES, Signal, root_mean_square
@@ -187,7 +188,7 @@ class Rule:
         return {
             "features": tuple(FEATURES[name].init(leaf) for name in self.features),
             "cells": tuple((hidden(), hidden()) for _ in range(self.layers)),
-            "base_update": self.base_update.init(leaf) if self.base_update else (),
+            "start": self.base_update.init(leaf) if self.base_update else (),  # the name in checkpoints,
         }
 
     def apply(self, params: PyTree, signal: Signal, state: PyTree) -> tuple[Float[Array, "..."], PyTree]:
@@ -219,13 +220,14 @@ class Rule:
             cells.append(carry)
         output = self.output_scale * affine(params["head"], inputs)
         output = output.reshape(output.shape[0], *signal.grad.shape)
-        state = {"features": tuple(feature_states), "cells": tuple(cells), "base_update": state["base_update"]}
+        state = {"features": tuple(feature_states), "cells": tuple(cells), "start": state["start"]}
         if self.base_update is None:
             return output[0], state
-        step, base_state = self.base_update.apply(output[0], signal.grad, state["base_update"])
-        return signal.scale * (step + output[1]), {**state, "base_update": base_state}
+        step, base_state = self.base_update.apply(output[0], signal.grad, state["start"])
+        return signal.scale * (step + output[1]), {**state, "start": base_state}
 
 
+@renamed(start="base_update")
 def coordinate_lstm(
     hidden: int = 20,
     layers: int = 2,
@@ -267,6 +269,7 @@ def coordinate_lstm(
     return Rule(hidden, layers, names, output_scale, base_update)
 
 
+@renamed(start="base_update")
 def spatial_lstm(
     hidden: int = 20,
     layers: int = 1,
@@ -342,7 +345,7 @@ def rule_from_dict(description: dict[str, Any]) -> Rule:
       ValueError: for unknown or missing fields, or values that `Rule` does not accept.
     """
     described = dict(description)
-    if "start" in described:
+    if "start" in described and "base_update" not in described:
         described["base_update"] = described.pop("start")
     known = {field.name for field in dataclasses.fields(Rule)}
     if described.keys() != known:

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
 from lft_jax import base, oracles
+from lft_jax._deprecation import renamed
 from lft_jax.base import Episode, Oracle, PyTree, TaskFamily
 from lft_jax.data import TaskSize, check_images_labels, class_table, draw_rows, resized, unit_range
 from lft_jax.tasks._networks import apply_network, check_network, init_network
@@ -83,6 +84,7 @@ def _cross_entropy(logits, labels):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+@renamed(queries="query_shots")
 def classification_family(
     images: Shaped[Array | np.ndarray, "N H W C"],
     labels: Integer[Array | np.ndarray, " N"],

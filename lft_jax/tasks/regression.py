@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base, oracles
+from lft_jax._deprecation import renamed
 from lft_jax.base import Episode, Oracle, PyTree, TaskFamily
 
 _STATIC = {"static": True}
@@ -89,6 +90,7 @@ class SineFamily(TaskFamily):
         return {"error": self.loss(theta, data)}
 
 
+@renamed(queries="query_shots")
 def sine_family(
     *,
     widths: tuple[int, ...] = (40, 40),

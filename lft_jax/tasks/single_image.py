@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
 from lft_jax import base, oracles
+from lft_jax._deprecation import renamed
 from lft_jax.base import Episode, Oracle, TaskFamily
 from lft_jax.data import check_images_labels, unit_range
 from lft_jax.tasks.perturbation import AttackLoss, Batch, norm, perturb
@@ -26,7 +27,7 @@ class SingleImageFamily(TaskFamily):
     The optimizee is the perturbation `theta` of an image `x`. Its loss is::
 
         x' = clip(x + theta, 0, 1)
-        attack_loss(x') + penalty * ||x' - x||_1
+        objective(x') + penalty * ||x' - x||_1
 
     This differs in three ways from `UapFamily` with one way and one shot. The distance is measured after clipping. The
     oracle estimates the whole loss, with its penalty, from queries. And `theta` itself is not bounded.
@@ -35,7 +36,7 @@ class SingleImageFamily(TaskFamily):
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       labels: `[N]` int32, the true classes.
       logits_fn: the victim: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`.
-      attack_loss: loss of the logits. A hinge is the same on logits and on log-probabilities.
+      objective: loss of the logits. A hinge is the same on logits and on log-probabilities.
       penalty: coefficient of the l1 distance.
       noise: standard deviation of the random start, in units of the image range.
       estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`.
@@ -44,7 +45,7 @@ class SingleImageFamily(TaskFamily):
     images: jax.Array
     labels: jax.Array
     logits_fn: Callable[[jax.Array], jax.Array]
-    attack_loss: AttackLoss
+    objective: AttackLoss
     penalty: float
     noise: float
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata={"static": True})
@@ -67,10 +68,10 @@ class SingleImageFamily(TaskFamily):
         return self.estimator(lambda theta: self.loss(theta, support)[None], num_examples=1)
 
     def loss(self, theta: Float[Array, "H W C"], data: Batch) -> Float[Array, ""]:
-        """`attack_loss(x') + penalty * ||x' - x||_1`."""
+        """`objective(x') + penalty * ||x' - x||_1`."""
         attacked = perturb(data.images, theta)
         distance = norm(attacked - data.images, "l1")
-        return self.attack_loss(self.logits_fn(attacked), data.labels)[0] + self.penalty * distance
+        return self.objective(self.logits_fn(attacked), data.labels)[0] + self.penalty * distance
 
     def project(self, theta: Float[Array | np.ndarray, "H W C"]) -> Float[Array | np.ndarray, "H W C"]:
         """The identity: the loss clips the image."""
@@ -79,15 +80,16 @@ class SingleImageFamily(TaskFamily):
     def metrics(self, theta: Float[Array, "H W C"], data: Batch) -> dict[str, Float[Array, ""]]:
         """`loss`, `success` (0 or 1), and the norms `l1`, `l2`, `linf` of `x' - x`."""
         attacked = perturb(data.images, theta)
-        success = self.attack_loss.success(self.logits_fn(attacked), data.labels)[0]
+        success = self.objective.success(self.logits_fn(attacked), data.labels)[0]
         sizes = {kind: norm(attacked - data.images, kind) for kind in ("l1", "l2", "linf")}
         return {"loss": self.loss(theta, data), "success": success.astype(theta.dtype), **sizes}
 
 
+@renamed(victim_logits_fn="logits_fn")
 def single_image_family(
     images: Shaped[Array | np.ndarray, "N H W C"],
     labels: Integer[Array | np.ndarray, " N"],
-    victim_logits_fn: Callable[[jax.Array], jax.Array],
+    logits_fn: Callable[[jax.Array], jax.Array],
     *,
     loss: AttackLoss = HINGE,
     penalty: float = 0.1,
@@ -101,7 +103,7 @@ def single_image_family(
     Args:
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1]. The victim classifies all of them in one call.
       labels: `[N]` integers from 0, the true classes.
-      victim_logits_fn: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`, traceable. A `jax.tree_util.Partial`
+      logits_fn: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`, traceable. A `jax.tree_util.Partial`
         whose arguments are its weights lets victims of one architecture share a compilation.
       loss: loss of the logits that the attacker minimizes.
       penalty: coefficient of the l1 distance, above 0.
@@ -128,11 +130,11 @@ def single_image_family(
     """
     base.check_positive("penalty", penalty)
     base.check_positive("noise", noise)
-    if not isinstance(victim_logits_fn, jax.tree_util.Partial):
-        victim_logits_fn = jax.tree_util.Partial(victim_logits_fn)
+    if not isinstance(logits_fn, jax.tree_util.Partial):
+        logits_fn = jax.tree_util.Partial(logits_fn)
     check_images_labels(images, labels)
     images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
-    logits = jax.jit(lambda x: victim_logits_fn(unit_range(x)))(images)
+    logits = jax.jit(lambda x: logits_fn(unit_range(x)))(images)
     check_images_labels(images, labels, logits.shape[-1])
     loss.check(logits.shape[-1])
     right = np.flatnonzero(np.argmax(np.asarray(logits), -1) == labels)
@@ -141,8 +143,8 @@ def single_image_family(
     return SingleImageFamily(
         images=jnp.asarray(images[right]),
         labels=jnp.asarray(labels[right]),
-        logits_fn=victim_logits_fn,
-        attack_loss=loss,
+        logits_fn=logits_fn,
+        objective=loss,
         penalty=penalty,
         noise=noise,
         estimator=estimator,

@@ -68,8 +68,20 @@ class UapFamily(TaskFamily):
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def with_recipe(self, **changes: Any) -> "UapFamily":
-        """The family with some fields of its recipe replaced; losses must be given as `AttackLoss`."""
-        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes))
+        """The family with some fields of its recipe replaced, losses given by kind or as `AttackLoss`.
+
+        Raises:
+          ValueError: for unknown names, and a second loss in a family with an estimator.
+        """
+        target = self.objective.target
+        for name in ("loss", "second_loss"):
+            if isinstance(changes.get(name), str):
+                changes[name] = as_attack_loss(changes[name], name, target)
+        recipe = dataclasses.replace(self.recipe, **changes)
+        recipe.check()
+        if recipe.second_loss is not None and self.estimator is not None:
+            raise ValueError("second_loss: a zeroth-order estimator takes only one loss; leave out one of the two.")
+        return dataclasses.replace(self, recipe=recipe)
 
     def sample(self, key: PRNGKeyArray) -> Episode:
         """Draws classes, then disjoint support and query images of each; both sets are a `Batch`."""
@@ -151,8 +163,12 @@ def attack_metrics(
 
 
 def _present_keywords(old, kwargs):
+    if "victim_logits_fn" in old:
+        kwargs["logits_fn"] = old.pop("victim_logits_fn")
     if "queries" in old:
         kwargs["query_shots"] = old.pop("queries")
+    if isinstance(old.get("support_loss"), str):  # whose target was none, whatever that of the objective
+        old["support_loss"] = as_attack_loss(old["support_loss"], "support_loss")
     if "penalty" in old:
         penalty, name, epsilon = old.pop("penalty"), kwargs.pop("norm", "linf"), kwargs.pop("epsilon", None)
         kwargs["constraint"] = Constraint(name, epsilon, penalty)
@@ -165,6 +181,7 @@ def _present_keywords(old, kwargs):
 
 @old_keywords(
     _present_keywords,
+    victim_logits_fn="logits_fn=",
     queries="query_shots=",
     penalty="constraint=Constraint(norm, penalty=...)",
     support_loss="recipe=AttackRecipe(loss=...)",

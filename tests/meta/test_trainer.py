@@ -1,6 +1,7 @@
 """Meta-training on quadratic tasks, whose trajectories and meta-gradients are known."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lft_jax import Stages, Unroll, learners, oracles
+from lft_jax import EvolutionStrategies, Imitation, Stages, Unroll, learners, oracles
 from lft_jax.base import Episode, TaskFamily
 from lft_jax.evaluation import baselines
 from lft_jax.meta._gradients import MemoryPlan, memory_plan
@@ -323,17 +324,43 @@ def test_bad_unrolls_are_refused(fields, message):
         Unroll(**fields)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_old_keywords_are_the_new_ones():
-    options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1)}
-    old = {"weights": "linear", "window": 1, "curriculum": [(1, 2)], "estimator": None}
-    new = {"unroll": Unroll("linear", window=1), "stages": Stages([(1, 2)])}
-    found, expected = (meta_trainer(learners.lft(RULE), [quadratic(0)], **options, **more) for more in (old, new))
-    for _ in range(3):
-        states = [trainer.step(trainer.init(KEY))[0] for trainer in (found, expected)]
-    jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
-    with pytest.warns(DeprecationWarning, match=r"meta_trainer: window= is deprecated, write unroll=Unroll\(window"):
-        meta_trainer(learners.lft(RULE), [quadratic(0)], window=1, **options)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"weights": "final"}, {"unroll": Unroll("final")}),
+        ({"weights": "linear", "window": 1}, {"unroll": Unroll("linear", window=1)}),
+        ({"remat": True, "memory_mib": 9.0}, {"unroll": Unroll(remat=True, memory_mib=9.0)}),
+        ({"estimator": EvolutionStrategies(2)}, {"meta_gradient": EvolutionStrategies(2)}),
+        ({"curriculum": [(1, 1)]}, {"stages": Stages([(1, 1)])}),
+        (
+            {"imitation": Imitation(optax.sgd(0.3), 1)},
+            {"stages": Stages(imitation=Imitation(optax.sgd(0.3), 1))},
+        ),
+    ],
+    ids=lambda keywords: "-".join(keywords),
+)
+def test_old_keywords_give_the_numbers_of_the_new_ones(old, new):
+    options = {"num_steps": 3, "tasks_per_family": 2, "meta_optimizer": optax.sgd(0.1)}
+
+    def losses(**keywords):
+        trainer = meta_trainer(learners.lft(RULE), [quadratic(0)], **options, **keywords)
+        state, found = trainer.init(KEY), []
+        for _ in range(2):
+            state, metrics = trainer.step(state)
+            found.append([metrics["loss"], metrics["grad_norm"]])
+        return np.asarray(found)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = losses(**old)
+    said = [f"meta_trainer: {name}= is deprecated, write {next(iter(new))}=" for name in old]
+    assert all(str(warning.message).startswith(text) for warning, text in zip(caught, said, strict=True))
+    np.testing.assert_array_equal(found, losses(**new))
+    if "remat" not in old:  # which changes no number
+        assert not np.array_equal(found, losses())
+    with pytest.raises(TypeError, match="not both"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses(**old, **new)
 
 
 def test_maml_across_shapes_is_refused_when_the_run_begins():

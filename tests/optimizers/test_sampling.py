@@ -319,7 +319,9 @@ def test_meta_trains_a_sampler_for_universal_perturbations(per_example):
 
     labels = np.asarray(victim(images)).argmax(1)
     estimator = oracles.ZerothOrder(4, per_example=per_example)
-    family = uap_family(images, labels, victim, ways=2, shots=2, query_shots=2, epsilon=0.1, estimator=estimator)
+    # Not the hinge, which has no gradient once all query images are fooled.
+    options = {"ways": 2, "shots": 2, "query_shots": 2, "epsilon": 0.1, "loss": "cross_entropy"}
+    family = uap_family(images, labels, victim, estimator=estimator, **options)
     sampler = coordinate_lstm(2, 1, features=("raw", "update"), output_scale=1.0)
     learner = learners.lft(coordinate_lstm(2, 1, base_update=MomentumUpdate(0.3)), sampler=sampler)
     trainer = meta_trainer(learner, [family], num_steps=3, tasks_per_family=2, meta_optimizer=optax.sgd(1.0))

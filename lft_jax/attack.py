@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 from lft_jax import base
 from lft_jax._deprecation import old_keywords, renamed
 from lft_jax.data import check_images_labels, unit_range
+from lft_jax.models import Classifier
 from lft_jax.optimizers.fine_tuning import fine_tune_step
 from lft_jax.oracles import ZerothOrder
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
@@ -175,18 +176,23 @@ def universal_perturbation(
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     full_recipe = _as_recipe(recipe, optimizer, oracle)
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
-    model = _as_partial(model) if estimator is None else _on_numpy(model)
+    eager = isinstance(model, Classifier) and not model.traceable
+    if estimator is not None:
+        model = _on_numpy(model)
+    elif not eager:
+        model = _as_partial(model)
     clean = _check_logits(model(batch.images), batch.labels)
     check_images_labels(images, labels, clean.shape[-1])
     full_recipe.resolved(resolved_loss(full_recipe), clean.shape[-1])
     problem = _Problem(model, batch, clean, full_recipe, constraint)
     num_images = len(batch.labels)
-    if estimator is None:
-        step, cost = functools.partial(_gradient_step, tx), 2 * num_images
-    else:
-        jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+    jitted = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))  # for steps that run eagerly
+    if estimator is not None:
         step = functools.partial(_step, jitted, functools.partial(estimator, opaque=True))
         cost = (estimator.evaluations + 1) * num_images
+    else:
+        step = functools.partial(_step, jitted, None) if eager else functools.partial(_gradient_step, tx)
+        cost = 2 * num_images
     # The clean images, and the search for a start.
     queries = num_images * (1 + (full_recipe.waves.evaluations if full_recipe.waves else 0))
     if max_queries is not None and max_queries < queries + cost:

@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "tasks": {"oracles", "data"},
     "meta": {"optimizers", "oracles", "data", "tasks"},
     "victims": {"data"},
+    "models": set(),
     "pretrained": {"optimizers"},
     "evaluation": {"optimizers", "oracles", "data", "tasks", "meta"},
-    "attack": {"optimizers", "oracles", "data", "tasks", "pretrained"},
+    "attack": {"optimizers", "oracles", "data", "tasks", "pretrained", "models"},
     "cli": {"optimizers", "oracles", "data", "tasks", "meta", "victims", "pretrained", "evaluation", "attack"},
 }
 PACKAGES = [path.parent.name for path in sorted((ROOT / "lft_jax").glob("*/__init__.py"))]

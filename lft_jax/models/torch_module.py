@@ -1,0 +1,136 @@
+"""PyTorch modules as classifiers, differentiated by torch autograd."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax.models.classifier import Classifier, Preparation, as_logits, select_output
+
+
+def from_torch(
+    module: Any,
+    *,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    channels: str = "first",
+    input_range: tuple[float, float] = (0.0, 1.0),
+    output: str | int | Callable[[Any], Any] = "logits",
+) -> Classifier:
+    """A classifier that is a `torch.nn.Module`; its gradients are those of torch autograd.
+
+    The module is in evaluation mode during each call, and in its own modes again afterwards. Its parameters get no
+    gradients. It stays on its device; images are moved there.
+
+    Args:
+      module: images as described by the other arguments -> its output.
+      mean: of each channel, or one number, in units of `input_range`; None for 0.
+      std: the same of the standard deviation; None for 1.
+      channels: "first" if it takes `[N, C, H, W]`, "last" for `[N, H, W, C]`.
+      input_range: what 0 and 1 are for it before `mean` and `std`: (0, 255), say.
+      output: "logits" or "probabilities" (whose logarithm is taken), `[N, classes]` or one column for two classes; or
+        a key, an index or a function that finds the logits in what it returns.
+
+    Returns:
+      The classifier. It runs eagerly, with one forward and one backward pass for a gradient; under `jax.jit` it is
+      called back, with a second forward pass.
+
+    Raises:
+      ModuleNotFoundError: if torch is not installed.
+      TypeError: for another kind of module.
+      ValueError: for arguments out of range; when called, for an output that is not `[N, classes]`.
+
+    Examples:
+      With torch installed::
+
+        model = lft_jax.models.from_torch(module, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        result = lft_jax.universal_perturbation(model, images, labels, epsilon=8 / 255)
+    """
+    import torch
+
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
+    scale, offset = (torch.from_numpy(x) for x in Preparation(mean, std, channels, input_range).scale_and_offset())
+
+    def forward(images):
+        """What `output` names of the module's answer to torch images `[N, H, W, C]`, differentiable."""
+        tensor = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), scale)
+        x = images.to(tensor.device) * scale.to(tensor.device) + offset.to(tensor.device)
+        x = (x.permute(0, 3, 1, 2) if channels == "first" else x).to(tensor.dtype)
+        with _evaluating(module):
+            return select_output(module(x), output).float()
+
+    def values(images):
+        with torch.no_grad():
+            return forward(torch.from_numpy(np.array(images, np.float32))).cpu().numpy()
+
+    def graph(images):
+        inputs = torch.from_numpy(np.array(images, np.float32)).requires_grad_(True)
+        with torch.enable_grad():
+            return inputs, forward(inputs)
+
+    def gradient(inputs, outputs, cotangent):
+        cotangent = torch.from_numpy(np.array(cotangent)).to(outputs.device)
+        (found,) = torch.autograd.grad(outputs, inputs, cotangent)
+        return found.cpu().numpy()
+
+    def answer_shape(images):
+        blank = jax.eval_shape(lambda: jnp.zeros(images.shape[1:], jnp.float32))
+        return values(np.zeros((1, *blank.shape), np.float32)).shape[1:]
+
+    @jax.custom_vjp
+    def call(images):
+        if not isinstance(images, jax.core.Tracer):
+            return jnp.asarray(values(images))
+        shape = jax.ShapeDtypeStruct((len(images), *answer_shape(images)), jnp.float32)
+        return jax.pure_callback(values, shape, images, vmap_method="sequential")
+
+    def call_forward(images):
+        if isinstance(images, jax.core.Tracer):
+            return call(images), images
+        inputs, outputs = graph(images)
+        return jnp.asarray(outputs.detach().cpu().numpy()), _Graph(inputs, outputs)
+
+    def call_backward(saved, cotangent):
+        if isinstance(saved, _Graph):
+            return (jnp.asarray(gradient(saved.inputs, saved.outputs, cotangent)),)
+
+        def again(images, cotangent):
+            return gradient(*graph(images), cotangent)
+
+        shape = jax.ShapeDtypeStruct(saved.shape, jnp.float32)
+        return (jax.pure_callback(again, shape, saved, cotangent, vmap_method="sequential"),)
+
+    call.defvjp(call_forward, call_backward)
+    known = "probabilities" if output == "probabilities" else "logits"
+    return Classifier(lambda images: as_logits(call(jnp.asarray(images)), known, len(images)), traceable=False)
+
+
+@jax.tree_util.register_pytree_node_class
+class _Graph:
+    """The graph of an eager call, which JAX hands from the forward to the backward pass without looking inside."""
+
+    def __init__(self, inputs, outputs):
+        self.inputs, self.outputs = inputs, outputs
+
+    def tree_flatten(self):
+        return (), self
+
+    @classmethod
+    def tree_unflatten(cls, graph, _):
+        return graph
+
+
+@contextlib.contextmanager
+def _evaluating(module):
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True

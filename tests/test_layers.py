@@ -8,7 +8,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lft_jax._layers import conv, max_pool
+from lft_jax._layers import conv, depthwise_conv, max_pool
 from lft_jax.victims.models import Conv
 
 
@@ -62,6 +62,43 @@ def test_value_and_gradients_equal_autodiff(height, width, size, stride, channel
 def test_rows_of_several_blocks(x64, shape, channels, stride):
     arguments = sample((2, *shape, channels), (5, 5, channels, 3))
     found, expected = (value_and_gradients(f, stride)(*arguments) for f in (ours, reference))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
+
+
+def depthwise_reference(images, kernel, stride):
+    numbers, groups = ("NHWC", "HWIO", "NHWC"), images.shape[-1]
+    return jax.lax.conv_general_dilated(
+        images, kernel[:, :, None], (stride, stride), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+def depthwise(images, kernel, stride):
+    return depthwise_conv(images, kernel, stride=stride)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    size=st.sampled_from([(3, 3), (5, 5), (1, 3)]),
+    stride=st.sampled_from([1, 2]),
+)
+def test_depthwise_value_and_gradients_equal_autodiff(height, width, size, stride):
+    with jax.enable_x64(True):
+        arguments = sample((2, height, width, 3), (*size, 3))
+        found, expected = (value_and_gradients(f, stride)(*arguments) for f in (depthwise, depthwise_reference))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_second_gradients_equal_autodiff(x64, stride):
+    images, kernel = sample((2, 5, 6, 3), (3, 3, 3))
+
+    def penalty(convolution):
+        inner = jax.grad(objective(convolution, stride))
+        return jax.jit(jax.grad(lambda images, kernel: jnp.sum(jnp.cos(inner(images, kernel))), argnums=(0, 1)))
+
+    found, expected = (penalty(f)(images, kernel) for f in (depthwise, depthwise_reference))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
 
 

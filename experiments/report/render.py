@@ -10,10 +10,11 @@ Without `--document` the documents are
 - `docs/results/NAME.md`, one page per results file, generated completely;
 - `docs/results/all-victims.md`, all comparisons side by side, generated completely;
 - `docs/results.md`: a summary and links to the pages, between its `<!-- results -->` marks;
-- `README.md`: a short summary, between its marks.
+- `README.md`: a short summary, between its marks;
+- `docs/victims.md`: the table of the stored victims, between its marks.
 
 With `--document` only that file changes, between its marks. It gets the sections of `--results`, or their summary. The
-text depends only on the results files.
+text depends only on the results files and on the cards of the victims.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config
-from experiments.report import figures, sections, tables
+from experiments.report import figures, sections, tables, victims
 
 
 def _draw_comparison(results, path):
@@ -54,6 +55,7 @@ KINDS = {
 COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 RESULTS, PAGES, SUMMARY, README = "results", "docs/results", "docs/results.md", "README.md"
+VICTIMS = "docs/victims.md"
 OVERVIEW = "all-victims"
 #: Prefix of files that `benchmarks.render` renders, into docs/performance.md.
 BENCHMARKS = "bench_"
@@ -145,6 +147,7 @@ def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str,
     links = "\n".join(_links(pages, headings))
     documents[SUMMARY] = _between_marks(Path(root, SUMMARY), f"{tables.summary(headline)}\n{links}\n")
     documents[README] = _between_marks(Path(root, README), tables.brief(headline, SHOWN))
+    documents[VICTIMS] = _between_marks(Path(root, VICTIMS), victims.victims_table(root))
     return documents
 
 

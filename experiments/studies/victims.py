@@ -25,12 +25,14 @@ class Recipe:
       architecture: a name in `lft_jax.victims.MODELS`.
       seed: seed of its training.
       epochs: epochs of its training. They differ, so that victims differ in confidence.
+      adversarial: whether it was trained on adversarial examples.
     """
 
     role: str
     architecture: str
     seed: int
     epochs: int
+    adversarial: bool = False
 
 
 RECIPES = {
@@ -63,6 +65,29 @@ RECIPES = {
         Recipe("unseen", "lenet", 1001, 30),
     ),
 }
+#: More victims, of larger architectures, in the order in which `train_on_gpu` trains them. Neither `train_missing` nor
+#: the studies use them.
+MORE = {
+    "cifar10": (
+        Recipe("train", "resnet20", 0, 51),
+        Recipe("train", "mobilenet", 0, 70),
+        Recipe("train", "vit", 0, 180),
+        Recipe("train", "resnet20", 0, 60, adversarial=True),
+        Recipe("unseen", "resnet20", 1000, 70),
+        Recipe("unseen", "mobilenet", 1000, 70),
+        Recipe("train", "resnet20", 1, 70),
+        Recipe("train", "resnet14", 0, 70),
+        Recipe("unseen", "vit", 1000, 180),
+        Recipe("train", "mobilenet", 1, 70),
+    ),
+    "mnist": (
+        Recipe("train", "resnet20", 0, 12),
+        Recipe("train", "mobilenet", 0, 12),
+        Recipe("train", "vit", 0, 20),
+        Recipe("unseen", "resnet20", 1000, 12),
+        Recipe("unseen", "mobilenet", 1000, 12),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +99,22 @@ class Config:
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
 
 
-def paths(source: str, role: str, folder: str = "victims", architectures: Sequence[str] = ()) -> tuple[str, ...]:
-    """Folders of the victims of one source and role, and of these architectures (all if empty)."""
-    recipes = [r for r in RECIPES[source] if r.role == role and (not architectures or r.architecture in architectures)]
-    return tuple(_path(folder, source, recipe) for recipe in recipes)
+def paths(
+    source: str, role: str, folder: str = "victims", architectures: Sequence[str] = (), *, more: bool = False
+) -> tuple[str, ...]:
+    """Folders of the victims of one source and role, and of these architectures (all if empty).
+
+    They are those of `RECIPES`; with `more`, those of `MORE` instead.
+    """
+    recipes = MORE.get(source, ()) if more else RECIPES[source]
+    recipes = [r for r in recipes if r.role == role and (not architectures or r.architecture in architectures)]
+    return tuple(path_of(folder, source, recipe) for recipe in recipes)
+
+
+def path_of(folder: str, source: str, recipe: Recipe) -> str:
+    """Folder of a victim."""
+    kind = f"{recipe.architecture}_adversarial" if recipe.adversarial else recipe.architecture
+    return f"{folder}/{source}_{kind}_{recipe.seed}"
 
 
 def train_missing(flags: Config) -> None:
@@ -87,14 +124,10 @@ def train_missing(flags: Config) -> None:
             raise ValueError(f"sources: there are no victims of {source!r}; choose from {', '.join(RECIPES)}.")
     for source in flags.sources:
         for recipe in RECIPES[source]:
-            path = _path(flags.folder, source, recipe)
+            path = path_of(flags.folder, source, recipe)
             if not Path(path, "card.json").exists():
                 given = {name: getattr(recipe, name) for name in ("architecture", "seed", "epochs")}
                 train_victim.train(train_victim.Config(source=source, output=path, data_dir=flags.data_dir, **given))
-
-
-def _path(folder, source, recipe):
-    return f"{folder}/{source}_{recipe.architecture}_{recipe.seed}"
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from experiments.studies import (
     sine,
     study,
     theory_gap,
+    train_on_gpu,
     victims,
     zo_l2l,
 )
 from lft_jax.cli import config
 
 PROGRAMS = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
-PROGRAMS += (classification, directions, train_victim, victims, zo_l2l)
+PROGRAMS += (classification, directions, train_on_gpu, train_victim, victims, zo_l2l)
 
 
 @dataclasses.dataclass(frozen=True)

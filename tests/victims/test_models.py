@@ -40,6 +40,25 @@ def test_logits_have_one_row_per_image(architecture, shape):
             (1, 32, 32, 3),
             9 * (48 + 6 * 256 + 512 + 5 * 1024 + 2048 + 5 * 4096) + 2 * (7 * 16 + 6 * 96) + 650,
         ),
+        # The same with two blocks and three quarters of the width.
+        (
+            "resnet14",
+            (1, 32, 32, 3),
+            9 * (36 + 4 * 144 + 288 + 3 * 576 + 1152 + 3 * 2304) + 2 * (5 * 12 + 4 * 72) + 490,
+        ),
+        # First convolution, products of neighbouring widths, 9 and a batch norm for each input of a depthwise
+        # convolution, a batch norm for each output of a convolution, logits.
+        (
+            "mobilenet",
+            (1, 32, 32, 3),
+            864 + 2048 + 8192 + 16384 + 32768 + 2 * 65536 + (9 + 2) * 864 + 2 * (32 + 1088) + 2570,
+        ),
+        # Two convolutions, a batch norm, positions; a block: two layer norms, 4 products of attention, 2 more; logits.
+        (
+            "vit",
+            (1, 28, 28, 1),
+            (9 * 48 + 96) + (9 * 48 * 96 + 96) + 49 * 96 + 5 * (2 * 192 + 6 * (96 * 96 + 96)) + 192 + 970,
+        ),
     ],
 )
 def test_numbers_of_parameters(architecture, shape, parameters):
@@ -65,21 +84,23 @@ def test_unknown_architectures_get_near_matches():
         build_model("lenet", 1)
 
 
+@pytest.mark.parametrize("architecture", ["vgg", "mobilenet", "vit"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
-def test_the_dtype_is_that_of_the_images(x64, dtype):
+def test_the_dtype_is_that_of_the_images(x64, dtype, architecture):
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 4, 4, 1)), jnp.float32)
-    variables, _ = abstract("vgg", images.shape, num_classes=3)
+    variables, _ = abstract(architecture, images.shape, num_classes=3)
     variables = jax.tree.map(lambda x: jnp.full(x.shape, 0.1, jnp.float32), variables)
-    apply = jax.jit(apply_function("vgg", 3))
+    apply = jax.jit(apply_function(architecture, 3))
     logits, cast = apply(variables, images), apply(variables, images.astype(dtype))
     assert cast.dtype == dtype
     np.testing.assert_allclose(cast.astype(jnp.float32), logits, rtol=0.05)
 
 
-def test_batch_norm_uses_the_batch_only_in_training():
-    model = build_model("vgg", 3)
-    images = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 4, 4, 1)), jnp.float32)
-    variables, _ = abstract("vgg", images.shape, num_classes=3)
+@pytest.mark.parametrize("architecture", ["vgg", "resnet14", "mobilenet"])
+def test_batch_norm_uses_the_batch_only_in_training(architecture):
+    model = build_model(architecture, 3)
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 1)), jnp.float32)
+    variables, _ = abstract(architecture, images.shape, num_classes=3)
     generator = np.random.default_rng(1)
     variables = jax.tree.map(lambda x: jnp.asarray(generator.uniform(0.1, 1, x.shape), x.dtype), variables)
     apply = jax.jit(model.apply)
@@ -89,6 +110,19 @@ def test_batch_norm_uses_the_batch_only_in_training():
     assert not np.allclose(trained[:1], alone, rtol=0.1)
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), variables["batch_stats"], changed["batch_stats"])
     assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("architecture", sorted(MODELS))
+def test_gradients_with_respect_to_images_are_finite_and_not_zero(architecture):
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 8, 8, 1)), jnp.float32)
+    variables, _ = abstract(architecture, images.shape, num_classes=3)
+    generator = np.random.default_rng(1)
+    variables = jax.tree.map(lambda x: jnp.asarray(generator.uniform(-0.1, 0.3, x.shape), x.dtype), variables)
+    variables["batch_stats"] = jax.tree.map(jnp.abs, variables.get("batch_stats", {}))
+    apply = apply_function(architecture, 3)
+    gradients = jax.jit(jax.grad(lambda images: jnp.sum(apply(variables, images)[:, 0])))(images)
+    assert jnp.all(jnp.isfinite(gradients))
+    assert jnp.all(jnp.any(gradients, (1, 2, 3)))
 
 
 def test_equal_architectures_share_one_function():

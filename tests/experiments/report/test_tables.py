@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import render, tables
+from experiments.report import render, tables, victims
 from experiments.studies import breadth
 
 ROOT = Path(__file__).parents[3]
@@ -301,3 +301,22 @@ def test_breadth_cases_are_valid():
         assert 2 <= case.classes <= 10
         assert case.source in ("digits", "mnist", "cifar10")
     assert {None, 224} <= sizes
+
+
+def test_sizes_of_victims():
+    # Counted by hand: 2 x 2 x 24 and 1 x 1 x 48 outputs of 9 products a channel, a hidden layer, logits.
+    products = 2 * 2 * 24 * 9 * 3 + 48 * 9 * 24 + 48 * 64 + 64 * 10
+    assert victims.size_of("small_cnn", 10, (4, 4, 3))[1] == 2 * products
+    # One token: attention of a token to itself.
+    tokens = 4 * 9 * 48 + 9 * 48 * 96 + 5 * (6 * 96 * 96 + 2 * 96) + 96 * 10
+    assert victims.size_of("vit", 10, (4, 4, 1))[1] == 2 * tokens
+    parameters, _ = victims.size_of("mobilenet", 10, (32, 32, 3))
+    assert parameters == 205642  # as tests/victims/test_models.py counts them
+
+
+def test_every_stored_victim_is_in_the_table():
+    table = victims.victims_table(ROOT)
+    names = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert sorted(names) == sorted(card.parent.name for card in ROOT.glob("victims/*/card.json"))
+    (row,) = [line for line in table.splitlines() if "adversarial" in line]
+    assert [cell.strip() for cell in row.split("|")[-4:-1]] == ["85.78", "56.05", "train"]

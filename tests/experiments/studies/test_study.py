@@ -49,6 +49,19 @@ def test_ten_victims_per_source_some_with_an_unseen_architecture(source):
     assert not {r.seed for r in by_role["unseen"]} & {r.seed for r in recipes if r.role != "unseen"}
 
 
+@pytest.mark.parametrize("source", ["mnist", "cifar10"])
+def test_more_unseen_victims_have_seeds_that_those_for_training_lack(source):
+    by_role = {role: {r.seed for r in victims.MORE[source] if r.role == role} for role in victims.ROLES}
+    assert by_role == {"train": {*by_role["train"]}, "validation": set(), "unseen": {1000}}
+    assert 1000 not in by_role["train"]
+
+
+def test_studies_do_not_use_more_victims():
+    for source in victims.RECIPES:
+        used = {path for role in victims.ROLES for path in victims.paths(source, role)}
+        assert not used & {path for role in victims.ROLES for path in victims.paths(source, role, more=True)}
+
+
 @pytest.mark.standard_promotion
 def test_victims_are_trained_once_and_a_study_compares_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(victims, "RECIPES", TINY)
@@ -176,16 +189,20 @@ def test_runs_with_different_tasks_or_evaluations_are_refused(runs, change, monk
 def test_stored_victims_match_their_recipes():
     folder = pathlib.Path(victims.__file__).parents[2] / "victims"
     planned = {}
-    for source, recipes in victims.RECIPES.items():
-        of_source = {f"{folder}/{source}_{r.architecture}_{r.seed}": r for r in recipes}
-        assert of_source.keys() == {p for role in victims.ROLES for p in victims.paths(source, role, str(folder))}
-        planned |= of_source
+    for more, table in enumerate((victims.RECIPES, victims.MORE)):
+        for source, recipes in table.items():
+            of_source = {victims.path_of(str(folder), source, r): r for r in recipes}
+            found = [p for role in victims.ROLES for p in victims.paths(source, role, str(folder), more=bool(more))]
+            assert sorted(of_source) == sorted(found) and len(of_source) == len(recipes)
+            assert not planned.keys() & of_source.keys()
+            planned |= of_source
     stored = [str(card.parent) for card in folder.glob("*/card.json")]
     assert set(stored) == planned.keys()
     for path in stored:
         victim, recipe = load_victim(path), planned[path]
         made = tuple(victim.card[name] for name in ("architecture", "seed", "epochs"))
         assert made == (recipe.architecture, recipe.seed, recipe.epochs)
+        assert ("adversarial_training" in victim.card) == recipe.adversarial
         assert victim.logits_fn(jnp.zeros((1, *victim.card["image_shape"]))).shape == (1, 10)
 
 

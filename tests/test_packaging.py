@@ -28,7 +28,8 @@ def requirements(lines):
 def pins(python):
     """`{name: version}` in requirements.txt for a Python version."""
     found = {}
-    for requirement in requirements((ROOT / "requirements.txt").read_text().splitlines()):
+    files = ROOT / "requirements.txt", ROOT / ".ci" / "requirements-frameworks.txt"
+    for requirement in requirements(line for path in files for line in path.read_text().splitlines()):
         if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
             specifiers = list(requirement.specifier)
             assert [s.operator for s in specifiers] == ["=="], f"{requirement} is not an exact pin"

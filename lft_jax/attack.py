@@ -122,8 +122,8 @@ def universal_perturbation(
     or an estimate of it, and projects it onto the ball, if any.
 
     Args:
-      model: images `[N, H, W, C]` in [0, 1] -> *logits* (not probabilities) `[N, classes]`. A differentiable JAX
-        function for exact gradients; any function of NumPy arrays for queries.
+      model: images `[N, H, W, C]` in [0, 1] -> *logits* (not probabilities) `[N, classes]`. For exact gradients
+        a differentiable JAX function or a `lft_jax.models.Classifier`; for queries any function of NumPy arrays.
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       labels: `[N]` integers from 0, the true classes.
       norm: "linf" or "l2", the norm of the ball.

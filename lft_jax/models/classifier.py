@@ -20,10 +20,8 @@ class Classifier:
 
     Attributes:
       function: what is called.
-      differentiable: whether `jax.grad` of a function of the logits is right.
       traceable: whether it is traced by `jax.jit`. If not, it runs eagerly where it can, which saves work: each value
         is computed once for the logits and their gradient. Under `jit`, `vmap` and `scan` it is called back.
-      num_classes: number of classes, or None if unknown.
 
     Examples:
       >>> Classifier(lambda images: images.mean((1, 2)))(np.ones((2, 4, 4, 3), np.float32)).shape
@@ -31,9 +29,7 @@ class Classifier:
     """
 
     function: Callable[[Any], Any]
-    differentiable: bool = True
     traceable: bool = True
-    num_classes: int | None = None
 
     def __call__(self, images: Any) -> Any:
         """The logits `[N, classes]` of images `[N, H, W, C]`."""

@@ -98,6 +98,28 @@ def test_an_attack_is_that_of_the_same_jax_function():
     np.testing.assert_array_equal(found.history["queries"], expected.history["queries"])
 
 
+def test_tasks_against_a_module_have_the_meta_gradients_of_the_same_jax_function():
+    """Under vmap and scan, where the module is called back."""
+    from torch import nn
+
+    module = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    weight, bias = (p.detach().numpy() for p in module[1].parameters())
+
+    def same(x):
+        return jnp.moveaxis(x, -1, 1).reshape(len(x), -1) @ weight.T + bias[None]
+
+    x = np.random.default_rng(3).uniform(0.2, 0.8, (30, 4, 4, 3)).astype(np.float32)
+    labels = np.asarray(same(x)).argmax(1)
+    options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": lft_jax.clipped_adam(1e-2, 10)}
+    norms = []
+    for model in (lft_jax.models.from_torch(module), same):
+        family = lft_jax.uap_family(x, labels, model, ways=2, query_shots=2, epsilon=0.1, loss="cross_entropy")
+        trainer = lft_jax.meta_trainer(lft_jax.learners.lft(lft_jax.coordinate_lstm(4, 1)), [family], **options)
+        norms.append(trainer.step(trainer.init(jax.random.key(0)))[1]["grad_norm"])
+    assert norms[1] > 0
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-3)
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got function"):
         lft_jax.models.from_torch(small)

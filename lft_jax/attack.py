@@ -176,7 +176,7 @@ def universal_perturbation(
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     full_recipe = _as_recipe(recipe, optimizer, oracle)
     batch = Batch(unit_range(jnp.asarray(images)), jnp.asarray(np.asarray(labels), jnp.int32))
-    eager = isinstance(model, Classifier) and not model.traceable
+    eager = isinstance(model, Classifier) and model.host is not None
     if estimator is not None:
         model = _on_numpy(model)
     elif not eager:

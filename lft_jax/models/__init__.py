@@ -2,16 +2,29 @@
 
 How the pieces compose::
 
-    images [N, H, W, C] in [0, 1] --mean, std, range, channels--> what the model expects      `classifier`
-    what the model returns --output--> logits [N, classes]                                    `classifier`
-    JAX function --from_function--> Classifier, traced and differentiated by JAX              `classifier`
+    images [N, H, W, C] in [0, 1] --mean, std, range, channels--> what the model expects      `_preparation`
+    what the model returns --output--> logits [N, classes]                                    `_preparation`
+    JAX function --from_function--> Classifier, traced and differentiated by JAX              `functions`
+    model on NumPy arrays, perhaps with gradients --host_classifier--> Classifier             `classifier`
     torch.nn.Module --from_torch--> Classifier, differentiated by torch autograd              `torch_module`
+    jitted program that asks such a model --replayed--> program cut at its questions          `replay`
 
 A `Classifier` goes wherever a model is expected: `lft_jax.universal_perturbation`, `lft_jax.attack_success_rate`,
 `lft_jax.uap_family`. Frameworks are imported inside their adapter, never by `import lft_jax`.
 """
 
-from lft_jax.models.classifier import Classifier, from_function
+from lft_jax.models.classifier import Classifier, HostModel, as_classifier, host_classifier, on_numpy
+from lft_jax.models.functions import from_function
+from lft_jax.models.replay import replayed
 from lft_jax.models.torch_module import from_torch
 
-__all__ = ["Classifier", "from_function", "from_torch"]
+__all__ = [
+    "Classifier",
+    "HostModel",
+    "as_classifier",
+    "from_function",
+    "from_torch",
+    "host_classifier",
+    "on_numpy",
+    "replayed",
+]

@@ -1,145 +1,320 @@
-"""A classifier as a function of images, and what stands between those images and the model of a framework."""
+"""A classifier of any framework as one function of images, and what a wrong one is told."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lft_jax import base
+from lft_jax.models._preparation import as_logits
 
-CHANNELS = ("first", "last")
-OUTPUTS = ("logits", "probabilities")
+#: Adapters of objects that are no functions of images, by the package of their class.
+ADAPTERS = {
+    "torch": "from_torch(module, mean=..., std=...)",
+    "keras": "from_keras(model)",
+    "tensorflow": "from_keras(model), or from_function with oracle='query'",
+    "sklearn": "from_sklearn(estimator)",
+    "onnxruntime": "from_onnx(session)",
+    "onnx": "from_onnx(path)",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostModel:
+    """A model that runs outside of JAX, on NumPy arrays.
+
+    Attributes:
+      values: images `[N, H, W, C]`, float32 in [0, 1], read-only -> scores `[N, columns]` or `[N]`.
+      pull_back: the same images -> `(scores, vjp)`, where `vjp` takes an array like the scores to one like the images:
+        the derivative of their scalar product. None for a model without gradients.
+      output: "logits" or "probabilities": what the scores are; one column stands for two classes.
+      fixed_batch: the one number of images that the model takes, or None if it takes any.
+
+    Examples:
+      >>> HostModel(lambda images: images.mean((1, 2))).scores(np.ones((2, 4, 4, 3), np.float32)).tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+
+    values: Callable[[np.ndarray], Any]
+    pull_back: Callable[[np.ndarray], tuple[Any, Callable[[np.ndarray], Any]]] | None = None
+    output: str = "logits"
+    fixed_batch: int | None = None
+
+    def scores(self, images: Any, batch_size: int | None = None) -> np.ndarray:
+        """The scores `[N, columns]` of images `[N, H, W, C]`, at most `batch_size` of them in a call."""
+        images = np.asarray(images, np.float32)
+        parts = [self._scores(self.values(batch), batch)[:used] for batch, used in self._batches(images, batch_size)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def pulled(self, images: Any, batch_size: int | None = None) -> tuple[np.ndarray, Callable[[Any], np.ndarray]]:
+        """The scores of images, and the function that takes an array like them to one like the images.
+
+        In more than one batch, each is computed again for its derivatives, so that one batch at a time is in memory.
+        """
+        assert self.pull_back is not None
+        pull_back, dtype = self.pull_back, images.dtype
+        images = np.asarray(images, np.float32)
+        batches = self._batches(images, batch_size)
+        if len(batches) > 1:
+            return self.scores(images, batch_size), lambda cotangent: self._in_parts(
+                batches, np.asarray(cotangent)
+            ).astype(dtype)
+        ((batch, used),) = batches
+        scores, vjp = pull_back(batch)
+
+        def pull(cotangent):
+            return np.asarray(vjp(_padded(np.asarray(cotangent), len(batch), 0.0)), dtype)[:used]
+
+        return self._scores(scores, batch)[:used], pull
+
+    def _in_parts(self, batches, cotangent):
+        found, first = [], 0
+        for batch, used in batches:
+            _, vjp = self.pull_back(batch)
+            rows = _padded(cotangent[first : first + used], len(batch), 0.0)
+            found.append(np.asarray(vjp(rows), batch.dtype)[:used])
+            first += used
+        return np.concatenate(found)
+
+    def _batches(self, images, batch_size):
+        """`[(images of a call, number that count)]`; if the model takes any batch, only a remainder is padded."""
+        size = self.fixed_batch or batch_size or len(images)
+        parts = [images[first : first + size] for first in range(0, len(images), size)]
+        least = size if self.fixed_batch or len(parts) > 1 else 0
+        return [(_padded(part, least), len(part)) for part in parts]
+
+    def _scores(self, scores, batch):
+        scores = np.asarray(scores)
+        scores = scores if np.issubdtype(scores.dtype, np.floating) else scores.astype(np.float32)
+        scores = scores[:, None] if scores.ndim == 1 and len(scores) == len(batch) else scores
+        if scores.ndim != 2 or len(scores) != len(batch):
+            raise ValueError(f"model must return [{len(batch)}, classes], got shape {scores.shape}.")
+        return scores.astype(np.float32)
+
+
+def _padded(rows, length, value=None):
+    """Rows `[n, ...]`, filled up to `length` with the last one or with a value."""
+    missing = length - len(rows)
+    if missing <= 0:
+        return rows
+    fill = rows[-1:] if value is None else np.full_like(rows[-1:], value)
+    return np.concatenate([rows, np.repeat(fill, missing, 0)])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
     """A classifier: called with images `[N, H, W, C]` in [0, 1], it returns logits `[N, classes]`.
 
+    The functions of `lft_jax.models` make one of a model of any framework. JAX traces it, or else calls it back: one of
+    a host model runs eagerly where it can, which computes each value once for the logits and their gradient.
+
     Attributes:
-      function: what is called.
-      traceable: whether it is traced by `jax.jit`. If not, it runs eagerly where it can, which saves work: each value
-        is computed once for the logits and their gradient. Under `jit`, `vmap` and `scan` it is called back.
+      function: images `[N, H, W, C]`, floating-point in [0, 1] -> logits. For a JAX function a
+        `jax.tree_util.Partial`, whose arguments are its weights. Of a host model, the model as JAX sees it.
+      host: the model outside of JAX, or None for a JAX function.
+      num_classes: number of classes, or None if unknown.
+      input_shape: `(H, W, C)` of its images, None for an axis of any length; or None if unknown.
+      batch_size: largest number of images in one call of the model, or None for no limit. For a JAX function, a
+        remainder is padded; with a gradient, each batch is computed twice, so that one at a time is in memory.
+      refresh: for a module whose weights change in place: returns the `function` with its present weights.
 
     Examples:
-      >>> Classifier(lambda images: images.mean((1, 2)))(np.ones((2, 4, 4, 3), np.float32)).shape
-      (2, 3)
+      >>> from lft_jax.models import from_function
+      >>> from_function(lambda images: images.mean((1, 2)))(np.ones((2, 4, 4, 3), np.uint8) * 255).tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
 
     function: Callable[[Any], Any]
-    traceable: bool = True
-
-    def __call__(self, images: Any) -> Any:
-        """The logits `[N, classes]` of images `[N, H, W, C]`."""
-        return self.function(images)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preparation:
-    """What turns images in [0, 1] into the input of a model: `(x * (high - low) + low - mean) / std`, then channels.
-
-    Attributes:
-      mean: of each channel, or one number, in units of `input_range`; None for 0.
-      std: the same of the standard deviation, above 0; None for 1.
-      channels: "first" for `[N, C, H, W]`, "last" for `[N, H, W, C]`.
-      input_range: what 0 and 1 are for the model before `mean` and `std`: (0, 255), say.
-    """
-
-    mean: Sequence[float] | float | None = None
-    std: Sequence[float] | float | None = None
-    channels: str = "last"
-    input_range: tuple[float, float] = (0.0, 1.0)
+    host: HostModel | None = None
+    num_classes: int | None = None
+    input_shape: tuple[int | None, ...] | None = None
+    batch_size: int | None = None
+    refresh: Callable[[], Callable[[Any], Any]] | None = None
 
     def __post_init__(self):
-        base.check_name("channels", self.channels, CHANNELS)
-        low, high = self.input_range
-        if not low < high:
-            raise ValueError(f"input_range must be two ascending numbers, such as (0, 255), got {self.input_range!r}.")
-        for name in ("mean", "std"):
-            value = np.asarray(0.5 if getattr(self, name) is None else getattr(self, name))
-            if value.ndim > 1 or not np.all(np.isfinite(value)) or (name == "std" and not np.all(value > 0)):
-                raise ValueError(
-                    f"{name} must be a finite number{' above 0' * (name == 'std')}, or one per channel, got "
-                    f"{getattr(self, name)!r}."
-                )
+        if self.batch_size is not None and (isinstance(self.batch_size, bool) or int(self.batch_size) < 1):
+            raise ValueError(f"batch_size must be an integer, at least 1, got {self.batch_size!r}.")
 
-    def scale_and_offset(self) -> tuple[np.ndarray, np.ndarray]:
-        """`(scale, offset)`, float32 `[C]` or `[1]`: the input of the model is `x * scale + offset`."""
-        low, high = self.input_range
-        mean = np.atleast_1d(np.asarray(0.0 if self.mean is None else self.mean, np.float64))
-        std = np.atleast_1d(np.asarray(1.0 if self.std is None else self.std, np.float64))
-        return ((high - low) / std).astype(np.float32), ((low - mean) / std).astype(np.float32)
+    @property
+    def differentiable(self) -> bool:
+        """Whether it has gradients."""
+        return self.host is None or self.host.pull_back is not None
+
+    def __call__(self, images: Any) -> jax.Array:
+        """The logits `[N, classes]` of images `[N, H, W, C]`, floating-point in [0, 1], or uint8.
+
+        Raises:
+          ValueError: for images of another shape than the model's, or an output that is not `[N, classes]`.
+        """
+        images = jnp.asarray(images)
+        images = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+        self.check_shape(images.shape)
+        if self.host is not None:
+            return _called_back(self.host, self.batch_size, images)
+        function = self.function if self.refresh is None else self.refresh()
+        return _in_batches(function, self.batch_size, images)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises a ValueError unless images of this shape `(N, H, W, C)` are what the model takes."""
+        known = self.input_shape or (None, None, None)
+        if len(shape) != 4 or any(side not in (None, given) for side, given in zip(known, shape[1:], strict=True)):
+            sides = ", ".join(name if side is None else str(side) for side, name in zip(known, "HWC", strict=True))
+            raise ValueError(f"images must be [N, {sides}] for this model, got {tuple(shape)}.")
 
 
-def from_function(
-    function: Callable[[Any], Any],
-    *,
-    mean: Sequence[float] | float | None = None,
-    std: Sequence[float] | float | None = None,
-    channels: str = "last",
-    input_range: tuple[float, float] = (0.0, 1.0),
-    output: str | int | Callable[[Any], Any] = "logits",
-) -> Classifier:
-    """A classifier that is a JAX function, with what its images must look like.
+def as_classifier(model: Any) -> Classifier:
+    """The model itself if it is a `Classifier`, or one of a function of images in [0, 1].
 
     Args:
-      function: traced and differentiated by JAX; images as described by the other arguments -> its output.
-      mean: of each channel, or one number, in units of `input_range`; None for 0.
-      std: the same of the standard deviation; None for 1.
-      channels: "last" if it takes `[N, H, W, C]`, "first" for `[N, C, H, W]`.
-      input_range: what 0 and 1 are for it before `mean` and `std`: (0, 255), say.
-      output: "logits" or "probabilities" (whose logarithm is taken), `[N, classes]` or one column for two classes; or
-        a key, an index or a function that finds the logits in what it returns.
+      model: a `Classifier`, or a function of images `[N, H, W, C]`.
+
+    Returns:
+      The classifier, whose `function` is a `jax.tree_util.Partial` of the given one.
+
+    Raises:
+      TypeError: for an object of another framework, with the adapter to use; for what cannot be called.
+
+    Examples:
+      >>> as_classifier(lambda images: images.mean((1, 2))).differentiable
+      True
+      >>> as_classifier("resnet20")
+      Traceback (most recent call last):
+      ...
+      TypeError: model must be a function of images [N, H, W, C] or a Classifier of lft_jax.models, got str.
+    """
+    if isinstance(model, Classifier):
+        return model
+    for kind in type(model).__mro__:
+        adapter = ADAPTERS.get(kind.__module__.partition(".")[0])
+        if adapter is not None:
+            raise TypeError(
+                f"model is of {kind.__module__}.{kind.__qualname__}, got {type(model).__name__}: pass "
+                f"lft_jax.models.{adapter}."
+            )
+    if not callable(model):
+        raise TypeError(
+            f"model must be a function of images [N, H, W, C] or a Classifier of lft_jax.models, got "
+            f"{type(model).__name__}."
+        )
+    partial = model if isinstance(model, jax.tree_util.Partial) else jax.tree_util.Partial(model)
+    return Classifier(jax.tree_util.Partial(_logits, partial))
+
+
+def _logits(model, images):
+    return as_logits(model(images), "logits", len(images))
+
+
+def on_numpy(model: Any) -> Classifier:
+    """The model itself if it is a `Classifier`, or one of any function of NumPy images, which is never differentiated.
+
+    Args:
+      model: a `Classifier`, or a function of writable NumPy images `[N, H, W, C]`.
 
     Returns:
       The classifier.
 
     Raises:
-      ValueError: for arguments out of range; when called, for an output that is not `[N, classes]`.
+      TypeError: as `as_classifier`.
 
     Examples:
-      >>> model = from_function(lambda x: x.mean((2, 3)), mean=0.5, std=0.25, channels="first")
-      >>> model(np.ones((1, 4, 4, 3), np.float32)).tolist()
-      [[2.0, 2.0, 2.0]]
+      >>> on_numpy(lambda images: images.mean((1, 2))).differentiable
+      False
     """
-    scale, offset = Preparation(mean, std, channels, input_range).scale_and_offset()
+    if isinstance(model, Classifier):
+        return model
+    as_classifier(model)  # refuses what is no function
+    return host_classifier(HostModel(lambda batch: as_logits(model(np.array(batch)), "logits", len(batch))))
 
+
+def host_classifier(
+    host: HostModel,
+    *,
+    num_classes: int | None = None,
+    input_shape: tuple[int | None, ...] | None = None,
+    batch_size: int | None = None,
+) -> Classifier:
+    """The classifier of a model outside of JAX.
+
+    Args:
+      host: the model.
+      num_classes: number of classes, or None if unknown.
+      input_shape: `(H, W, C)` of its images, None for an axis of any length; or None if unknown.
+      batch_size: largest number of images in one call, or None for no limit.
+
+    Returns:
+      The classifier.
+
+    Examples:
+      >>> model = host_classifier(HostModel(lambda images: images.mean((1, 2))), batch_size=1)
+      >>> model(np.ones((2, 4, 4, 3), np.float32)).shape, model.differentiable
+      ((2, 3), False)
+    """
+    return Classifier(functools.partial(_called_back, host, None), host, num_classes, input_shape, batch_size)
+
+
+def _in_batches(function, batch_size, images):
+    """A JAX function of images in batches, one at a time in memory, also when it is differentiated."""
+    count = len(images)
+    if batch_size is None or count <= batch_size:
+        return function(images)
+    missing = -count % batch_size
+    padded = jnp.concatenate([images, jnp.broadcast_to(images[-1:], (missing, *images.shape[1:]))])
+    batches = padded.reshape(-1, batch_size, *images.shape[1:])
+    logits = jax.lax.map(jax.checkpoint(function), batches)
+    return logits.reshape(-1, logits.shape[-1])[:count]
+
+
+def _called_back(host, batch_size, images):
+    """Logits of a host model: eagerly one pass for logits and gradient, under JAX transformations by callbacks."""
+
+    def columns():
+        return host.scores(np.zeros((1, *images.shape[1:]), np.float32)).shape[1:]
+
+    def scores(images):
+        return host.scores(images, batch_size)
+
+    @jax.custom_vjp
     def call(images):
-        images = jnp.asarray(images)
-        x = images * scale.astype(images.dtype)[None, None, None] + offset.astype(images.dtype)[None, None, None]
-        return as_logits(function(jnp.moveaxis(x, -1, 1) if channels == "first" else x), output, len(images))
+        if not isinstance(images, jax.core.Tracer):
+            return jnp.asarray(scores(images))
+        shape = jax.ShapeDtypeStruct((len(images), *columns()), jnp.float32)
+        return jax.pure_callback(scores, shape, images, vmap_method="sequential")
 
-    return Classifier(call)
+    def forward(images):
+        if host.pull_back is None:
+            raise ValueError("model has no gradients; pass oracle='query' (or an estimator) to evaluate it only.")
+        if isinstance(images, jax.core.Tracer):
+            return call(images), images
+        found, pull = host.pulled(images, batch_size)
+        return jnp.asarray(found), _Opaque(pull)
+
+    def backward(saved, cotangent):
+        if isinstance(saved, _Opaque):
+            return (jnp.asarray(saved.value(cotangent)),)
+        shape = jax.ShapeDtypeStruct(saved.shape, saved.dtype)
+
+        def again(images, cotangent):
+            return host.pulled(images, batch_size)[1](cotangent)
+
+        return (jax.pure_callback(again, shape, saved, cotangent, vmap_method="sequential"),)
+
+    call.defvjp(forward, backward)
+    return as_logits(call(images), host.output, len(images))
 
 
-def select_output(result: Any, output: str | int | Callable[[Any], Any]) -> Any:
-    """The part of what a model returns that `output` names: "logits", "probabilities", a key, an index, a function."""
-    if callable(output):
-        return output(result)
-    if isinstance(output, int) or output not in OUTPUTS:
-        return result[output]
-    if isinstance(result, dict) or hasattr(result, "keys"):
-        if output in result:
-            return result[output]
-        raise ValueError(f"output: the model returns a dictionary of {sorted(result)}; name the key of its logits.")
-    if result is None or isinstance(result, tuple | list):
-        raise ValueError(
-            f"output: the model returns a {type(result).__name__}; give the index of its logits, or a function."
-        )
-    return result
+@jax.tree_util.register_pytree_node_class
+class _Opaque:
+    """What JAX hands from the forward to the backward pass of an eager call without looking inside."""
 
+    def __init__(self, value):
+        self.value = value
 
-def as_logits(result: Any, output: str | int | Callable[[Any], Any], num_images: int) -> jax.Array:
-    """Logits `[N, classes]` from what a model returns, two classes from one column, logarithms of probabilities."""
-    values = jnp.asarray(select_output(result, output))
-    if values.ndim == 1 and len(values) == num_images:
-        values = values[:, None]
-    if values.ndim != 2 or len(values) != num_images:
-        raise ValueError(f"model must return [{num_images}, classes], got shape {values.shape}.")
-    if output == "probabilities":
-        tiny = jnp.finfo(values.dtype).tiny
-        values = jnp.concatenate([1 - values, values], 1) if values.shape[1] == 1 else values
-        return jnp.log(jnp.maximum(values, tiny))
-    return jnp.concatenate([jnp.zeros_like(values), values], 1) if values.shape[1] == 1 else values
+    def tree_flatten(self):
+        return (), self
+
+    @classmethod
+    def tree_unflatten(cls, opaque, _):
+        return opaque

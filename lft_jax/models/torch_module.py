@@ -4,11 +4,10 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lft_jax.models.classifier import Classifier, Preparation, as_logits, select_output
+from lft_jax.models._preparation import Preparation, select_output
+from lft_jax.models.classifier import Classifier, HostModel, host_classifier
 
 
 def from_torch(
@@ -19,6 +18,7 @@ def from_torch(
     channels: str = "first",
     input_range: tuple[float, float] = (0.0, 1.0),
     output: str | int | Callable[[Any], Any] = "logits",
+    batch_size: int | None = None,
 ) -> Classifier:
     """A classifier that is a `torch.nn.Module`; its gradients are those of torch autograd.
 
@@ -33,6 +33,7 @@ def from_torch(
       input_range: what 0 and 1 are for it before `mean` and `std`: (0, 255), say.
       output: "logits" or "probabilities" (whose logarithm is taken), `[N, classes]` or one column for two classes; or
         a key, an index or a function that finds the logits in what it returns.
+      batch_size: largest number of images in one call, or None for no limit; see `Classifier`.
 
     Returns:
       The classifier. It runs eagerly, with one forward and one backward pass for a gradient; under `jax.jit` it is
@@ -64,64 +65,23 @@ def from_torch(
             return select_output(module(x), output).float()
 
     def values(images):
-        with torch.no_grad():
-            return forward(torch.from_numpy(np.array(images, np.float32))).cpu().numpy()
+        with torch.inference_mode():
+            return forward(torch.from_numpy(np.array(images))).cpu().numpy()
 
-    def graph(images):
-        inputs = torch.from_numpy(np.array(images, np.float32)).requires_grad_(True)
+    def pull_back(images):
+        inputs = torch.from_numpy(np.array(images)).requires_grad_(True)
         with torch.enable_grad():
-            return inputs, forward(inputs)
+            outputs = forward(inputs)
 
-    def gradient(inputs, outputs, cotangent):
-        cotangent = torch.from_numpy(np.array(cotangent)).to(outputs.device)
-        (found,) = torch.autograd.grad(outputs, inputs, cotangent)
-        return found.cpu().numpy()
+        def vjp(cotangent):
+            cotangent = torch.from_numpy(np.array(cotangent)).to(outputs.device).reshape(outputs.shape)
+            (found,) = torch.autograd.grad(outputs, inputs, cotangent)
+            return found.cpu().numpy()
 
-    def answer_shape(images):
-        blank = jax.eval_shape(lambda: jnp.zeros(images.shape[1:], jnp.float32))
-        return values(np.zeros((1, *blank.shape), np.float32)).shape[1:]
+        return outputs.detach().cpu().numpy(), vjp
 
-    @jax.custom_vjp
-    def call(images):
-        if not isinstance(images, jax.core.Tracer):
-            return jnp.asarray(values(images))
-        shape = jax.ShapeDtypeStruct((len(images), *answer_shape(images)), jnp.float32)
-        return jax.pure_callback(values, shape, images, vmap_method="sequential")
-
-    def call_forward(images):
-        if isinstance(images, jax.core.Tracer):
-            return call(images), images
-        inputs, outputs = graph(images)
-        return jnp.asarray(outputs.detach().cpu().numpy()), _Graph(inputs, outputs)
-
-    def call_backward(saved, cotangent):
-        if isinstance(saved, _Graph):
-            return (jnp.asarray(gradient(saved.inputs, saved.outputs, cotangent)),)
-
-        def again(images, cotangent):
-            return gradient(*graph(images), cotangent)
-
-        shape = jax.ShapeDtypeStruct(saved.shape, jnp.float32)
-        return (jax.pure_callback(again, shape, saved, cotangent, vmap_method="sequential"),)
-
-    call.defvjp(call_forward, call_backward)
     known = "probabilities" if output == "probabilities" else "logits"
-    return Classifier(lambda images: as_logits(call(jnp.asarray(images)), known, len(images)), traceable=False)
-
-
-@jax.tree_util.register_pytree_node_class
-class _Graph:
-    """The graph of an eager call, which JAX hands from the forward to the backward pass without looking inside."""
-
-    def __init__(self, inputs, outputs):
-        self.inputs, self.outputs = inputs, outputs
-
-    def tree_flatten(self):
-        return (), self
-
-    @classmethod
-    def tree_unflatten(cls, graph, _):
-        return graph
+    return host_classifier(HostModel(values, pull_back, known), batch_size=batch_size)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,88 @@
+"""What stands between images in [0, 1] and the input of a model, and between its output and logits."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax import base
+
+CHANNELS = ("first", "last")
+OUTPUTS = ("logits", "probabilities")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What turns images in [0, 1] into the input of a model: `(x * (high - low) + low - mean) / std`, then channels.
+
+    Attributes:
+      mean: of each channel, or one number, in units of `input_range`; None for 0.
+      std: the same of the standard deviation, above 0; None for 1.
+      channels: "first" for `[N, C, H, W]`, "last" for `[N, H, W, C]`.
+      input_range: what 0 and 1 are for the model before `mean` and `std`: (0, 255), say.
+    """
+
+    mean: Sequence[float] | float | None = None
+    std: Sequence[float] | float | None = None
+    channels: str = "last"
+    input_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        for name in ("mean", "std"):  # hashable, so that equal ones share compiled programs
+            value = getattr(self, name)
+            if value is not None:
+                value = np.asarray(value)
+                object.__setattr__(self, name, tuple(value.tolist()) if value.ndim else value.item())
+        object.__setattr__(self, "input_range", tuple(self.input_range))
+        base.check_name("channels", self.channels, CHANNELS)
+        low, high = self.input_range
+        if not low < high:
+            raise ValueError(f"input_range must be two ascending numbers, such as (0, 255), got {self.input_range!r}.")
+        for name in ("mean", "std"):
+            value = np.asarray(0.5 if getattr(self, name) is None else getattr(self, name))
+            if value.ndim > 1 or not np.all(np.isfinite(value)) or (name == "std" and not np.all(value > 0)):
+                raise ValueError(
+                    f"{name} must be a finite number{' above 0' * (name == 'std')}, or one per channel, got "
+                    f"{getattr(self, name)!r}."
+                )
+
+    def scale_and_offset(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(scale, offset)`, float32 `[C]` or `[1]`: the input of the model is `x * scale + offset`."""
+        low, high = self.input_range
+        mean = np.atleast_1d(np.asarray(0.0 if self.mean is None else self.mean, np.float64))
+        std = np.atleast_1d(np.asarray(1.0 if self.std is None else self.std, np.float64))
+        return ((high - low) / std).astype(np.float32), ((low - mean) / std).astype(np.float32)
+
+
+def select_output(result: Any, output: str | int | Callable[[Any], Any]) -> Any:
+    """The part of what a model returns that `output` names: "logits", "probabilities", a key, an index, a function."""
+    if callable(output):
+        return output(result)
+    if isinstance(output, int) or output not in OUTPUTS:
+        return result[output]
+    if isinstance(result, dict) or hasattr(result, "keys"):
+        if output in result:
+            return result[output]
+        raise ValueError(f"output: the model returns a dictionary of {sorted(result)}; name the key of its logits.")
+    if result is None or isinstance(result, tuple | list):
+        raise ValueError(
+            f"output: the model returns a {type(result).__name__}; give the index of its logits, or a function."
+        )
+    return result
+
+
+def as_logits(result: Any, output: str | int | Callable[[Any], Any], num_images: int) -> jax.Array:
+    """Logits `[N, classes]` from what a model returns, two classes from one column, logarithms of probabilities."""
+    values = jnp.asarray(select_output(result, output))
+    if values.ndim == 1 and len(values) == num_images:
+        values = values[:, None]
+    if values.ndim != 2 or len(values) != num_images:
+        raise ValueError(f"model must return [{num_images}, classes], got shape {values.shape}.")
+    if output == "probabilities":
+        tiny = jnp.finfo(values.dtype).tiny
+        values = jnp.concatenate([1 - values, values], 1) if values.shape[1] == 1 else values
+        return jnp.log(jnp.maximum(values, tiny))
+    return jnp.concatenate([jnp.zeros_like(values), values], 1) if values.shape[1] == 1 else values

@@ -143,7 +143,8 @@ def _spread(signal):
 def _constraint(signal):
     if signal.param is None:
         return jnp.zeros_like(signal.grad)[None]
-    return jnp.clip(signal.param / signal.scale, -3, 3)[None]
+    scale = jnp.where(signal.scale > 0, signal.scale, 1)  # a schedule may end at 0
+    return jnp.clip(signal.param / scale, -3, 3)[None]
 
 
 def _progress(signal):

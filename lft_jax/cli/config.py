@@ -54,7 +54,9 @@ def main(
     for old, new in (renamed or {}).items():
         flags.DEFINE_alias(old, new)
     flags.DEFINE_string(
-        "compilation_cache", str(user_folder() / "compiled"), "Folder of the compilation cache; empty for no cache."
+        "compilation_cache",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", str(user_folder() / "compiled")),
+        "Folder of the compilation cache; empty for no cache. JAX_COMPILATION_CACHE_DIR, where set, is the default.",
     )
 
     # --help shows the docstring of the program's module and only the flags that are defined here.

@@ -120,11 +120,15 @@ def test_compilation_cache_flag(tmp_path):
         "config.main(Config, lambda flags: print('cache:', jax.config.jax_compilation_cache_dir))\n"
     )
 
-    def printed(*arguments):
+    def printed(*arguments, **variables):
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        environment |= variables
         command = [sys.executable, "-c", script, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
     assert printed() == f"cache: {tmp_path / 'lft_jax' / 'compiled'}"
     assert printed(f"--compilation_cache={tmp_path / 'here'}") == f"cache: {tmp_path / 'here'}"
-    assert printed("--compilation_cache=") == "cache: None"
+    ours = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "ours")}
+    assert printed(**ours) == f"cache: {tmp_path / 'ours'}"
+    assert printed("--compilation_cache=", **ours) == "cache: None"

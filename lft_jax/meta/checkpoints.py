@@ -1,6 +1,8 @@
 """Trees of arrays on disk, by orbax, which no other module imports."""
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,11 +16,15 @@ from absl import logging
 from lft_jax._files import replace_directory
 from lft_jax.base import PyTree
 
+#: File of a checkpoint that holds the checksums of the others.
+CHECKSUMS = "sha256.json"
+
 
 def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
     """Writes a tree of arrays to the directory `path`, which is replaced if it exists.
 
-    The write is atomic: if it fails, the old directory stays. Under `jax.distributed` every process must call this
+    The write is atomic: if it fails, the old directory stays. The file `sha256.json` in it holds the SHA-256 of each
+    other file, since orbax has no checksums of the arrays. Under `jax.distributed` every process must call this
     with the same path on shared storage; each writes its part.
 
     Args:
@@ -45,6 +51,8 @@ def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
         with _checkpointer() as checkpointer:
             checkpointer.save(scratch / "tree", args=ocp.args.StandardSave(tree), force=True)
         if first:
+            sums = json.dumps(_checksums(scratch / "tree"), indent=1)
+            (scratch / "tree" / CHECKSUMS).write_text(sums + "\n", encoding="utf-8")
             replace_directory(scratch / "tree", path)
     finally:
         if first:
@@ -62,11 +70,13 @@ def load_tree(path: str | os.PathLike, like: PyTree) -> PyTree:
       The tree, with its arrays on the default device. See `save_tree` for an example.
 
     Raises:
-      ValueError: if there is no checkpoint, if it is damaged, or if its structure or shapes differ from `like`.
+      ValueError: if there is no checkpoint, if a file of it is damaged, or if its structure or shapes differ from
+        `like`.
     """
     path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"path: there is no checkpoint at {path}.")
+    _check_files(path)
     like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     try:
         with _checkpointer() as checkpointer:
@@ -79,6 +89,28 @@ def load_tree(path: str | os.PathLike, like: PyTree) -> PyTree:
     # Restored as NumPy arrays: those that orbax puts on a device are committed to it, so jitted functions would be
     # compiled again for them.
     return jax.tree.map(jnp.asarray, tree)
+
+
+def _checksums(folder):
+    """`{name: SHA-256}` of the files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _check_files(folder):
+    """Raises a ValueError if a file differs from what was written. Checkpoints of version 0.2 have no checksums."""
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return
+    try:
+        expected = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"path: the checkpoint at {folder} is damaged: {path} cannot be read ({error}).") from error
+    found = _checksums(folder)
+    for name, checksum in expected.items():
+        if found.get(name) != checksum:
+            state = "is not as it was written" if name in found else "is missing"
+            raise ValueError(f"path: the checkpoint at {folder} is damaged: {folder / name} {state}.")
 
 
 @contextlib.contextmanager

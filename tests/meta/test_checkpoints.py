@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lft_jax.meta.checkpoints import load_tree, replace_directory, save_tree
+from lft_jax.meta.checkpoints import CHECKSUMS, load_tree, replace_directory, save_tree
 
 TREE = {
     "weights": [jnp.arange(6, dtype=jnp.float32).reshape(2, 3), jnp.ones((1, 2), jnp.bfloat16)],
@@ -81,7 +81,7 @@ def test_other_structures_and_shapes_are_refused(tmp_path, like):
         load_tree(tmp_path / "tree", like)
 
 
-def test_absent_and_truncated_trees_are_refused(tmp_path):
+def test_absent_and_empty_trees_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"path: there is no checkpoint at .*absent"):
         load_tree(tmp_path / "absent", {"x": jnp.ones(3)})
     (tmp_path / "empty").mkdir()
@@ -89,18 +89,35 @@ def test_absent_and_truncated_trees_are_refused(tmp_path):
         load_tree(tmp_path / "empty", {"x": jnp.ones(3)})
 
 
-def test_every_truncated_file_is_noticed(tmp_path):
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def flip(content):
+    """One bit in the middle is another one."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_every_damaged_file_is_named(tmp_path, damage):
     expected = np.random.default_rng(0).normal(size=3000).astype(np.float32)
     save_tree(tmp_path / "tree", {"x": expected})
-    noticed = 0
-    for number, file in enumerate(sorted(p for p in (tmp_path / "tree").rglob("*") if p.is_file())):
+    files = [path.relative_to(tmp_path / "tree") for path in (tmp_path / "tree").rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for number, file in enumerate(files):
         copy = shutil.copytree(tmp_path / "tree", tmp_path / str(number))
-        (copy / file.relative_to(tmp_path / "tree")).write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        try:
-            found = load_tree(copy, {"x": expected})["x"]
-        except ValueError as error:
-            assert "damaged" in str(error)
-            noticed += 1
-        else:  # orbax writes files that it does not need
-            np.testing.assert_array_equal(found, expected)
-    assert noticed
+        (copy / file).write_bytes(damage((copy / file).read_bytes()))
+        named = "" if file.name == CHECKSUMS else f".*{file.name} is not as it was written"
+        with pytest.raises(ValueError, match=f"the checkpoint at .* is damaged: {named}"):
+            load_tree(copy, {"x": expected})
+        (copy / file).unlink()
+        if file.name != CHECKSUMS:
+            with pytest.raises(ValueError, match=f"damaged: .*{file.name} is missing"):
+                load_tree(copy, {"x": expected})
+
+
+def test_a_checkpoint_without_checksums_is_loaded(tmp_path):
+    save_tree(tmp_path / "tree", {"x": jnp.ones(3)})
+    (tmp_path / "tree" / CHECKSUMS).unlink()
+    np.testing.assert_array_equal(load_tree(tmp_path / "tree", {"x": jnp.zeros(3)})["x"], 1)

@@ -1,9 +1,11 @@
 """Meta-training runs on disk: `train` writes checkpoints and metrics and resumes exactly, `load_run` reads a run."""
 
+import contextlib
 import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from jaxtyping import PRNGKeyArray
 
 from lft_jax import base
 from lft_jax.base import PyTree
-from lft_jax.meta import checkpoints
+from lft_jax.meta import _lock, checkpoints
 from lft_jax.meta.trainer import MetaState, MetaTrainer
 
 
@@ -43,6 +45,9 @@ def train(
     `config.json`, `checkpoints/`, `metrics.jsonl` (one line per meta-step) and TensorBoard event files. Under
     `jax.distributed` every process must call this with the same workdir on shared storage; the first one writes.
 
+    During a run the file `run.lock` in the workdir names its host and process, and a second run there is refused. A
+    file that a killed process has left is taken over on the same host, with a warning; on another one, delete it.
+
     Args:
       trainer: from `lft_jax.meta_trainer`.
       key: PRNG key of the run.
@@ -59,7 +64,8 @@ def train(
       The state after `num_meta_steps` meta-steps.
 
     Raises:
-      ValueError: for a workdir with another configuration or a damaged checkpoint, and for numbers below 1.
+      ValueError: for a workdir that another run uses, with another configuration, or with damaged metrics or a damaged
+        last checkpoint, and for numbers below 1.
       PermissionError: for a workdir that cannot be written.
       MetaTrainingDiverged: see `max_skipped_in_a_row`.
 
@@ -79,20 +85,21 @@ def train(
         base.check_at_least(name, value, 1)
     workdir = Path(workdir)
     first = jax.process_index() == 0
-    _claim(workdir, config, upgrade, write=first)
-    state = trainer.init(key)
-    state = _latest(workdir, like=state) or state
-    start = int(state.step)
-    metrics_path = workdir / "metrics.jsonl" if first else Path(os.devnull)
-    if first:
-        _keep_before(metrics_path, start)
-    options = {"logdir": str(workdir / "tensorboard"), "purge_step": start, "write_to_disk": first}
-    hidden = not (progress and first)
-    with (
-        open(metrics_path, "a", encoding="utf-8") as lines,
-        tensorboardX.SummaryWriter(**options) as board,
-        tqdm.tqdm(total=num_meta_steps, initial=start, desc="meta-training", unit="step", disable=hidden) as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(_lock.held(workdir))
+        _claim(workdir, config, upgrade, write=first)
+        state = trainer.init(key)
+        state = _latest(workdir, like=state) or state
+        start = int(state.step)
+        metrics_path = workdir / "metrics.jsonl" if first else Path(os.devnull)
+        if first:
+            _keep_before(metrics_path, start)
+        lines = stack.enter_context(open(metrics_path, "a", encoding="utf-8"))
+        options = {"logdir": str(workdir / "tensorboard"), "purge_step": start, "write_to_disk": first}
+        board = stack.enter_context(tensorboardX.SummaryWriter(**options))
+        options = {"desc": "meta-training", "unit": "step", "disable": not (progress and first)}
+        bar = stack.enter_context(tqdm.tqdm(total=num_meta_steps, initial=start, **options))
         for step in range(start, num_meta_steps):
             began = time.perf_counter()
             state, metrics = trainer.step(state)
@@ -174,15 +181,27 @@ def _latest(workdir, like):
     steps = _steps(workdir / "checkpoints")
     if not steps:
         return None
-    fields, particles = _split(like)
+    last, *older = reversed(steps)
     try:
-        state = MetaState(**checkpoints.load_tree(workdir / "checkpoints" / str(steps[-1]), fields))
-        if particles:
-            state = state._replace(particles=checkpoints.load_tree(workdir / "particles" / str(steps[-1]), particles))
+        return _load(workdir, last, like)
     except ValueError as error:
-        raise ValueError(
-            f"workdir: checkpoint {steps[-1]} of {workdir} is damaged, or of another rule or meta-optimizer ({error})"
-        ) from error
+        for step in older:
+            with contextlib.suppress(ValueError):
+                _load(workdir, step, like)
+                advice = f"Checkpoint {step} is good; to go on from it, delete {workdir / 'checkpoints' / str(last)}."
+                break
+        else:
+            advice = "No older checkpoint can be read; to begin again, choose another workdir."
+        reason = "is damaged, or of another rule or meta-optimizer"
+        raise ValueError(f"workdir: checkpoint {last} of {workdir} {reason}. {advice} {error}") from error
+
+
+def _load(workdir, step, like):
+    """The state of a checkpoint."""
+    fields, particles = _split(like)
+    state = MetaState(**checkpoints.load_tree(workdir / "checkpoints" / str(step), fields))
+    if particles:
+        state = state._replace(particles=checkpoints.load_tree(workdir / "particles" / str(step), particles))
     return state._replace(key=jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(like.key)))
 
 
@@ -194,7 +213,7 @@ def _read_config(workdir):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"workdir: {path} is damaged ({error}).") from error
+        raise ValueError(f"workdir: {path} is damaged ({error}); restore it, or choose another workdir.") from error
 
 
 def _claim(workdir, config, upgrade, write):
@@ -206,14 +225,8 @@ def _claim(workdir, config, upgrade, write):
         if different:
             changes = ", ".join(f"{k}: {stored.get(k)!r} stored, {config.get(k)!r} given" for k in different)
             raise ValueError(f"workdir: {workdir} holds a run of another configuration ({changes}).")
-        return
-    if not write:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise PermissionError(f"workdir: {workdir} cannot be written ({error}); choose another.") from error
+    elif write:
+        _replace(workdir / "config.json", f"{json.dumps(config, indent=1)}\n".encode())
 
 
 def _as_stored(config):
@@ -222,11 +235,36 @@ def _as_stored(config):
 
 
 def _keep_before(path, step):
-    """Deletes the lines of meta-steps that will be run again, and a last line that a crash left incomplete."""
+    """Removes the lines of meta-steps that will be run again, and a last line that a crash left incomplete.
+
+    Warns of lines that it removes. Raises a ValueError for a damaged line elsewhere.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] < step:
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    lines, kept, again = path.read_bytes().splitlines(keepends=True), [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            before = int(json.loads(line)["step"]) < step
+        except (ValueError, TypeError, KeyError) as error:
+            if line.endswith(b"\n"):
+                raise ValueError(
+                    f"workdir: line {number} of {path} is damaged: {line[:60]!r}. Correct or delete the line, or move "
+                    f"the file elsewhere; the run goes on from its checkpoint of meta-step {step} in any case."
+                ) from error
+            warnings.warn(f"{path}: the last line is incomplete and is removed: {line[:60]!r}.", stacklevel=3)
+            continue
+        again += not before
+        if before:
+            kept.append(line.rstrip(b"\n") + b"\n")
+    if again:
+        done = f"the run goes on from its checkpoint of meta-step {step}"
+        warnings.warn(f"{path}: {done}; {again} later meta-steps are run again, and their lines removed.", stacklevel=3)
+    if kept != lines:
+        _replace(path, b"".join(kept))
+
+
+def _replace(path, content):
+    """Writes a file, which has its old content or the new one at any time."""
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import functools
 import json
+import os
+import shutil
 import sys
 
 import jax
@@ -118,7 +120,11 @@ def test_a_crash_between_checkpoints_loses_and_repeats_nothing(trainer, whole, t
     assert [entry["step"] for entry in lines(tmp_path)] == [0, 1, 2]  # and the last checkpoint is that of step 2
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # a line cut short
-    assert_same(train(trainer, tmp_path, 6), whole[1])
+    with pytest.warns(UserWarning) as warned:
+        assert_same(train(trainer, tmp_path, 6), whole[1])
+    incomplete, again = (str(warning.message) for warning in warned)
+    assert 'metrics.jsonl: the last line is incomplete and is removed: b\'{"step": 3, "lo\'' in incomplete
+    assert "goes on from its checkpoint of meta-step 2; 1 later meta-steps are run again" in again
     assert [entry["step"] for entry in lines(tmp_path)] == list(range(6))
 
 
@@ -251,11 +257,85 @@ def truncate(folder):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_truncated_checkpoint_is_refused(trainer, begun):
+def test_a_truncated_checkpoint_is_refused_and_the_one_before_it_named(trainer, whole, begun):
     truncate(begun / "checkpoints" / "3")
-    with pytest.raises(ValueError, match=r"workdir: checkpoint 3 of .* is damaged") as refusal:
+    message = (
+        rf"workdir: checkpoint 3 of {begun} is damaged, .* Checkpoint 2 is good; to go on from it, delete "
+        rf"{begun}/checkpoints/3\. path: the checkpoint at {begun}/checkpoints/3 is damaged: .*sha256\.json"
+    )
+    for use in (lambda: train(trainer, begun, 6), lambda: load_run(begun, like())):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert len(lines(begun)) == 3
+    shutil.rmtree(begun / "checkpoints" / "3")
+    with pytest.warns(UserWarning, match="checkpoint of meta-step 2; 1 later meta-steps are run again"):
+        assert_same(train(trainer, begun, 6), whole[1])
+    assert [entry["step"] for entry in lines(begun)] == list(range(6))
+
+
+def test_a_run_with_no_good_checkpoint_is_refused(trainer, begun):
+    for step in (2, 3):
+        truncate(begun / "checkpoints" / str(step))
+    with pytest.raises(
+        ValueError, match=r"checkpoint 3 of .* is damaged.* No older checkpoint can be read; .* another"
+    ):
         train(trainer, begun, 6)
-    assert str(begun) in str(refusal.value)
+    assert len(lines(begun)) == 3
+
+
+@pytest.mark.parametrize("damage", [b"\x00\xff\x00", b"[1, 2]", b'{"loss": 1.0}', b""])
+def test_metrics_damaged_before_the_last_line_are_refused(trainer, whole, begun, damage):
+    path = begun / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    damaged = first + damage + b"\n" + third
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"workdir: line 2 of {path} is damaged: b'.*Correct or delete the line"):
+        train(trainer, begun, 6)
+    assert path.read_bytes() == damaged
+    path.write_bytes(first + second + third.rstrip(b"\n"))  # whole, but for the end of the line
+    assert_same(train(trainer, begun, 6), whole[1])
+    assert [entry["step"] for entry in lines(begun)] == list(range(6))
+
+
+def test_metrics_are_kept_if_they_cannot_be_replaced(trainer, begun, monkeypatch):
+    path = begun / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"st')
+    before = path.read_bytes()
+
+    def crash(*names):
+        raise OSError("no more space")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="no more space"), pytest.warns(UserWarning, match="incomplete"):
+        train(trainer, begun, 6)
+    assert path.read_bytes() == before
+
+
+def test_a_second_run_in_a_workdir_is_refused(trainer, whole, tmp_path):
+    refusals = []
+
+    def step(state):
+        with pytest.raises(
+            ValueError, match=rf"workdir: {tmp_path} is in use by process {os.getpid()} on host"
+        ) as refusal:
+            train(trainer, tmp_path, 6)
+        refusals.append(refusal)
+        return trainer.step(state)
+
+    assert_same(train(trainer._replace(step=step), tmp_path, 6), whole[1])
+    assert len(refusals) == 6
+    assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_run_that_fails_releases_its_workdir(trainer, whole, tmp_path, error):
+    def fail(state):
+        raise error
+
+    with pytest.raises(error):
+        train(trainer._replace(step=fail), tmp_path, 6)
+    assert not (tmp_path / "run.lock").exists()
+    assert_same(train(trainer, tmp_path, 6), whole[1])
 
 
 def test_the_checkpoint_of_another_rule_is_refused(whole):

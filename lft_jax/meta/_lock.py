@@ -7,12 +7,12 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def held(workdir: Path) -> Generator[None, None, None]:
     """Holds the lock of `workdir` during a `with` block. The folder is created if necessary.
 
     The lock is an `flock` on the file `run.lock`, which names the process that holds it. The system releases an `flock`

@@ -1,0 +1,96 @@
+"""One step of an attack, for each kind of oracle."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from lft_jax.models import Classifier, replayed
+from lft_jax.optimizers.fine_tuning import fine_tune_step
+from lft_jax.oracles import ZerothOrder
+from lft_jax.tasks.perturbation import Batch, Constraint, perturb
+from lft_jax.tasks.recipe import AttackRecipe, attack_oracle, resolved_loss
+from lft_jax.tasks.uap import attack_metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The constants of a run.
+
+    Attributes:
+      batch: the images `[N, H, W, C]` and their labels.
+      clean: `[N, classes]`, the logits of the clean images.
+      recipe: resolved.
+      constraint: the ball or the penalty.
+    """
+
+    batch: Batch
+    clean: jax.Array
+    recipe: AttackRecipe
+    constraint: Constraint
+
+
+#: `(problem, theta, state, key, progress) -> (theta, state, metrics)`.
+Step = Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
+
+
+def make_step(
+    classifier: Classifier,
+    function: Callable[[jax.Array], jax.Array],
+    tx: optax.GradientTransformationExtraArgs,
+    estimator: ZerothOrder | None,
+) -> tuple[Step, int]:
+    """The step of a run, and the evaluations that it costs for each image.
+
+    Args:
+      classifier: the model.
+      function: for a model that JAX traces, a `jax.tree_util.Partial` to compile into the step.
+      tx: the optimizer; one object stands for one compiled program.
+      estimator: None for exact gradients.
+    """
+    if estimator is not None:
+        tx = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))  # the oracle runs eagerly
+        opaque = functools.partial(estimator, opaque=True)
+        update = functools.partial(_update, classifier, tx, opaque)
+        return functools.partial(_eager_step, update, classifier), estimator.evaluations + 1
+    if classifier.host is not None:
+        update = functools.partial(_asked_update, classifier, tx, None)
+        return functools.partial(_eager_step, update, classifier), 2
+    return functools.partial(_traced_step, tx, function), 2
+
+
+def _update(model, tx, estimator, problem, theta, state, key, progress):
+    """The next perturbation and the next optimizer state."""
+    oracle = attack_oracle(model, problem.batch, problem.recipe, problem.constraint, estimator)
+    project = problem.constraint.project
+    theta, state, _ = fine_tune_step(tx, oracle, theta, state, key, progress=progress, project=project)
+    return theta, state
+
+
+#: With a model outside of JAX all but the model is compiled.
+_asked_update = replayed(_update, static=(0, 1))
+
+
+@jax.jit
+def _metrics(problem, logits, theta):
+    loss = resolved_loss(problem.recipe)
+    return attack_metrics(problem.clean, logits, problem.batch.labels, theta, loss, problem.constraint)
+
+
+_perturbed = jax.jit(perturb)
+
+
+def _eager_step(update, model, problem, theta, state, key, progress):
+    """A step whose update is not compiled as a whole, and its metrics."""
+    theta, state = update(problem, theta, state, key, progress)
+    return theta, state, _metrics(problem, model(_perturbed(problem.batch.images, theta)), theta)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_step(tx, model, problem, theta, state, key, progress):
+    theta, state = _update(model, tx, None, problem, theta, state, key, progress)
+    return theta, state, _metrics(problem, model(perturb(problem.batch.images, theta)), theta)

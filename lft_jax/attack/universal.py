@@ -1,0 +1,444 @@
+"""The attack: one perturbation of a given model, fine-tuned on a few images."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
+
+from lft_jax import base
+from lft_jax._deprecation import old_keywords
+from lft_jax._present import is_known, present
+from lft_jax.attack import _checks
+from lft_jax.attack._steps import Problem, make_step
+from lft_jax.attack.result import Paused, UniversalPerturbation
+from lft_jax.data import unit_range
+from lft_jax.models import Classifier, as_classifier, on_numpy
+from lft_jax.oracles import ZerothOrder
+from lft_jax.pretrained import load_fine_tuner, pretrained_card
+from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, as_constraint
+from lft_jax.tasks.recipe import AttackRecipe, as_attack_loss, initial_perturbation, resolved_loss, search_start
+
+ORACLES = ("auto", "gradient", "query")
+#: The oracle that is named "query".
+QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
+#: The default loss.
+LOSS = AttackLoss("cross_entropy")
+
+
+def _present_keywords(old, kwargs):
+    if "logits_fn" in old:
+        kwargs["model"] = old.pop("logits_fn")
+    if "penalty" in old:
+        penalty, name, epsilon = old.pop("penalty"), kwargs.pop("norm", "linf"), kwargs.pop("epsilon", None)
+        kwargs["constraint"] = Constraint(name, epsilon, penalty)
+    names = ("num_directions", "smoothing", "resolution")
+    settings = {name: old.pop(name) for name in names if name in old}
+    if settings and kwargs.get("oracle") == "query":
+        kwargs["oracle"] = dataclasses.replace(QUERY, **settings)
+    elif settings.get("resolution") is not None:
+        raise ValueError("resolution: exact gradients have no directions; leave it out, or pass oracle='query'.")
+    if old:
+        if old.get("second_loss", "stored") == "stored":
+            target = getattr(old.get("loss"), "target", None)
+            optimizer, oracle = kwargs.get("optimizer", "uap-linf"), kwargs.get("oracle", "auto")
+            exact = oracle in ("auto", "gradient")
+            old["second_loss"] = _stored_with(optimizer, target) if exact else None
+        kwargs["recipe"] = AttackRecipe(**old)
+    return kwargs
+
+
+@old_keywords(
+    _present_keywords,
+    logits_fn="model=",
+    penalty="constraint=Constraint(norm, penalty=...)",
+    loss="recipe=AttackRecipe(loss=...)",
+    second_loss="recipe=AttackRecipe(second_loss=...)",
+    augmentation="recipe=AttackRecipe(augmentation=...)",
+    waves="recipe=AttackRecipe(waves=...)",
+    num_directions="oracle=ZerothOrder(num_directions=..., per_example=True)",
+    smoothing="oracle=ZerothOrder(smoothing=..., per_example=True)",
+    resolution="oracle=ZerothOrder(resolution=..., per_example=True)",
+)
+def universal_perturbation(
+    model: Any,
+    images: Shaped[Array | np.ndarray, "N H W C"],
+    labels: Integer[Array | np.ndarray, " N"] | None = None,
+    *,
+    norm: str = "linf",
+    epsilon: float | None = None,
+    constraint: Constraint | None = None,
+    target: int | None = None,
+    steps: int = 20,
+    optimizer: str | optax.GradientTransformation = "uap-linf",
+    oracle: str | ZerothOrder = "auto",
+    recipe: AttackRecipe | None = None,
+    start: Float[Array | np.ndarray, "H W C"] | UniversalPerturbation | None = None,
+    max_queries: int | None = None,
+    batch_size: int | None = None,
+    key: PRNGKeyArray | None = None,
+    callback: Callable[[dict[str, float]], bool | None] | None = None,
+    progress: bool | Callable[[dict[str, float]], object] = True,
+) -> UniversalPerturbation:
+    """Fine-tunes one perturbation that makes a classifier err on many images, from a few images.
+
+    Each step moves the perturbation `theta` against the gradient of::
+
+        mean_i loss(model(clip(x_i + theta, 0, 1)), y_i) + penalty * ||theta||
+
+    or an estimate of it, and projects it onto the ball, if any.
+
+    Args:
+      model: a `lft_jax.models.Classifier` (an adapter makes one of a model of any framework), or a function of images
+        `[N, H, W, C]` in [0, 1] that returns *logits* (not probabilities) `[N, classes]`, or one column for two
+        classes. Its present weights are attacked, also if it was attacked with others before.
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
+      labels: `[N]` integers from 0, the true classes; None for the classes that the model predicts.
+      norm: "linf" or "l2", the norm of the ball.
+      epsilon: radius of the ball, in units of the image range, for example `8 / 255`.
+      constraint: instead of `norm` and `epsilon`, for example a penalty: `Constraint("l1", penalty=0.01)`.
+      target: the class that images should be classified as; None for any wrong class.
+      steps: K, the largest number of fine-tuning steps.
+      optimizer: the name of a pretrained rule (`lft_jax.list_pretrained()`), the path of a stored one, or any optax
+        transformation.
+      oracle: "gradient" differentiates the model; a step costs two queries per image. "query" or a `ZerothOrder` only
+        evaluates it; a step costs the queries of an estimate, and one per image for the history. "query" is
+        `ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)`: ten antithetic Rademacher directions per
+        image. "auto" is "gradient" where the model has gradients, else "query".
+      recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
+        `AttackRecipe`, with the second loss that a pretrained rule was meta-trained with. The rule "uap-l1" was
+        meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
+      start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
+        it stopped, as if it had not stopped, if all other arguments are the same; a finished one begins anew from its
+        perturbation.
+      max_queries: the largest number of queries, including one per clean image at the beginning. The run ends before
+        a step that would exceed it. None for no limit.
+      batch_size: largest number of images in one call of the model; see `lft_jax.models.Classifier`. None for that of
+        the model.
+      key: PRNG key of augmentation, start and directions; `jax.random.key(0)` if None.
+      callback: called after each step with the latest entries of the history, and `step`, from 1. The run stops if it
+        returns True.
+      progress: whether to show a progress bar, if the terminal can; or a function that is called as `callback`, and
+        whose result is ignored.
+
+    Returns:
+      The perturbation, the history of the run, and a summary.
+
+    Raises:
+      TypeError: for a model of a framework without its adapter, or a target that is no integer.
+      ValueError: for no images, images outside [0, 1] or NaN or with channels first, labels out of range, an epsilon or
+        penalty that is not above 0, an epsilon above 1 (linf), both or neither of them, `steps` below 1, unknown names,
+        losses that do not fit each other or the oracle, logits of a wrong shape, a `max_queries` too small for one
+        step, and NaN in what the model returns or in its gradient.
+      Exception: what the model raises. Like a NaN and KeyboardInterrupt, it ends the run, and the exception has an
+        attribute `partial`: the `UniversalPerturbation` found so far, to go on from with `start=error.partial`.
+
+    Warns:
+      UserWarning: if the clean accuracy is no better than chance, or the model seems to return probabilities.
+
+    Examples:
+      A perturbation of size 0.25 against a linear model of two classes:
+
+      >>> weights = jax.random.normal(jax.random.key(0), (16, 2))
+      >>> model = lambda x: x.reshape(len(x), -1) @ weights
+      >>> images = np.random.default_rng(0).uniform(0.3, 0.7, (8, 4, 4, 1)).astype(np.float32)
+      >>> labels = np.asarray(model(images).argmax(-1))
+      >>> result = universal_perturbation(model, images, labels, epsilon=0.25, steps=5, optimizer=optax.sgd(0.1))
+      >>> result.perturbation.shape, bool(np.abs(result.perturbation).max() <= 0.25)
+      ((4, 4, 1), True)
+      >>> result.history["queries"].tolist()
+      [24, 40, 56, 72, 88]
+
+    References:
+      Zhao et al. 2021, arXiv 2009.13714; Moosavi-Dezfooli et al. 2017, arXiv 1610.08401.
+    """
+    base.check_at_least("steps", steps, 1)
+    _checks.check_target(target)
+    images = _checks.checked_images(images, labels)
+    constraint = as_constraint(norm, epsilon, constraint)
+    tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
+    classifier, estimator = _with_oracle(model, oracle, images)
+    if batch_size is not None:
+        classifier = dataclasses.replace(classifier, batch_size=batch_size)
+    full_recipe = _as_recipe(recipe, optimizer, estimator, target)
+    counter = _Counter()
+    classifier = counter.counting(classifier)
+
+    began, x = time.monotonic(), unit_range(jnp.asarray(images))
+    clean = classifier(x)
+    _checks.check_logits(clean)
+    labelled = labels is not None
+    labels = np.asarray(labels) if labelled else np.argmax(clean, -1)
+    _checks.check_clean(clean, labels, images)
+    full_recipe.resolved(resolved_loss(full_recipe), clean.shape[-1])
+    problem = Problem(Batch(x, jnp.asarray(labels, jnp.int32)), clean, full_recipe, constraint)
+    function = classifier
+    if classifier.host is None and estimator is None:
+        function = present(classifier.traced(), 0.25 + x / 2)  # no pixel is 0, which would hide its weights
+    step, cost = make_step(classifier, function, tx, estimator)
+
+    paused = start.paused if isinstance(start, UniversalPerturbation) else None
+    searched = full_recipe.waves.evaluations if full_recipe.waves and start is None else 0
+    queries = len(x) * (1 + searched)
+    _check_max_queries(max_queries, len(x), searched, cost)
+    key = jax.random.key(0) if key is None else key
+    run = _Run(constraint, "gradient" if estimator is None else "query", steps, labelled, began, counter)
+    with run.keeping(), _reporter(progress, steps) as report:
+        if paused is None:
+            theta, key = _start(classifier, problem, key, start, run)
+            paused = Paused(theta, tx.init(theta), 0)
+        else:
+            run.history = _entries(start.history)
+            counter.images += start.queries
+            queries += start.queries
+            _, key = _keys(problem.recipe, key)
+        # The steps are compiled once for all starts.
+        problem = dataclasses.replace(problem, recipe=dataclasses.replace(full_recipe, start="zeros", waves=None))
+        theta, state = paused.theta, paused.state
+        for k in range(paused.done, steps):
+            if max_queries is not None and queries + cost * len(x) > max_queries:
+                break
+            theta, state, metrics = step(problem, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
+            queries += cost * len(x)
+            run.add(Paused(theta, state, k + 1), {**{n: float(v) for n, v in metrics.items()}, "queries": queries})
+            report({"step": k + 1, **run.history[-1]})
+            if callback is not None and callback({"step": k + 1, **run.history[-1]}):
+                break
+    return run.result()
+
+
+def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | None:
+    """The second loss that a stored rule was meta-trained with, or None.
+
+    Args:
+      name: name of a pretrained rule, or path of a stored one.
+      target: target class of the loss.
+
+    Raises:
+      ValueError: if the rule has no card.
+    """
+    flags = pretrained_card(name).get("meta_training") or {}
+    kind = flags.get("second_loss", "none")
+    return None if kind == "none" else AttackLoss(kind, flags.get("kappa", 0.0), target=target)
+
+
+class _Counter:
+    """Counts the images that a model outside of JAX is asked for, also in a step that an error ends."""
+
+    def __init__(self):
+        self.images = 0
+
+    def counting(self, classifier: Classifier) -> Classifier:
+        """The classifier, counted if it is a host model."""
+        if classifier.host is None:
+            return classifier
+
+        def counted(function):
+            def call(images):
+                self.images += len(images)
+                return function(images)
+
+            return call
+
+        host = classifier.host
+        pull_back = None if host.pull_back is None else counted(host.pull_back)
+        return dataclasses.replace(
+            classifier, host=dataclasses.replace(host, values=counted(host.values), pull_back=pull_back)
+        )
+
+
+class _Run:
+    """What a run has found so far."""
+
+    def __init__(self, constraint, oracle, steps, labelled, began, counter):
+        self.fields = {"constraint": constraint, "oracle": oracle, "steps": steps, "labelled": labelled}
+        self.began, self.counter = began, counter
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[tuple[float, float], Any] | None = None
+        self.paused: Paused | None = None
+
+    def add(self, paused: Paused, entry: dict[str, float]) -> None:
+        """Takes the end of a step, unless it is NaN."""
+        if not np.isfinite(entry["linf"]):
+            raise ValueError(
+                f"model: its gradient is NaN or infinite in step {paused.done} of {self.fields['steps']}. Usual: "
+                "the derivative of a square root, norm, logarithm or power at 0, float16 that overflows, division by "
+                "a standard deviation of 0. With oracle='query' only its values are used."
+            )
+        if not np.isfinite(entry["loss"]):
+            raise ValueError(
+                f"model returns NaN or infinite logits for perturbed images in step {paused.done} of "
+                f"{self.fields['steps']}. Usual causes: float16 that overflows, a logarithm or square root of a number "
+                "that is not above 0."
+            )
+        self.history.append(entry)
+        self.paused = paused
+        self.see(paused.theta, entry["asr"], entry["loss"])
+
+    def see(self, theta: Any, asr: float, loss: float) -> None:
+        """Keeps the best perturbation."""
+        merit = (asr, -loss)
+        if self.best is None or merit > self.best[0]:
+            self.best = merit, theta
+
+    @contextlib.contextmanager
+    def keeping(self):
+        """Hangs what was found to an exception that ends the run."""
+        try:
+            yield
+        except BaseException as error:
+            if self.best is not None:
+                partial = self.result(self.best[1])
+                error.partial = partial
+                done = len(self.history)
+                error.add_note(
+                    f"universal_perturbation stopped after {done} of {self.fields['steps']} steps and "
+                    f"{partial.queries} evaluations of the model on one image. The best perturbation so far is "
+                    "error.partial; to go on, pass start=error.partial."
+                )
+            raise
+
+    def result(self, best: Any = None) -> UniversalPerturbation:
+        """The result; with `best`, that perturbation instead of the last one."""
+        names = self.history[0] if self.history else ()
+        columns = {name: np.asarray([entry[name] for entry in self.history]) for name in names}
+        last = self.paused.theta if self.paused else best
+        counted = max(self.counter.images, int(columns["queries"][-1]) if self.history else 0)
+        stopped = self.paused is not None and self.paused.done < self.fields["steps"]
+        return UniversalPerturbation(
+            np.asarray(last if best is None else best),
+            columns,
+            queries=counted,
+            seconds=time.monotonic() - self.began,
+            paused=self.paused if stopped else None,
+            **self.fields,
+        )
+
+
+def _with_oracle(model, oracle, images) -> tuple[Classifier, ZerothOrder | None]:
+    """The model as the oracle needs it, and the estimator; None for exact gradients."""
+    if isinstance(oracle, ZerothOrder):
+        return on_numpy(model), oracle
+    if base.check_name("oracle", oracle, ORACLES) == "query":
+        return on_numpy(model), QUERY
+    classifier = as_classifier(model)
+    try:
+        if not classifier.differentiable:
+            raise ValueError("it has no gradients")
+        if classifier.host is None and not is_known(classifier.traced()):
+            shape = jax.ShapeDtypeStruct(np.shape(images), jnp.float32)
+            jax.eval_shape(jax.grad(lambda x: jnp.sum(classifier(x))), shape)
+    except Exception as error:
+        classifier = on_numpy(model)
+        if oracle == "auto":
+            return classifier, QUERY
+        classifier(images[:1])  # what is wrong with its output comes first
+        raise ValueError(
+            f"model cannot be differentiated by JAX ({type(error).__name__}: {error}). Write it with jax.numpy, pass "
+            "the adapter of its framework (lft_jax.models.from_torch, ...), or oracle='query' to evaluate it only."
+        ) from error
+    return classifier, None
+
+
+def _as_recipe(recipe, optimizer, estimator, target) -> AttackRecipe:
+    """The recipe, or the default one, with its losses resolved and checked against the oracle and the target."""
+    if recipe is None:
+        recipe = AttackRecipe(second_loss=_stored_with(optimizer, target) if estimator is None else None)
+    loss = as_attack_loss(LOSS if recipe.loss is None else recipe.loss, target=target)
+    if target is not None:
+        if loss.target not in (None, target):
+            raise ValueError(f"target: {target} is not that of the recipe's loss, {loss.target}.")
+        second = recipe.second_loss
+        if isinstance(second, AttackLoss) and second.target is None:
+            recipe = dataclasses.replace(recipe, second_loss=dataclasses.replace(second, target=target))
+        loss = dataclasses.replace(loss, target=target)
+    recipe = dataclasses.replace(recipe, loss=loss).resolved(loss)
+    if estimator is not None and recipe.second_loss is not None:
+        raise ValueError(
+            f"second_loss: a zeroth-order oracle takes only one loss, got {recipe.second_loss} with {estimator}."
+        )
+    if estimator is not None and loss.kind == "dominant":
+        raise ValueError(f"loss: 'dominant' is for exact gradients only, got {estimator}.")
+    return recipe
+
+
+def _check_max_queries(max_queries, images, searched, cost):
+    least = images * (1 + searched + cost)
+    if max_queries is not None and max_queries < least:
+        search = f"{images * searched} for the search of a start, " if searched else ""
+        raise ValueError(
+            f"max_queries must be at least {least}: {images} for the clean images, {search}and {images * cost} for the "
+            f"first step; got {max_queries}."
+        )
+
+
+def _stored_with(optimizer, target=None):
+    return stored_second_loss(optimizer, target) if isinstance(optimizer, str) else None
+
+
+def _stored(name):
+    try:
+        return load_fine_tuner(name)
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from error
+
+
+#: Cached, since jitted steps have the wrapped optimizer as a static argument: a new object would compile again.
+_extra_args = functools.lru_cache(maxsize=16)(optax.with_extra_args_support)
+
+
+@contextlib.contextmanager
+def _reporter(progress, steps):
+    """Calls `progress` after each step, or shows a bar if the terminal can."""
+    if callable(progress):
+        yield progress
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc="universal perturbation", disable=None if progress else True) as bar:
+
+        def report(entry):
+            bar.set_postfix({"ASR": f"{entry['asr']:.2f}", "loss": f"{entry['loss']:.3g}"}, refresh=False)
+            bar.update(entry["step"] - bar.n)
+
+        yield report
+
+
+def _entries(history):
+    """The steps of a history of columns."""
+    return [dict(zip(history, row, strict=True)) for row in zip(*(v.tolist() for v in history.values()), strict=True)]
+
+
+def _keys(recipe, key):
+    """The key of the start and that of the steps; a start of zeros uses none."""
+    if recipe.start == "zeros" and recipe.waves is None:
+        return key, key
+    key, key_start = jax.random.split(key)
+    return key_start, key
+
+
+def _start(classifier, problem, key, given, run):
+    """The given start or that of the recipe, `[H, W, C]`, and the key of the steps."""
+    x, recipe, constraint = problem.batch.images, problem.recipe, problem.constraint
+    key_start, key = _keys(recipe, key)
+    if given is not None:
+        theta = np.asarray(given.perturbation if isinstance(given, UniversalPerturbation) else given)
+        if theta.shape != x.shape[1:] or not np.all(np.isfinite(theta)):
+            raise ValueError(f"start must be a finite perturbation {x.shape[1:]}, got shape {theta.shape}.")
+        return constraint.project(jnp.asarray(theta, x.dtype)), key
+    key_random = jax.random.fold_in(key_start, 1)
+    theta = initial_perturbation(recipe.start, constraint, x.shape[1:], x.dtype, key_random)
+
+    def watch(theta, loss):
+        run.see(np.asarray(theta), 0.0, float(loss))
+
+    # The model may not be traceable, so the search always runs eagerly.
+    theta, _ = search_start(classifier, problem.batch, recipe, constraint, theta, key_start, opaque=True, watch=watch)
+    return theta, key

@@ -21,7 +21,7 @@ from typing import Any
 
 from lft_jax import models
 from lft_jax._version import __version__
-from lft_jax.attack import UniversalPerturbation, attack_success_rate, universal_perturbation
+from lft_jax.attack import UniversalPerturbation, attack_success_rate, fooling_rate, universal_perturbation
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
 from lft_jax.meta import (
     EvolutionStrategies,
@@ -80,6 +80,7 @@ __all__ = [
     "coordinate_lstm",
     "fine_tune",
     "fine_tune_step",
+    "fooling_rate",
     "learned_fine_tuner",
     "learners",
     "list_pretrained",

@@ -4,6 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int32, Integer, UInt8
 
+#: How far outside of [0, 1] rounding may put an image.
+ROUNDING = 1e-6
+
 
 def check_images_labels(images: ArrayLike, labels: ArrayLike, num_classes: int | None = None) -> None:
     """Raises a ValueError unless images and labels are valid.
@@ -33,8 +36,9 @@ def check_images_labels(images: ArrayLike, labels: ArrayLike, num_classes: int |
         if not (np.issubdtype(images.dtype, np.floating) or images.dtype.name == "bfloat16"):
             raise ValueError(f"images must be uint8 or floating-point, got {images.dtype}.")
         low, high = images.min(), images.max()
-        if not (low >= 0 and high <= 1):  # also true for NaN
-            raise ValueError(f"images must lie in [0, 1] if floating-point, got values from {low} to {high}.")
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also true for NaN
+            hint = " Divide them by 255?" if 2 < high <= 255 and low >= 0 else ""
+            raise ValueError(f"images must lie in [0, 1] if floating-point, got values from {low} to {high}.{hint}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be integers, got {labels.dtype}.")
     _check_labels(labels, num_classes)

@@ -56,6 +56,12 @@ class Preparation:
         std = np.atleast_1d(np.asarray(1.0 if self.std is None else self.std, np.float64))
         return ((high - low) / std).astype(np.float32), ((low - mean) / std).astype(np.float32)
 
+    def on_numpy(self, images: np.ndarray) -> np.ndarray:
+        """The input of the model, of NumPy images `[N, H, W, C]` in [0, 1]."""
+        scale, offset = self.scale_and_offset()
+        x = images * scale + offset
+        return np.moveaxis(x, -1, 1) if self.channels == "first" else x
+
 
 def select_output(result: Any, output: str | int | Callable[[Any], Any]) -> Any:
     """The part of what a model returns that `output` names: "logits", "probabilities", a key, an index, a function."""
@@ -63,13 +69,22 @@ def select_output(result: Any, output: str | int | Callable[[Any], Any]) -> Any:
         return output(result)
     if isinstance(output, int) or output not in OUTPUTS:
         return result[output]
-    if isinstance(result, dict) or hasattr(result, "keys"):
+    advice = "an adapter (lft_jax.models.from_function, from_torch, ...) takes output="
+    if hasattr(result, "keys"):
+        names = sorted(map(str, result.keys()))
         if output in result:
             return result[output]
-        raise ValueError(f"output: the model returns a dictionary of {sorted(result)}; name the key of its logits.")
-    if result is None or isinstance(result, tuple | list):
         raise ValueError(
-            f"output: the model returns a {type(result).__name__}; give the index of its logits, or a function."
+            f"output: the model returns a {type(result).__name__} of {names}; {advice} the key of its logits."
+        )
+    if result is None:
+        raise ValueError("output: the model returns None, got no logits [N, classes]; does its function return?")
+    if isinstance(result, list) and not any(hasattr(part, "shape") for part in result):
+        return np.asarray(result)
+    if isinstance(result, tuple | list):
+        raise ValueError(
+            f"output: the model returns a {type(result).__name__} of {len(result)}; {advice} the index of its logits, "
+            "or a function."
         )
     return result
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,11 @@ import numpy as np
 
 from lft_jax.models._preparation import as_logits
 
-#: Adapters of objects that are no functions of images, by the package of their class.
+#: Adapters of objects that are no functions of images, by the package of their class or of one that it derives from.
 ADAPTERS = {
+    "equinox": "from_equinox(module)",
+    "flax.linen": "from_flax(module, variables)",
+    "flax.nnx": "from_nnx(module)",
     "torch": "from_torch(module, mean=..., std=...)",
     "keras": "from_keras(model)",
     "tensorflow": "from_keras(model), or from_function with oracle='query'",
@@ -154,8 +158,13 @@ class Classifier:
         self.check_shape(images.shape)
         if self.host is not None:
             return _called_back(self.host, self.batch_size, images)
+        return self.traced()(images)
+
+    def traced(self) -> jax.tree_util.Partial:
+        """The JAX function with its present weights, in batches: images -> logits."""
         function = self.function if self.refresh is None else self.refresh()
-        return _in_batches(function, self.batch_size, images)
+        function = function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
+        return function if self.batch_size is None else jax.tree_util.Partial(_Batched(self.batch_size), function)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raises a ValueError unless images of this shape `(N, H, W, C)` are what the model takes."""
@@ -188,7 +197,8 @@ def as_classifier(model: Any) -> Classifier:
     if isinstance(model, Classifier):
         return model
     for kind in type(model).__mro__:
-        adapter = ADAPTERS.get(kind.__module__.partition(".")[0])
+        packages = itertools.accumulate(kind.__module__.split("."), "{}.{}".format)
+        adapter = next((ADAPTERS[package] for package in packages if package in ADAPTERS), None)
         if adapter is not None:
             raise TypeError(
                 f"model is of {kind.__module__}.{kind.__qualname__}, got {type(model).__name__}: pass "
@@ -255,16 +265,20 @@ def host_classifier(
     return Classifier(functools.partial(_called_back, host, None), host, num_classes, input_shape, batch_size)
 
 
-def _in_batches(function, batch_size, images):
+@dataclasses.dataclass(frozen=True)
+class _Batched:
     """A JAX function of images in batches, one at a time in memory, also when it is differentiated."""
-    count = len(images)
-    if batch_size is None or count <= batch_size:
-        return function(images)
-    missing = -count % batch_size
-    padded = jnp.concatenate([images, jnp.broadcast_to(images[-1:], (missing, *images.shape[1:]))])
-    batches = padded.reshape(-1, batch_size, *images.shape[1:])
-    logits = jax.lax.map(jax.checkpoint(function), batches)
-    return logits.reshape(-1, logits.shape[-1])[:count]
+
+    size: int
+
+    def __call__(self, function, images):
+        count = len(images)
+        if count <= self.size:
+            return function(images)
+        padding = jnp.broadcast_to(images[-1:], (-count % self.size, *images.shape[1:]))
+        batches = jnp.concatenate([images, padding]).reshape(-1, self.size, *images.shape[1:])
+        logits = jax.lax.map(jax.checkpoint(function), batches)
+        return logits.reshape(-1, logits.shape[-1])[:count]
 
 
 def _called_back(host, batch_size, images):

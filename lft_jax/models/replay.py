@@ -61,10 +61,10 @@ def replayed(program: Callable[..., Any], *, static: tuple[int, ...] = ()) -> Ca
 
     Examples:
       >>> from lft_jax.models.classifier import HostModel, host_classifier
-      >>> square = HostModel(
-      ...     lambda x: x.sum((1, 2)) ** 2,
-      ...     lambda x: (x.sum((1, 2)) ** 2, lambda c: np.broadcast_to((2 * c * x.sum((1, 2)))[:, None, None], x.shape)),
-      ... )
+      >>> def pull_back(x):
+      ...     total = x.sum((1, 2))
+      ...     return total**2, lambda c: np.broadcast_to((2 * c * total)[:, None, None], x.shape)
+      >>> square = HostModel(lambda x: x.sum((1, 2)) ** 2, pull_back)
       >>> gradient = replayed(lambda model, x: jax.grad(lambda x: jnp.sum(model(x)))(x))
       >>> gradient(host_classifier(square), np.full((1, 1, 1, 2), 3.0, np.float32)).tolist()
       [[[[6.0, 6.0]]]]

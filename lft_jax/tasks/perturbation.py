@@ -162,6 +162,8 @@ class AttackLoss:
     ) -> Bool[Array, " N"]:
         """Whether the attack succeeds: the image is classified as the target or, without one, as a wrong class.
 
+        With a NaN among its logits, an image has no class, so it is no success.
+
         Args:
           logits: `[N, classes]` of the perturbed images.
           labels: `[N]`, the true classes.
@@ -174,7 +176,8 @@ class AttackLoss:
           [False, True]
         """
         predicted = jnp.argmax(logits, -1)
-        return predicted != labels if self.target is None else predicted == self.target
+        hit = predicted != labels if self.target is None else predicted == self.target
+        return hit & ~jnp.any(jnp.isnan(logits), -1)
 
 
 def norm(theta: Float[Array, "*shape"], kind: str) -> Float[Array, ""]:
@@ -248,6 +251,11 @@ class Constraint:
             )
         if self.epsilon is not None:
             base.check_positive("epsilon", self.epsilon)
+            if self.norm == "linf" and self.epsilon > 1:
+                raise ValueError(
+                    f"epsilon must be at most 1, in units of the image range, got {self.epsilon!r}: "
+                    f"{self.epsilon:g} / 255 = {self.epsilon / 255:.4g}?"
+                )
         if self.penalty is not None:
             base.check_positive("penalty", self.penalty)
         if self.norm == ("l1" if self.penalty is None else "linf"):

@@ -123,6 +123,7 @@ def search_start(
     key: PRNGKeyArray,
     *,
     opaque: bool = False,
+    watch: Callable[[jax.Array, jax.Array], object] | None = None,
 ) -> tuple[Float[Array, "H W C"], int]:
     """The better one of a start and the best plane wave, if the recipe searches for one.
 
@@ -134,6 +135,7 @@ def search_start(
       theta: `[H, W, C]`, the start.
       key: PRNG key of the search.
       opaque: whether JAX cannot trace `logits_fn`.
+      watch: if opaque, called with each perturbation that is tried and its loss; or None.
 
     Returns:
       The start, and the queries that the search costs.
@@ -144,7 +146,10 @@ def search_start(
 
     def support_loss(theta):
         losses = loss(logits_fn(perturb(support.images, theta)), support.labels)
-        return jnp.mean(losses) + constraint.cost(theta)
+        value = jnp.mean(losses) + constraint.cost(theta)
+        if watch is not None:
+            watch(theta, value)
+        return value
 
     best = recipe.waves(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
     return best, recipe.waves.evaluations * len(support.labels)

@@ -144,7 +144,8 @@ def attack_metrics(
       A dictionary of scalars:
 
       - `asr`: the share in [0, 1] of the images classified correctly when clean that the attack succeeds on; 0 if
-        there are none.
+        there are none. An image with a NaN among its logits does not count as a success.
+      - `fooling_rate`: the share in [0, 1] of the images whose predicted class changes.
       - `clean_accuracy`: in [0, 1].
       - `margin`: mean difference between the logit of the true class and the largest other logit.
       - `loss`: the mean loss, plus the penalty, if any.
@@ -153,8 +154,10 @@ def attack_metrics(
     correct = jnp.argmax(clean_logits, -1) == labels
     counted = correct if loss.target is None else correct & (labels != loss.target)
     success = loss.success(logits, labels) & counted
+    changed = AttackLoss().success(logits, jnp.argmax(clean_logits, -1))
     return {
         "asr": jnp.sum(success) / jnp.maximum(jnp.sum(counted), 1),
+        "fooling_rate": jnp.mean(changed),
         "clean_accuracy": jnp.mean(correct),
         "margin": jnp.mean(margins(logits, labels)),
         "loss": jnp.mean(loss(logits, labels)) + constraint.cost(theta),

@@ -86,9 +86,9 @@ def test_arguments_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"scores": 1}, r"output: the model returns a dictionary of \['scores'\]; name the key"),
-        ((1, 2), "output: the model returns a tuple; give the index of its logits, or a function"),
-        (None, "output: the model returns a NoneType"),
+        ({"scores": 1}, r"output: the model returns a dict of \['scores'\]; an adapter .* the key"),
+        ((1, 2), "output: the model returns a tuple of 2; .* the index of its logits, or a function"),
+        (None, "output: the model returns None"),
         (np.zeros((4, 3)), r"model must return \[5, classes\], got shape \(4, 3\)"),
         (np.zeros((5, 3, 1)), r"model must return \[5, classes\], got shape \(5, 3, 1\)"),
     ],

@@ -64,6 +64,7 @@ setuptools.setup(
         "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.1", "pillow>=11"],  # no TensorFlow needed to read
         "plots": ["matplotlib>=3.9"],
         "torch": ["torch>=2.4"],
+        "equinox": ["equinox>=0.13.2"],
         "dev": [
             "beartype>=0.22",
             "hypothesis>=6.100",

@@ -5,6 +5,7 @@ How the pieces compose::
     images [N, H, W, C] in [0, 1] --mean, std, range, channels--> what the model expects      `_preparation`
     what the model returns --output--> logits [N, classes]                                    `_preparation`
     JAX function --from_function--> Classifier, traced and differentiated by JAX              `functions`
+    module of Flax or Equinox --from_flax, from_nnx, from_equinox--> Classifier, likewise     `jax_modules`
     model on NumPy arrays, perhaps with gradients --host_classifier--> Classifier             `classifier`
     torch.nn.Module --from_torch--> Classifier, differentiated by torch autograd              `torch_module`
     jitted program that asks such a model --replayed--> program cut at its questions          `replay`
@@ -15,6 +16,7 @@ A `Classifier` goes wherever a model is expected: `lft_jax.universal_perturbatio
 
 from lft_jax.models.classifier import Classifier, HostModel, as_classifier, host_classifier, on_numpy
 from lft_jax.models.functions import from_function
+from lft_jax.models.jax_modules import from_equinox, from_flax, from_nnx
 from lft_jax.models.replay import replayed
 from lft_jax.models.torch_module import from_torch
 
@@ -22,7 +24,10 @@ __all__ = [
     "Classifier",
     "HostModel",
     "as_classifier",
+    "from_equinox",
+    "from_flax",
     "from_function",
+    "from_nnx",
     "from_torch",
     "host_classifier",
     "on_numpy",

@@ -8,6 +8,7 @@ How the pieces compose::
     module of Flax or Equinox --from_flax, from_nnx, from_equinox--> Classifier, likewise     `jax_modules`
     model on NumPy arrays, perhaps with gradients --host_classifier--> Classifier             `classifier`
     torch.nn.Module --from_torch--> Classifier, differentiated by torch autograd              `torch_module`
+    HTTP service --from_url--> Classifier without gradients                                   `service`
     jitted program that asks such a model --replayed--> program cut at its questions          `replay`
 
 A `Classifier` goes wherever a model is expected: `lft_jax.universal_perturbation`, `lft_jax.attack_success_rate`,
@@ -18,6 +19,7 @@ from lft_jax.models.classifier import Classifier, HostModel, as_classifier, host
 from lft_jax.models.functions import from_function
 from lft_jax.models.jax_modules import from_equinox, from_flax, from_nnx
 from lft_jax.models.replay import replayed
+from lft_jax.models.service import from_url
 from lft_jax.models.torch_module import from_torch
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "from_function",
     "from_nnx",
     "from_torch",
+    "from_url",
     "host_classifier",
     "on_numpy",
     "replayed",

@@ -6,32 +6,38 @@ further would so be attacked with its old weights.
 """
 
 import collections
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-#: Functions that were compiled last. Each keeps its arguments and a few images.
-_known: collections.deque["_Known"] = collections.deque(maxlen=16)
-
 
 class _Program:
-    """A function as a static argument: equal to itself alone, and hashable even where the function is not."""
+    """A function as a static argument: equal to itself alone, and hashable even where the function is not.
 
-    def __init__(self, structure):
-        self.structure = structure
+    It keeps arguments and an input that the function was seen with, and what it returned.
+    """
+
+    def __init__(self, structure, leaves, x):
+        self.structure, self.leaves, self.x = structure, leaves, x
+        self.values = self._evaluated(structure)
 
     def __call__(self, leaves, x):
         return jax.tree.unflatten(self.structure, leaves)(x)
 
+    def holds(self, structure):
+        """Whether a function of this structure still computes what it did."""
+        return np.array_equal(self._evaluated(structure), self.values, equal_nan=True)
 
-class _Known(NamedTuple):
-    structure: Any
-    leaves: list[Any]
-    x: Any
-    values: np.ndarray
-    program: _Program
+    def _evaluated(self, structure):
+        return np.asarray(jax.tree.unflatten(structure, self.leaves)(self.x))
+
+
+#: Functions that were compiled last.
+_programs: collections.deque[_Program] = collections.deque(maxlen=16)
 
 
 def present(function: Partial, x: Any) -> Partial:
@@ -57,21 +63,66 @@ def present(function: Partial, x: Any) -> Partial:
       (True, False)
     """
     leaves, structure = jax.tree.flatten(function)
-    for known in list(_known):
-        if _equal(known.structure, structure):
-            values = np.asarray(jax.tree.unflatten(structure, known.leaves)(known.x))
-            if np.array_equal(values, known.values, equal_nan=True):
-                return Partial(known.program, leaves)
-            _known.remove(known)
-    values = np.asarray(function(x))
-    _known.append(_Known(structure, leaves, x, values, _Program(structure)))
-    return Partial(_known[-1].program, leaves)
+    for program in list(_programs):
+        if _equal(program.structure, structure):
+            if program.holds(structure):
+                return Partial(program, leaves)
+            _programs.remove(program)
+    _programs.append(_Program(structure, leaves, x))
+    return Partial(_programs[-1], leaves)
 
 
 def is_known(function: Partial) -> bool:
     """Whether `present` was called with this function lately, if perhaps with other arguments."""
     structure = jax.tree.structure(function)
-    return any(_equal(known.structure, structure) for known in _known)
+    return any(_equal(program.structure, structure) for program in _programs)
+
+
+def refreshed(function: Partial) -> Partial:
+    """What `present` returned, again if the function has changed since; any other function as it is."""
+    program = function.func
+    if not isinstance(program, _Program) or program.holds(program.structure):
+        return function
+    return present(jax.tree.unflatten(program.structure, *function.args), program.x)
+
+
+def grey(images: jax.Array) -> jax.Array:
+    """An input for `present`: images in [0.25, 0.75], since a pixel of 0 would hide its weights."""
+    images = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+    return images / 2 + jnp.asarray(0.25, images.dtype)
+
+
+def as_partial(logits_fn: Callable[[Any], Any], images: Any) -> Partial:
+    """A victim as a field of a task family: its weights are arguments, or looked after by `present`.
+
+    Args:
+      logits_fn: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`. A `jax.tree_util.Partial` is returned as it
+        is: its arguments are its weights. It may be a `lft_jax.models.Classifier`.
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
+
+    Returns:
+      The same function.
+
+    Raises:
+      ValueError: if JAX cannot trace it.
+    """
+    if hasattr(logits_fn, "traced"):
+        function = logits_fn.traced()
+    else:
+        function = logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+    x = grey(jnp.asarray(images[:1]))
+    try:
+        jax.eval_shape(function, x)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise ValueError(
+            f"logits_fn cannot be traced by JAX ({type(error).__name__}). Write it with jax.numpy, pass the adapter of "
+            "its framework (lft_jax.models.from_torch, ...), or call NumPy code back and pass an estimator:\n"
+            "  logits_fn = lambda x: jax.pure_callback(\n"
+            "      lambda x: np.asarray(model(np.asarray(x)), np.float32),\n"
+            "      jax.ShapeDtypeStruct((len(x), num_classes), np.float32), x, vmap_method='sequential')\n"
+            "  uap_family(images, labels, logits_fn, estimator=lft_jax.ZerothOrder(), ...)"
+        ) from error
+    return function if isinstance(logits_fn, Partial) else present(function, x)
 
 
 def _equal(one, other):

@@ -98,6 +98,14 @@ class TaskFamily(abc.ABC):
       ((5, 3), (10, 3))
     """
 
+    def refreshed(self) -> "TaskFamily":
+        """The family as evaluation uses it now. The default returns itself.
+
+        A family whose model reads weights that are no arrays of the family returns one that is compiled again if they
+        have changed.
+        """
+        return self
+
     @abc.abstractmethod
     def sample(self, key: PRNGKeyArray) -> Episode:
         """Draws the data of one task."""

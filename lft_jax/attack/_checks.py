@@ -65,7 +65,7 @@ def check_logits(logits: Any) -> None:
     """Judges what a model returns for clean images, `[N, classes]`.
 
     Raises:
-      ValueError: for NaN.
+      ValueError: for NaN, and for one column of what looks like probabilities.
 
     Warns:
       UserWarning: for what looks like probabilities.
@@ -75,6 +75,12 @@ def check_logits(logits: Any) -> None:
     if len(bad):
         raise ValueError(
             f"model returns NaN for {len(bad)} of {len(logits)} clean images, the first is number {bad[0]}."
+        )
+    if logits.shape[1] == 2 and not logits[:, 0].any() and logits.min() >= 0 and logits.max() <= 1:
+        raise ValueError(
+            "model returns one column within [0, 1] for two classes, which looks like a probability, where a logit is "
+            "meant: pass output='probabilities' to its adapter, such as lft_jax.models.from_function. A model of such "
+            "logits must return both, [-z / 2, z / 2]."
         )
     alike = np.all(logits >= 0) and np.allclose(logits.sum(-1), 1, atol=1e-3)
     _warn_if(

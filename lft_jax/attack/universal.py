@@ -1,6 +1,5 @@
 """The attack: one perturbation of a given model, fine-tuned on a few images."""
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -15,8 +14,9 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
 from lft_jax import base
 from lft_jax._deprecation import old_keywords
-from lft_jax._present import is_known, present
+from lft_jax._present import grey, is_known, present
 from lft_jax.attack import _checks
+from lft_jax.attack._run import Counter, Run, entries, reporter
 from lft_jax.attack._steps import Problem, make_step
 from lft_jax.attack.result import Paused, UniversalPerturbation
 from lft_jax.data import unit_range
@@ -168,7 +168,7 @@ def universal_perturbation(
     if batch_size is not None:
         classifier = dataclasses.replace(classifier, batch_size=batch_size)
     full_recipe = _as_recipe(recipe, optimizer, estimator, target)
-    counter = _Counter()
+    counter = Counter()
     classifier = counter.counting(classifier)
 
     began, x = time.monotonic(), unit_range(jnp.asarray(images))
@@ -181,7 +181,7 @@ def universal_perturbation(
     problem = Problem(Batch(x, jnp.asarray(labels, jnp.int32)), clean, full_recipe, constraint)
     function = classifier
     if classifier.host is None and estimator is None:
-        function = present(classifier.traced(), 0.25 + x / 2)  # no pixel is 0, which would hide its weights
+        function = present(classifier.traced(), grey(x))
     step, cost = make_step(classifier, function, tx, estimator)
 
     paused = start.paused if isinstance(start, UniversalPerturbation) else None
@@ -189,13 +189,13 @@ def universal_perturbation(
     queries = len(x) * (1 + searched)
     _check_max_queries(max_queries, len(x), searched, cost)
     key = jax.random.key(0) if key is None else key
-    run = _Run(constraint, "gradient" if estimator is None else "query", steps, labelled, began, counter)
-    with run.keeping(), _reporter(progress, steps) as report:
+    run = Run(constraint, "gradient" if estimator is None else "query", steps, labelled, began, counter)
+    with run.keeping(), reporter(progress, steps) as report:
         if paused is None:
             theta, key = _start(classifier, problem, key, start, run)
             paused = Paused(theta, tx.init(theta), 0)
         else:
-            run.history = _entries(start.history)
+            run.history = entries(start.history)
             counter.images += start.queries
             queries += start.queries
             _, key = _keys(problem.recipe, key)
@@ -229,99 +229,6 @@ def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | Non
     return None if kind == "none" else AttackLoss(kind, flags.get("kappa", 0.0), target=target)
 
 
-class _Counter:
-    """Counts the images that a model outside of JAX is asked for, also in a step that an error ends."""
-
-    def __init__(self):
-        self.images = 0
-
-    def counting(self, classifier: Classifier) -> Classifier:
-        """The classifier, counted if it is a host model."""
-        if classifier.host is None:
-            return classifier
-
-        def counted(function):
-            def call(images):
-                self.images += len(images)
-                return function(images)
-
-            return call
-
-        host = classifier.host
-        pull_back = None if host.pull_back is None else counted(host.pull_back)
-        return dataclasses.replace(
-            classifier, host=dataclasses.replace(host, values=counted(host.values), pull_back=pull_back)
-        )
-
-
-class _Run:
-    """What a run has found so far."""
-
-    def __init__(self, constraint, oracle, steps, labelled, began, counter):
-        self.fields = {"constraint": constraint, "oracle": oracle, "steps": steps, "labelled": labelled}
-        self.began, self.counter = began, counter
-        self.history: list[dict[str, float]] = []
-        self.best: tuple[tuple[float, float], Any] | None = None
-        self.paused: Paused | None = None
-
-    def add(self, paused: Paused, entry: dict[str, float]) -> None:
-        """Takes the end of a step, unless it is NaN."""
-        if not np.isfinite(entry["linf"]):
-            raise ValueError(
-                f"model: its gradient is NaN or infinite in step {paused.done} of {self.fields['steps']}. Usual: "
-                "the derivative of a square root, norm, logarithm or power at 0, float16 that overflows, division by "
-                "a standard deviation of 0. With oracle='query' only its values are used."
-            )
-        if not np.isfinite(entry["loss"]):
-            raise ValueError(
-                f"model returns NaN or infinite logits for perturbed images in step {paused.done} of "
-                f"{self.fields['steps']}. Usual causes: float16 that overflows, a logarithm or square root of a number "
-                "that is not above 0."
-            )
-        self.history.append(entry)
-        self.paused = paused
-        self.see(paused.theta, entry["asr"], entry["loss"])
-
-    def see(self, theta: Any, asr: float, loss: float) -> None:
-        """Keeps the best perturbation."""
-        merit = (asr, -loss)
-        if self.best is None or merit > self.best[0]:
-            self.best = merit, theta
-
-    @contextlib.contextmanager
-    def keeping(self):
-        """Hangs what was found to an exception that ends the run."""
-        try:
-            yield
-        except BaseException as error:
-            if self.best is not None:
-                partial = self.result(self.best[1])
-                error.partial = partial
-                done = len(self.history)
-                error.add_note(
-                    f"universal_perturbation stopped after {done} of {self.fields['steps']} steps and "
-                    f"{partial.queries} evaluations of the model on one image. The best perturbation so far is "
-                    "error.partial; to go on, pass start=error.partial."
-                )
-            raise
-
-    def result(self, best: Any = None) -> UniversalPerturbation:
-        """The result; with `best`, that perturbation instead of the last one."""
-        names = self.history[0] if self.history else ()
-        columns = {name: np.asarray([entry[name] for entry in self.history]) for name in names}
-        last = self.paused.theta if self.paused else best
-        counted = max(self.counter.images, int(columns["queries"][-1]) if self.history else 0)
-        stopped = self.paused is not None and self.paused.done < self.fields["steps"]
-        return UniversalPerturbation(
-            np.asarray(last if best is None else best),
-            columns,
-            queries=counted,
-            seconds=time.monotonic() - self.began,
-            paused=self.paused if stopped else None,
-            **self.fields,
-        )
-
-
 def _with_oracle(model, oracle, images) -> tuple[Classifier, ZerothOrder | None]:
     """The model as the oracle needs it, and the estimator; None for exact gradients."""
     if isinstance(oracle, ZerothOrder):
@@ -340,8 +247,9 @@ def _with_oracle(model, oracle, images) -> tuple[Classifier, ZerothOrder | None]
         if oracle == "auto":
             return classifier, QUERY
         classifier(images[:1])  # what is wrong with its output comes first
+        reason, *_ = str(error).splitlines() or [""]
         raise ValueError(
-            f"model cannot be differentiated by JAX ({type(error).__name__}: {error}). Write it with jax.numpy, pass "
+            f"model cannot be differentiated by JAX ({type(error).__name__}: {reason}). Write it with jax.numpy, pass "
             "the adapter of its framework (lft_jax.models.from_torch, ...), or oracle='query' to evaluate it only."
         ) from error
     return classifier, None
@@ -392,28 +300,6 @@ def _stored(name):
 
 #: Cached, since jitted steps have the wrapped optimizer as a static argument: a new object would compile again.
 _extra_args = functools.lru_cache(maxsize=16)(optax.with_extra_args_support)
-
-
-@contextlib.contextmanager
-def _reporter(progress, steps):
-    """Calls `progress` after each step, or shows a bar if the terminal can."""
-    if callable(progress):
-        yield progress
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc="universal perturbation", disable=None if progress else True) as bar:
-
-        def report(entry):
-            bar.set_postfix({"ASR": f"{entry['asr']:.2f}", "loss": f"{entry['loss']:.3g}"}, refresh=False)
-            bar.update(entry["step"] - bar.n)
-
-        yield report
-
-
-def _entries(history):
-    """The steps of a history of columns."""
-    return [dict(zip(history, row, strict=True)) for row in zip(*(v.tolist() for v in history.values()), strict=True)]
 
 
 def _keys(recipe, key):

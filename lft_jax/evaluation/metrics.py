@@ -62,7 +62,8 @@ def evaluate(
     """
     if not at or not 1 <= min(at) <= max(at) <= num_steps:
         raise ValueError(f"at must hold steps from 1 to num_steps = {num_steps}, got {at}.")
-    return _evaluate(_only_fine_tuning(learner), params, family, keys, num_steps, tuple(at), min(batch_size, len(keys)))
+    learner, family = _only_fine_tuning(learner), family.refreshed()
+    return _evaluate(learner, params, family, keys, num_steps, tuple(at), min(batch_size, len(keys)))
 
 
 def _only_fine_tuning(learner):
@@ -88,7 +89,6 @@ def _evaluate(learner, params, family, keys, num_steps, at, batch_size):
     return jax.lax.map(task, keys, batch_size=batch_size)
 
 
-@functools.partial(jax.jit, static_argnames="batch_size")
 def evaluate_fixed(
     theta: PyTree, family: TaskFamily, keys: Key[Array, " T"], *, batch_size: int = 10
 ) -> dict[str, Shaped[Array, "T 1"]]:
@@ -110,12 +110,16 @@ def evaluate_fixed(
       >>> found["loss"].shape
       (3, 1)
     """
+    return _evaluate_fixed(theta, family.refreshed(), keys, min(batch_size, len(keys)))
 
+
+@functools.partial(jax.jit, static_argnums=3)
+def _evaluate_fixed(theta, family, keys, batch_size):
     def task(key):
         episode = family.sample(jax.random.split(key, 3)[0])
         return {name: value[None] for name, value in family.metrics(theta, episode.query).items()}
 
-    return jax.lax.map(task, keys, batch_size=min(batch_size, len(keys)))
+    return jax.lax.map(task, keys, batch_size=batch_size)
 
 
 def first_perturbation(
@@ -138,7 +142,7 @@ def first_perturbation(
       >>> first_perturbation(sgd, {"learning_rate": 0.5}, family, jax.random.key(0), num_steps=3).shape
       (2,)
     """
-    return _first_perturbation(_only_fine_tuning(learner), params, family, key, num_steps)
+    return _first_perturbation(_only_fine_tuning(learner), params, family.refreshed(), key, num_steps)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -299,7 +303,7 @@ def full_data_uap(
       The perturbation `[H, W, C]`, and one record per run, with keys `loss`, `target`, `step` and `asr` (on the judge's
       images).
     """
-    families = tuple(families)
+    families, judge = tuple(family.refreshed() for family in families), judge.refreshed()
     given = judge.objective.target
     classes = range(len(families[0].counts)) if targeted and given is None else ()
     runs = [(kind, given, step) for kind in ("cross_entropy", "hinge") for step in steps]

@@ -161,7 +161,9 @@ class Classifier:
         return self.traced()(images)
 
     def traced(self) -> jax.tree_util.Partial:
-        """The JAX function with its present weights, in batches: images -> logits."""
+        """The function with its present weights, in batches, as JAX traces it: images -> logits."""
+        if self.host is not None:
+            return jax.tree_util.Partial(self)
         function = self.function if self.refresh is None else self.refresh()
         function = function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
         return function if self.batch_size is None else jax.tree_util.Partial(_Batched(self.batch_size), function)

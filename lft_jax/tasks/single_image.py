@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
 from lft_jax import base, oracles
 from lft_jax._deprecation import renamed
+from lft_jax._present import as_partial, refreshed
 from lft_jax.base import Episode, Oracle, TaskFamily
 from lft_jax.data import check_images_labels, unit_range
 from lft_jax.tasks.perturbation import AttackLoss, Batch, norm, perturb
@@ -60,6 +61,10 @@ class SingleImageFamily(TaskFamily):
         """The start: Gaussian noise."""
         dtype = unit_range(self.images[:1]).dtype
         return jnp.asarray(self.noise, dtype) * jax.random.normal(key, self.images.shape[1:], dtype)
+
+    def refreshed(self) -> "SingleImageFamily":
+        """The family with the present weights of its victim, if these are no arguments of `logits_fn`."""
+        return dataclasses.replace(self, logits_fn=refreshed(self.logits_fn))
 
     def oracle(self, support: Batch) -> Oracle:
         """The gradient of the whole loss, or an estimate of it."""
@@ -130,9 +135,8 @@ def single_image_family(
     """
     base.check_positive("penalty", penalty)
     base.check_positive("noise", noise)
-    if not isinstance(logits_fn, jax.tree_util.Partial):
-        logits_fn = jax.tree_util.Partial(logits_fn)
     check_images_labels(images, labels)
+    logits_fn = as_partial(logits_fn, images)
     images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
     logits = jax.jit(lambda x: logits_fn(unit_range(x)))(images)
     check_images_labels(images, labels, logits.shape[-1])

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
 from lft_jax._deprecation import old_keywords
+from lft_jax._present import as_partial, refreshed
 from lft_jax.base import Episode, Oracle, TaskFamily
 from lft_jax.data import TaskSize, check_images_labels, class_table, draw_rows, unit_range
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, as_constraint, margins, norm, perturb
@@ -22,6 +23,7 @@ from lft_jax.tasks.recipe import (
     as_attack_loss,
     attack_oracle,
     initial_perturbation,
+    resolved_loss,
     search_start,
 )
 
@@ -60,7 +62,7 @@ class UapFamily(TaskFamily):
     labels: jax.Array
     table: jax.Array
     counts: jax.Array
-    logits_fn: LogitsFn
+    logits_fn: jax.tree_util.Partial
     objective: AttackLoss
     constraint: Constraint
     recipe: AttackRecipe
@@ -82,6 +84,10 @@ class UapFamily(TaskFamily):
         if recipe.second_loss is not None and self.estimator is not None:
             raise ValueError("second_loss: a zeroth-order estimator takes only one loss; leave out one of the two.")
         return dataclasses.replace(self, recipe=recipe)
+
+    def refreshed(self) -> "UapFamily":
+        """The family with the present weights of its victim, if these are no arguments of `logits_fn`."""
+        return dataclasses.replace(self, logits_fn=refreshed(self.logits_fn))
 
     def sample(self, key: PRNGKeyArray) -> Episode:
         """Draws classes, then disjoint support and query images of each; both sets are a `Batch`."""
@@ -213,8 +219,9 @@ def uap_family(
     Args:
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1]; kept on the device in this dtype.
       labels: `[N]` integers from 0, the true classes.
-      logits_fn: the victim: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`, traceable. A
-        `jax.tree_util.Partial` whose arguments are its weights lets victims of one architecture share a compilation.
+      logits_fn: the victim: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`, traceable, or a
+        `lft_jax.models.Classifier`. A `jax.tree_util.Partial` whose arguments are its weights lets victims of one
+        architecture share a compilation.
       ways: classes of a task, at least 1.
       shots: support images per class, at least 1.
       query_shots: query images per class, disjoint from the support images, at least 1.
@@ -233,8 +240,8 @@ def uap_family(
 
     Raises:
       ValueError: for images outside [0, 1], labels out of range, a class with fewer than `shots + query_shots` images,
-        fewer than `ways` classes, names or numbers out of range, or a second loss together with an estimator or with
-        another target than the objective's.
+        fewer than `ways` classes, a victim that JAX cannot trace, names or numbers out of range, or a second loss
+        together with an estimator or with another target than the objective's.
 
     Examples:
       >>> images = np.random.default_rng(0).uniform(size=(20, 4, 4, 1)).astype(np.float32)
@@ -254,9 +261,10 @@ def uap_family(
     if recipe.second_loss is not None and estimator is not None:
         raise ValueError("second_loss: a zeroth-order estimator takes only one loss; leave one of the two out.")
     recipe = recipe.resolved(objective)
-    if not isinstance(logits_fn, jax.tree_util.Partial):
-        logits_fn = jax.tree_util.Partial(logits_fn)
+    if estimator is not None and "dominant" in (objective.kind, resolved_loss(recipe).kind):
+        raise ValueError("loss: 'dominant' is a loss of a whole batch, for exact gradients only; leave out estimator.")
     check_images_labels(images, labels)
+    logits_fn = as_partial(logits_fn, images)
     num_classes = jax.eval_shape(lambda x: logits_fn(unit_range(x)), images[:1]).shape[-1]
     check_images_labels(images, labels, num_classes)
     objective.check(num_classes)

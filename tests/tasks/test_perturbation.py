@@ -169,7 +169,7 @@ def test_the_gradient_of_the_l2_norm_is_safe():
 
 
 @pytest.mark.parametrize("kind", ["linf", "l2"])
-@given(theta=THETAS, seed=st.integers(0, 1000), epsilon=st.floats(0.05, 3))
+@given(theta=THETAS, seed=st.integers(0, 1000), epsilon=st.floats(0.05, 1))
 def test_projection_is_the_nearest_point_of_the_ball(kind, theta, seed, epsilon):
     order = {"linf": np.inf, "l2": 2}[kind]
     constraint = Constraint(kind, epsilon).check()

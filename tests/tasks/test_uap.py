@@ -215,9 +215,10 @@ def test_metrics_match_a_loop(target):
     images = IMAGES.reshape(-1, 16) / 255
     clean = images @ WEIGHTS
     logits = np.clip(images + np.ravel(theta), 0, 1) @ WEIGHTS
-    fooled, counted, margins = 0, 0, []
+    fooled, counted, changed, margins = 0, 0, 0, []
     for before, after, label in zip(clean, logits, LABELS, strict=True):
         margins.append(after[label] - max(np.delete(after, label)))
+        changed += before.argmax() != after.argmax()
         if before.argmax() == label and label != target:
             counted += 1
             fooled += after.argmax() != label if target is None else after.argmax() == target
@@ -225,6 +226,7 @@ def test_metrics_match_a_loop(target):
     metrics = jax.jit(family.metrics)(theta, batch)
     expected = {
         "asr": fooled / counted,
+        "fooling_rate": changed / len(LABELS),
         "clean_accuracy": np.mean(clean.argmax(1) == LABELS),
         "margin": np.mean(margins),
         "l1": np.abs(theta).sum(),

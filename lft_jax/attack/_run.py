@@ -1,0 +1,126 @@
+"""What a run has found so far, what it is worth, and what is shown of it."""
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from lft_jax.attack.result import Paused, UniversalPerturbation
+from lft_jax.models import Classifier
+
+
+class Counter:
+    """Counts the images that a model outside of JAX is asked for, also in a step that an error ends."""
+
+    def __init__(self):
+        self.images = 0
+
+    def counting(self, classifier: Classifier) -> Classifier:
+        """The classifier, counted if it is a host model."""
+        if classifier.host is None:
+            return classifier
+
+        def counted(function):
+            def call(images):
+                self.images += len(images)
+                return function(images)
+
+            return call
+
+        host = classifier.host
+        pull_back = None if host.pull_back is None else counted(host.pull_back)
+        return dataclasses.replace(
+            classifier, host=dataclasses.replace(host, values=counted(host.values), pull_back=pull_back)
+        )
+
+
+class Run:
+    """What a run has found so far."""
+
+    def __init__(self, constraint, oracle, steps, labelled, began, counter):
+        self.fields = {"constraint": constraint, "oracle": oracle, "steps": steps, "labelled": labelled}
+        self.began, self.counter = began, counter
+        self.history: list[dict[str, float]] = []
+        self.best: tuple[tuple[float, float], Any] | None = None
+        self.paused: Paused | None = None
+
+    def add(self, paused: Paused, entry: dict[str, float]) -> None:
+        """Takes the end of a step, unless it is NaN."""
+        if not np.isfinite(entry["linf"]):
+            raise ValueError(
+                f"model: its gradient is NaN or infinite in step {paused.done} of {self.fields['steps']}. Usual: "
+                "the derivative of a square root, norm, logarithm or power at 0, float16 that overflows, division by "
+                "a standard deviation of 0. With oracle='query' only its values are used."
+            )
+        if not np.isfinite(entry["loss"]):
+            raise ValueError(
+                f"model returns NaN or infinite logits for perturbed images in step {paused.done} of "
+                f"{self.fields['steps']}. Usual causes: float16 that overflows, a logarithm or square root of a number "
+                "that is not above 0."
+            )
+        self.history.append(entry)
+        self.paused = paused
+        self.see(paused.theta, entry["asr"], entry["loss"])
+
+    def see(self, theta: Any, asr: float, loss: float) -> None:
+        """Keeps the best perturbation."""
+        merit = (asr, -loss)
+        if self.best is None or merit > self.best[0]:
+            self.best = merit, theta
+
+    @contextlib.contextmanager
+    def keeping(self):
+        """Hangs what was found to an exception that ends the run."""
+        try:
+            yield
+        except BaseException as error:
+            if self.best is not None:
+                partial = self.result(self.best[1])
+                error.partial = partial
+                done = len(self.history)
+                error.add_note(
+                    f"universal_perturbation stopped after {done} of {self.fields['steps']} steps and "
+                    f"{partial.queries} evaluations of the model on one image. The best perturbation so far is "
+                    "error.partial; to go on, pass start=error.partial."
+                )
+            raise
+
+    def result(self, best: Any = None) -> UniversalPerturbation:
+        """The result; with `best`, that perturbation instead of the last one."""
+        names = self.history[0] if self.history else ()
+        columns = {name: np.asarray([entry[name] for entry in self.history]) for name in names}
+        last = self.paused.theta if self.paused else best
+        counted = max(self.counter.images, int(columns["queries"][-1]) if self.history else 0)
+        stopped = self.paused is not None and self.paused.done < self.fields["steps"]
+        return UniversalPerturbation(
+            np.asarray(last if best is None else best),
+            columns,
+            queries=counted,
+            seconds=time.monotonic() - self.began,
+            paused=self.paused if stopped else None,
+            **self.fields,
+        )
+
+
+@contextlib.contextmanager
+def reporter(progress, steps):
+    """Calls `progress` after each step, or shows a bar if the terminal can."""
+    if callable(progress):
+        yield progress
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc="universal perturbation", disable=None if progress else True) as bar:
+
+        def report(entry):
+            bar.set_postfix({"ASR": f"{entry['asr']:.2f}", "loss": f"{entry['loss']:.3g}"}, refresh=False)
+            bar.update(entry["step"] - bar.n)
+
+        yield report
+
+
+def entries(history):
+    """The steps of a history of columns."""
+    return [dict(zip(history, row, strict=True)) for row in zip(*(v.tolist() for v in history.values()), strict=True)]

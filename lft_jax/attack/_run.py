@@ -78,7 +78,7 @@ class Run:
         except BaseException as error:
             if self.best is not None:
                 partial = self.result(self.best[1])
-                error.partial = partial
+                error.__dict__["partial"] = partial
                 done = len(self.history)
                 error.add_note(
                     f"universal_perturbation stopped after {done} of {self.fields['steps']} steps and "

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
@@ -12,8 +12,7 @@ from lft_jax.base import PyTree
 from lft_jax.tasks.perturbation import Constraint
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Paused:
+class Paused(NamedTuple):
     """Where a run stopped before its last step, to go on from.
 
     Attributes:

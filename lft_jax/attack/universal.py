@@ -184,25 +184,26 @@ def universal_perturbation(
         function = present(classifier.traced(), grey(x))
     step, cost = make_step(classifier, function, tx, estimator)
 
-    paused = start.paused if isinstance(start, UniversalPerturbation) else None
+    stopped = start if isinstance(start, UniversalPerturbation) and start.paused is not None else None
     searched = full_recipe.waves.evaluations if full_recipe.waves and start is None else 0
     queries = len(x) * (1 + searched)
     _check_max_queries(max_queries, len(x), searched, cost)
     key = jax.random.key(0) if key is None else key
     run = Run(constraint, "gradient" if estimator is None else "query", steps, labelled, began, counter)
     with run.keeping(), reporter(progress, steps) as report:
-        if paused is None:
+        if stopped is None:
             theta, key = _start(classifier, problem, key, start, run)
-            paused = Paused(theta, tx.init(theta), 0)
+            state, done = tx.init(theta), 0
         else:
-            run.history = entries(start.history)
-            counter.images += start.queries
-            queries += start.queries
+            assert stopped.paused is not None
+            theta, state, done = stopped.paused
+            run.history = entries(stopped.history)
+            counter.images += stopped.queries
+            queries += stopped.queries
             _, key = _keys(problem.recipe, key)
         # The steps are compiled once for all starts.
         problem = dataclasses.replace(problem, recipe=dataclasses.replace(full_recipe, start="zeros", waves=None))
-        theta, state = paused.theta, paused.state
-        for k in range(paused.done, steps):
+        for k in range(done, steps):
             if max_queries is not None and queries + cost * len(x) > max_queries:
                 break
             theta, state, metrics = step(problem, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))

@@ -63,8 +63,8 @@ class HostModel:
         images = np.asarray(images, np.float32)
         batches = self._batches(images, batch_size)
         if len(batches) > 1:
-            return self.scores(images, batch_size), lambda cotangent: self._in_parts(
-                batches, np.asarray(cotangent)
+            return self.scores(images, batch_size), lambda cotangent: _in_parts(
+                pull_back, batches, np.asarray(cotangent)
             ).astype(dtype)
         ((batch, used),) = batches
         scores, vjp = pull_back(batch)
@@ -74,19 +74,10 @@ class HostModel:
 
         return self._scores(scores, batch)[:used], pull
 
-    def _in_parts(self, batches, cotangent):
-        found, first = [], 0
-        for batch, used in batches:
-            _, vjp = self.pull_back(batch)
-            rows = _padded(cotangent[first : first + used], len(batch), 0.0)
-            found.append(np.asarray(vjp(rows), batch.dtype)[:used])
-            first += used
-        return np.concatenate(found)
-
     def _batches(self, images, batch_size):
         """`[(images of a call, number that count)]`; if the model takes any batch, only a remainder is padded."""
-        size = self.fixed_batch or batch_size or len(images)
-        parts = [images[first : first + size] for first in range(0, len(images), size)]
+        size = self.fixed_batch or batch_size or max(len(images), 1)
+        parts = [images[first : first + size] for first in range(0, max(len(images), 1), size)]
         least = size if self.fixed_batch or len(parts) > 1 else 0
         return [(_padded(part, least), len(part)) for part in parts]
 
@@ -97,6 +88,17 @@ class HostModel:
         if scores.ndim != 2 or len(scores) != len(batch):
             raise ValueError(f"model must return [{len(batch)}, classes], got shape {scores.shape}.")
         return scores.astype(np.float32)
+
+
+def _in_parts(pull_back, batches, cotangent):
+    """The gradient of images in batches, one graph at a time in memory."""
+    found, first = [], 0
+    for batch, used in batches:
+        _, vjp = pull_back(batch)
+        rows = _padded(cotangent[first : first + used], len(batch), 0.0)
+        found.append(np.asarray(vjp(rows), batch.dtype)[:used])
+        first += used
+    return np.concatenate(found)
 
 
 def _padded(rows, length, value=None):

@@ -45,7 +45,7 @@ class SingleImageFamily(TaskFamily):
 
     images: jax.Array
     labels: jax.Array
-    logits_fn: Callable[[jax.Array], jax.Array]
+    logits_fn: jax.tree_util.Partial
     objective: AttackLoss
     penalty: float
     noise: float

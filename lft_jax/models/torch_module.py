@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lft_jax.models._frameworks import required
 from lft_jax.models._preparation import Preparation, select_output
 from lft_jax.models.classifier import Classifier, HostModel, host_classifier
 
@@ -50,19 +51,42 @@ def from_torch(
         model = lft_jax.models.from_torch(module, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         result = lft_jax.universal_perturbation(model, images, labels, epsilon=8 / 255)
     """
-    import torch
+    with required("torch", "torch"):
+        import torch
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
-    scale, offset = (torch.from_numpy(x) for x in Preparation(mean, std, channels, input_range).scale_and_offset())
+    host = autograd_host(module, module, Preparation(mean, std, channels, input_range), output)
+    return host_classifier(host, batch_size=batch_size)
+
+
+def autograd_host(
+    module: Any,
+    call: Callable[[Any], Any],
+    preparation: Preparation,
+    output: str | int | Callable[[Any], Any],
+    fixed_batch: int | None = None,
+) -> HostModel:
+    """The model that is a torch module, with the gradients of torch autograd.
+
+    Args:
+      module: the module; in evaluation mode during each call.
+      call: prepared images, a tensor -> what `output` finds the logits in.
+      preparation: of the images.
+      output: as of `from_torch`.
+      fixed_batch: as of `HostModel`.
+    """
+    import torch
+
+    scale, offset = (torch.from_numpy(x) for x in preparation.scale_and_offset())
 
     def forward(images):
         """What `output` names of the module's answer to torch images `[N, H, W, C]`, differentiable."""
         tensor = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), scale)
         x = images.to(tensor.device) * scale.to(tensor.device) + offset.to(tensor.device)
-        x = (x.permute(0, 3, 1, 2) if channels == "first" else x).to(tensor.dtype)
+        x = (x.permute(0, 3, 1, 2) if preparation.channels == "first" else x).to(tensor.dtype)
         with _evaluating(module):
-            return select_output(module(x), output).float()
+            return select_output(call(x), output).float()
 
     def values(images):
         with torch.inference_mode():
@@ -80,8 +104,7 @@ def from_torch(
 
         return outputs.detach().cpu().numpy(), vjp
 
-    known = "probabilities" if output == "probabilities" else "logits"
-    return host_classifier(HostModel(values, pull_back, known), batch_size=batch_size)
+    return HostModel(values, pull_back, "probabilities" if output == "probabilities" else "logits", fixed_batch)
 
 
 @contextlib.contextmanager

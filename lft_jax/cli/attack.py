@@ -1,11 +1,28 @@
-r"""Makes a universal perturbation for one stored victim from a few images, as .npy, .png and .json.
+r"""Finds one perturbation that makes a classifier err on many images, from a few: a universal perturbation.
 
-  lft-attack --victim=victims/mnist_small_cnn_1000 --output=runs/uap --optimizer=uap-linf
+Your own model, images of yours:
+  lft-attack --model=package.module:function --images=FOLDER --epsilon=8/255 --output=runs/uap
+One of the stored victims, on its own images:
+  lft-attack --victim=victims/mnist_small_cnn_1000 --output=runs/uap
 
-The optimizer is a pretrained rule, the .safetensors file of a meta-training run, or a hand-designed baseline.
+The function takes no arguments and returns the model: a function of images [N, H, W, C] in [0, 1] that returns logits,
+a Classifier of lft_jax.models, a torch.nn.Module or a Keras model. For the last two and for functions, --mean, --std,
+--channels, --input_range and --model_output say what the model expects and returns.
+
+Images are an .npz file with the array images (and labels, test_images, test_labels, if there are any), or a folder of
+pictures. Labels of a folder are the numbers of sub-folders (0, 1, ... or 3_cat), or in labels.csv (file,label). Without
+labels, the model's own predictions are the labels. The rates are measured on the images that were not chosen.
+
+Written are OUTPUT.npy (the perturbation), OUTPUT.json (rates, history, flags, provenance) and, with the extra plots,
+OUTPUT.png (images before and after).
+
+Exit codes: 0 success; 1 unexpected error, with a traceback; 2 wrong flags, images or model; 3 an error or Ctrl-C ended
+the run and the best perturbation so far is written, with "complete": false; 130 Ctrl-C before there was one.
 """
 
 import dataclasses
+import fractions
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +31,13 @@ import jax
 import numpy as np
 import optax
 
-from lft_jax.attack import ORACLES, attack_success_rate, stored_second_loss, universal_perturbation
-from lft_jax.base import check_at_least, check_name
-from lft_jax.cli import config, provenance
-from lft_jax.data import class_table, load_source
+from lft_jax.attack import ORACLES, UniversalPerturbation, stored_second_loss, universal_perturbation
+from lft_jax.base import check_name
+from lft_jax.cli import _exits, config, provenance
+from lft_jax.cli._images import Images, choose, load_images, unseen
+from lft_jax.cli._measure import Remembered, predictions, rates
+from lft_jax.cli._model import load_model
+from lft_jax.data import load_source
 from lft_jax.evaluation import make_baselines
 from lft_jax.pretrained import list_pretrained
 from lft_jax.tasks import AttackLoss, AttackRecipe, Constraint, WaveSearch
@@ -29,14 +49,42 @@ from lft_jax.victims import default_epsilon, load_victim
 class Config:
     """Command-line flags."""
 
-    victim: str = config.required("Folder of the victim (experiments.train_victim).")
     output: str = config.required("Where to write, without suffix: OUTPUT.npy, OUTPUT.png and OUTPUT.json.")
+    model: str | None = config.option(None, "Your model: package.module:function. The function returns it.")
+    images: str | None = config.option(None, "Images for --model: an .npz file or a folder of pictures.")
+    victim: str | None = config.option(None, "Instead of --model: folder of a victim (experiments.train_victim).")
+    mean: tuple[float, ...] = config.option((), "Of the model: mean of each channel, in units of --input_range.")
+    std: tuple[float, ...] = config.option((), "Of the model: standard deviation of each channel, likewise.")
+    channels: str | None = config.option(
+        None,
+        "Of the model: it takes [N, C, H, W] (first) or [N, H, W, C] (last). Default: first for a torch.nn.Module, "
+        "else last.",
+        ("first", "last"),
+    )
+    input_range: tuple[float, ...] = config.option(
+        (), "Of the model: what 0 and 1 are for it before mean and std: 0,255 say. Default: 0,1."
+    )
+    model_output: str | None = config.option(
+        None, "Of the model: logits (default), probabilities, or the key or index of the logits in what it returns."
+    )
+    image_size: int | None = config.option(
+        None, "For a folder: the shorter side of pictures is scaled to it (bilinear), then the centre is cropped."
+    )
+    image_channels: int | None = config.option(
+        None, "For a folder: 1 for grey, 3 for RGB. Default: 1 if all pictures are grey, else 3."
+    )
+    shots: int | None = config.option(None, "Images to attack from: so many of each class, at random. Default: 1.")
+    num_images: int | None = config.option(
+        None, "Images to attack from, at random, instead of --shots. Default without labels: 10."
+    )
+    num_test: int | None = config.option(None, "Largest number of unseen images to measure on; all if not given.")
     optimizer: str = config.option(
         "uap-linf", "Pretrained rule, .safetensors file of a rule, or baseline: pgd, momentum_pgd, adam, uap_sgd."
     )
-    shots: int = config.option(1, "Images per class.")
     norm: str = config.option("linf", "Norm of the ball (linf, l2) or of the penalty (l1, l2).", ("linf", "l2", "l1"))
-    epsilon: float | None = config.option(None, "Radius of the ball, in units of the image range; has defaults.")
+    epsilon: str | None = config.option(
+        None, "Radius of the ball, in units of the image range: 0.03 or 8/255. Victims have defaults."
+    )
     penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
     loss: str = config.option("cross_entropy", "Loss that is minimised.", LOSSES)
     second_loss: str = config.option(
@@ -46,79 +94,211 @@ class Config:
     )
     target: int | None = config.option(None, "Target class; any wrong class if not given.")
     steps: int = config.option(20, "Fine-tuning steps.")
-    oracle: str = config.option("gradient", "Exact gradients, or queries only.", ORACLES)
+    oracle: str = config.option(
+        "auto", "Exact gradients, or queries only. auto: gradients where the model has them.", ORACLES
+    )
     waves: int = config.option(0, "Evaluations per image, 2 or more, that search plane waves for a start; 0 for none.")
-    max_queries: int | None = config.option(None, "Maximum number of image evaluations.")
+    start: str | None = config.option(
+        None, "Perturbation to begin with, such as the OUTPUT.npy of a run that ended early."
+    )
+    max_queries: int | None = config.option(None, "Maximum number of image evaluations of the attack.")
+    batch_size: int | None = config.option(None, "Largest number of images in one call of the model.")
     seed: int = config.option(0, "Seed of the choice of images and of the random directions.")
-    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+    data_dir: str | None = config.option(None, "For --victim: folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+#: Flags that need --model.
+OWN = ("images", "mean", "std", "channels", "input_range", "model_output", "image_size", "image_channels")
 
 
 def attack(flags: Config) -> dict[str, Any]:
-    """Runs the attack, writes its files and returns the contents of the .json file."""
+    """Runs the attack, writes its files and returns the contents of the .json file.
+
+    Raises:
+      EndedEarly: if an error or KeyboardInterrupt ended the run and what it had found is written.
+      ValueError: for flags, images or models that do not fit.
+    """
+    _check(flags)
+    output = Path(flags.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    model, images, test, source = _victim(flags) if flags.victim else _own(flags)
+    constraint = _constraint(flags, source)
+    rows = choose(images, flags.shots, flags.num_images, flags.seed)
+    support = images.part(rows)
+    test, test_rows = unseen(images, test, rows, flags.num_test, flags.seed)
+    rest = test.part(test_rows) if len(test_rows) else None
+    print(f"attacks from {len(rows)} images; {len(test_rows)} unseen images to measure on")
+
+    given = {name: value for name, value in dataclasses.asdict(flags).items() if name != "data_dir"}
+    results: dict[str, Any] = {
+        "complete": True,
+        "flags": {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
+        "epsilon": constraint.epsilon,
+        "support": None,
+        "unseen": None,
+    }
+    asked, result = Remembered(model), None
+    try:
+        result = universal_perturbation(
+            model,
+            *support,
+            constraint=constraint,
+            target=flags.target,
+            steps=flags.steps,
+            optimizer=_optimizer(flags),
+            oracle=flags.oracle,
+            recipe=_recipe(flags),
+            start=_start(flags),
+            max_queries=flags.max_queries,
+            batch_size=flags.batch_size,
+            key=jax.random.key(flags.seed),
+            progress=_report,
+        )
+        for name, part in (("support", support), ("unseen", rest)):
+            if part is not None:
+                results[name] = rates(asked, *part, result.perturbation, flags.target, flags.batch_size)
+    except BaseException as error:
+        partial = result or getattr(error, "partial", None)
+        if partial is None:
+            raise
+        _write(output, partial, results | {"complete": False, "error": _exits.described(error)}, flags.seed)
+        raise _exits.EndedEarly(_ended(error, partial, output)) from error
+    results = _write(output, result, results, flags.seed)
+    print(result)
+    _print_rates("images attacked from", results["support"])
+    _print_rates("unseen images", results["unseen"])
+    drawn = f", {output}.png" if _draw(asked, rest or support, result, output) else ""
+    print(f"written: {output}.npy, {output}.json{drawn}")
+    return results
+
+
+def _check(flags):
+    if (flags.model is None) == (flags.victim is None):
+        raise ValueError(
+            f"expected --model=package.module:function or --victim=folder, one of them, got --model={flags.model} and "
+            f"--victim={flags.victim}."
+        )
+    if flags.victim is not None:
+        given = [f"--{name}" for name in OWN if getattr(flags, name) not in (None, ())]
+        if given:
+            raise ValueError(f"{', '.join(given)}: for --model only; --victim has its own images and settings.")
+        return
+    if flags.data_dir is not None:
+        raise ValueError("--data_dir is for --victim only; leave it out with --model.")
+    if flags.images is None:
+        raise ValueError("--images: expected an .npz file or a folder of pictures for --model, got none.")
+    if flags.epsilon is None and flags.penalty is None:
+        raise ValueError("--epsilon: expected a radius for --model, such as 8/255, got none.")
+    if flags.input_range and len(flags.input_range) != 2:
+        raise ValueError(f"--input_range: expected two numbers, such as 0,255, got {flags.input_range}.")
+    if flags.image_channels not in (None, 1, 3):
+        raise ValueError(f"--image_channels: expected 1 or 3, got {flags.image_channels}.")
+
+
+def _own(flags):
+    """The model, the images, the test images that are given apart, and no name of a source."""
+    images, test = load_images(flags.images, flags.image_size, flags.image_channels)
+    output = flags.model_output
+    options = {
+        "mean": flags.mean or None,
+        "std": flags.std or None,
+        "channels": flags.channels,
+        "input_range": flags.input_range or None,
+        "output": int(output) if output is not None and output.removeprefix("-").isdecimal() else output,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return load_model(flags.model, given), images, test, None
+
+
+def _victim(flags):
     victim = load_victim(flags.victim)
     name = victim.card["source"]
     train, test = (load_source(name, split, data_dir=flags.data_dir) for split in ("validation", "test"))
-    constraint = _constraint(flags, name)
-    rows = _few(train, flags.shots, flags.seed)
-    result = universal_perturbation(
-        victim.logits_fn,
-        train.images[rows],
-        train.labels[rows],
-        constraint=constraint,
-        steps=flags.steps,
-        optimizer=_optimizer(flags),
-        oracle=flags.oracle,
-        recipe=_recipe(flags),
-        max_queries=flags.max_queries,
-        key=jax.random.key(flags.seed),
-        callback=_report,
-    )
-    theta = result.perturbation
-    asr = attack_success_rate(victim.logits_fn, test.images, test.labels, theta, target=flags.target)
-    print(f"attack success rate on {len(test.labels)} unseen test images: {asr:.3f}")
-    results = {
-        "flags": {key: value for key, value in dataclasses.asdict(flags).items() if key != "data_dir"},
-        "epsilon": constraint.epsilon,
-        "test_asr": asr,
-        "history": {key: values.tolist() for key, values in result.history.items()},
-        "provenance": provenance.describe([flags.seed]),
-    }
-    _write(Path(flags.output), theta, results)
-    _draw(victim, test, {flags.optimizer: theta}, Path(flags.output))
-    return results
+    return victim.logits_fn, *(Images.of_arrays(part.images, part.labels) for part in (train, test)), name
 
 
 def _report(entry: Mapping[str, float]) -> None:
     line = f"step {entry['step']:3d}  loss {entry['loss']:8.4f}  support ASR {entry['asr']:.2f}"
-    print(f"{line}  queries {entry['queries']}")
+    print(f"{line}  queries {entry['queries']}", flush=True)
 
 
-def _write(output, theta, results):
-    output.parent.mkdir(parents=True, exist_ok=True)
-    np.save(output.with_name(output.name + ".npy"), theta)
-    provenance.write_json(output.with_name(output.name + ".json"), results)
+def _write(output: Path, result: UniversalPerturbation, results: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Writes the perturbation and the results, to which it adds the history, and returns them."""
+    result.save(output.with_name(output.name + ".npy"))
+    history = {key: values.tolist() for key, values in result.history.items()}
+    full = {
+        **results,
+        "test_asr": results["unseen"] and results["unseen"]["asr"],
+        "oracle": result.oracle,
+        "steps_done": len(history.get("loss", ())),
+        "queries": result.queries,
+        "seconds": round(result.seconds, 3),
+        "history": history,
+        "provenance": provenance.describe([seed]),
+    }
+    provenance.write_json(output.with_name(output.name + ".json"), full)
+    return full
 
 
-def _draw(victim, source, perturbations, output):
+def _ended(error, partial, output):
+    done = f"{len(partial.history.get('loss', ()))} of {partial.steps} steps"
+    return (
+        f"ended early, after {done}: {_exits.described(error)}\n"
+        f"the best perturbation so far is in {output}.npy; --start={output}.npy begins with it"
+    )
+
+
+def _print_rates(where, found):
+    if found is None:
+        print("no unseen images are left: nothing was measured on unseen images")
+        return
+    shown = {"clean accuracy": "clean_accuracy", "success (ASR)": "asr", "fooling rate": "fooling_rate"}
+    said = [f"{name} {found[key]:.3f}" for name, key in shown.items() if found[key] is not None]
+    print(f"on {found['images']} {where}: {', '.join(said)}")
+
+
+def _draw(model, part, result, output):
+    """Draws some images before and after; returns whether it could."""
     try:
-        from lft_jax.cli.picture import attack_picture
+        from lft_jax.cli.picture import MOST, before_and_after
     except ModuleNotFoundError as error:  # matplotlib is an extra
         print(f"no picture: {error}; pip install 'lft_jax[plots]'")
-        return
-    attack_picture(victim.logits_fn, source, perturbations, output.with_name(output.name + ".png"))
+        return False
+    images, labels = part
+    if labels is None:
+        few = np.arange(min(MOST, len(images)))
+    else:
+        few = np.sort(np.unique(labels, return_index=True)[1][:MOST])
+    images, theta = images[few], result.perturbation
+    before, after = predictions(model, images), predictions(model, images, theta)
+    path = output.with_name(output.name + ".png")
+    before_and_after(images, theta, before, after, path, None if labels is None else labels[few])
+    return True
 
 
 def _constraint(flags, source):
-    if flags.penalty is not None:
-        return Constraint(flags.norm, flags.epsilon, flags.penalty)
-    return Constraint(flags.norm, default_epsilon(flags.norm, source) if flags.epsilon is None else flags.epsilon)
+    epsilon = None if flags.epsilon is None else _radius(flags.epsilon)
+    if flags.penalty is None and epsilon is None:
+        epsilon = default_epsilon(flags.norm, source)
+    return Constraint(flags.norm, epsilon, flags.penalty)
+
+
+def _radius(text):
+    try:
+        radius = float(fractions.Fraction(str(text).replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        radius = math.nan
+    if not 0 < radius < math.inf:
+        raise ValueError(f"--epsilon: expected a number above 0 or a fraction such as 8/255, got {text!r}.")
+    return radius
 
 
 def _recipe(flags):
-    gradient = flags.oracle == "gradient"
+    if (flags.loss, flags.second_loss, flags.waves) == ("cross_entropy", "stored", 0):
+        return None  # the defaults of universal_perturbation, which knows whether there are gradients
     second = None if flags.second_loss == "none" else flags.second_loss
     if second == "stored":
-        stored = gradient and flags.optimizer not in make_baselines(flags.norm)
+        stored = flags.oracle != "query" and flags.optimizer not in make_baselines(flags.norm)
         second = stored_second_loss(flags.optimizer, flags.target) if stored else None
     return AttackRecipe(
         loss=AttackLoss(flags.loss, target=flags.target),
@@ -127,14 +307,13 @@ def _recipe(flags):
     )
 
 
-def _few(source, shots, seed):
-    """Row numbers of `shots` random images per class."""
-    check_at_least("shots", shots, 1)
-    table, counts = class_table(source.labels, source.num_classes)
-    if shots > counts.min():
-        raise ValueError(f"shots: expected at most {counts.min()}, the images of the smallest class, got {shots}.")
-    random = np.random.default_rng(seed)
-    return np.concatenate([random.choice(row[:n], shots, replace=False) for row, n in zip(table, counts, strict=True)])
+def _start(flags):
+    if flags.start is None:
+        return None
+    try:
+        return np.load(flags.start, allow_pickle=False).astype(np.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"--start: expected an .npy file of a perturbation, got {flags.start!r} ({error}).") from error
 
 
 def _optimizer(flags: Config) -> str | optax.GradientTransformation:
@@ -148,7 +327,7 @@ def _optimizer(flags: Config) -> str | optax.GradientTransformation:
 
 def main() -> None:
     """The console script `lft-attack`."""
-    config.main(Config, attack)
+    _exits.main(Config, attack)
 
 
 if __name__ == "__main__":

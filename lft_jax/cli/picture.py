@@ -14,13 +14,16 @@ import numpy as np
 from lft_jax.data import ImageSource, unit_range
 from lft_jax.tasks import perturb
 
+#: Images that a picture shows.
+MOST = 6
+
 
 def attack_picture(
     model: Callable[[jax.Array], jax.Array],
     source: ImageSource,
     perturbations: Mapping[str, np.ndarray],
     path: Path,
-    num_images: int = 6,
+    num_images: int = MOST,
 ) -> None:
     """Draws one row per perturbation: the perturbation, then perturbed images with the model's predictions.
 
@@ -47,9 +50,56 @@ def attack_picture(
     save(figure, path)
 
 
+def before_and_after(
+    images: np.ndarray,
+    theta: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    path: Path,
+    labels: np.ndarray | None = None,
+) -> None:
+    """Draws the perturbation, then images without it and, below, with it, each with the class that a model predicts.
+
+    Changed predictions are red. Labels are shown where the model is wrong before.
+
+    Args:
+      images: `[N, H, W, C]`, uint8 or floating-point in [0, 1].
+      theta: `[H, W, C]`, the perturbation; its largest absolute value is drawn black or white.
+      before: `[N]`, predicted classes of the images.
+      after: `[N]`, predicted classes of the perturbed images.
+      path: of the file.
+      labels: `[N]`, true classes, or None.
+    """
+    clean = unit_range(jnp.asarray(images))
+    rows = (np.asarray(clean), np.asarray(perturb(clean, jnp.asarray(theta, clean.dtype))))
+    size = (1.25 * (len(images) + 1), 3.3)
+    figure, axes = plt.subplots(2, len(images) + 1, figsize=size, squeeze=False, layout="constrained")
+    limit = float(np.abs(theta).max())
+    show(axes[0, 0], theta / (2 * limit or 1.0) + 0.5)
+    axes[0, 0].set_title("perturbation", fontsize=9)
+    axes[0, 0].set_xlabel(f"{-limit:.2g} to {limit:.2g}", fontsize=8)
+    axes[1, 0].axis("off")
+    axes[1, 0].text(0.5, 0.5, "above: before\nbelow: after", ha="center", va="center", fontsize=9)
+    for column, (first, then) in enumerate(zip(before, after, strict=True)):
+        changed = first != then
+        top, below = axes[:, column + 1]
+        show(top, rows[0][column])
+        show(below, rows[1][column])
+        top.set_title(f"class {first}", fontsize=9)
+        if labels is not None and first != labels[column]:
+            top.set_title(f"{first} (is {labels[column]})", fontsize=9)
+        style = {"color": "tab:red", "fontweight": "bold"} if changed else {}
+        below.set_title(f"{first} -> {then}" if changed else f"class {then}", fontsize=9, **style)
+        for spine in below.spines.values() if changed else ():
+            spine.set(color="tab:red", linewidth=2)
+    save(figure, path)
+
+
 def show(axis, image: np.ndarray) -> None:
-    """Draws one image `[H, W, C]` in [0, 1], without ticks."""
-    axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    """Draws one image `[H, W, C]` in [0, 1], without ticks; in grey, the mean of its channels, unless these are 3."""
+    pixels = np.clip(image, 0, 1)
+    pixels = pixels if pixels.shape[-1] == 3 else pixels.mean(-1)
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
 

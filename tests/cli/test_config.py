@@ -102,12 +102,15 @@ def test_help_and_errors_of_a_program():
         return subprocess.run(command, capture_output=True, text=True)
 
     shown = run("--help")
-    assert (
-        "universal perturbation" in shown.stdout
-        and "--max_queries: Maximum number of image evaluations." in shown.stdout
-    )
+    assert shown.returncode == 0
+    for text in (
+        "universal perturbation",
+        "Exit codes: 0 success",
+        "--max_queries: Maximum number of image evaluations",
+    ):
+        assert text in shown.stdout
     missing = run("--victim=nowhere", "--output=x")
-    assert missing.returncode != 0
+    assert missing.returncode == 2
     assert "nowhere" in missing.stderr and "Traceback" not in missing.stderr
 
 

@@ -1,0 +1,82 @@
+"""Exit codes of a console script, and the one line that it says with them.
+
+Exit codes: 0 success; 1 unexpected error, with a traceback; 2 wrong usage; 3 the run ended early and what it had found
+is written; 130 interrupted before there was anything to write.
+"""
+
+import sys
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+from lft_jax.cli import config
+
+PACKAGE = Path(__file__).parents[1]
+WRONG_USAGE, ENDED_EARLY, INTERRUPTED = 2, 3, 130
+
+
+class EndedEarly(Exception):
+    """An error or Ctrl-C ended the run; what it had found is written. The cause says why."""
+
+
+def main(config_type: type, run: Callable[[Any], Any]) -> None:
+    """As `config.main`, with the exit codes above, and warnings as one line each.
+
+    Args:
+      config_type: as of `config.main`.
+      run: the program. ValueError, TypeError, OSError and ModuleNotFoundError are wrong usage.
+    """
+    warnings.formatwarning = _warning_line
+
+    def coded(flags):
+        try:
+            run(flags)
+        except EndedEarly as error:
+            _exit(ENDED_EARLY, str(error))
+        except KeyboardInterrupt:
+            _exit(INTERRUPTED, "interrupted; nothing was written")
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            _exit(WRONG_USAGE, described(error))
+
+    try:
+        config.main(config_type, coded)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # a list with invalid entries
+            _exit(WRONG_USAGE, stop.code)
+        if stop.code == 1:  # absl's: after a message about a flag or an argument, else after --help
+            wrong = isinstance(stop.__context__, flags.Error | app.UsageError)
+            raise SystemExit(WRONG_USAGE if wrong else 0) from stop
+        raise
+
+
+def described(error: BaseException) -> str:
+    """One line: the kind of an error, what it says, and where the user's own code raised it, if it did."""
+    said = f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [number for number, frame in enumerate(frames) if _is_of(frame.filename, PACKAGE)]
+    theirs = [frame for frame in frames[ours[0] if ours else 0 :] if _is_users(frame.filename)]
+    return f"{said} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else said
+
+
+def _is_users(file):
+    installed = "site-packages" in file or _is_of(file, sysconfig.get_path("stdlib"))
+    return not (file.startswith("<") or installed or _is_of(file, PACKAGE))
+
+
+def _is_of(file, folder):
+    return Path(folder) in Path(file).parents
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _warning_line(message, category, filename, lineno, line=None):
+    del filename, lineno, line
+    return f"{'warning' if category is UserWarning else category.__name__}: {message}\n"

@@ -1,0 +1,161 @@
+"""Pictures in a folder, decoded by Pillow when they are needed, and their labels."""
+
+import csv
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+#: A sub-folder that is named by the number of a class: `3`, `3_cat`.
+CLASS = re.compile(r"(\d+)(?:[_-].*)?")
+GREY = {"1", "L", "LA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Pictures of a folder.
+
+    Attributes:
+      files: the pictures, in order.
+      labels: `[N]` int32, or None.
+      channels: 1 for grey, 3 for RGB. Transparency is ignored.
+      size: side of the square that pictures are brought to, or None if all have the same size. The shorter side is
+        scaled to it (bilinear, antialiased), then the centre is cropped.
+    """
+
+    files: tuple[Path, ...]
+    labels: np.ndarray | None
+    channels: int
+    size: int | None
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """The images `[len(rows), H, W, channels]`, uint8."""
+        return np.stack([self._read(self.files[row]) for row in rows])
+
+    def _read(self, file):
+        with _opened(file) as picture:
+            try:
+                found = picture.convert("L" if self.channels == 1 else "RGB")
+            except Exception as error:
+                raise _damaged(file, error) from error
+        if self.size is not None:
+            found = _cropped(found, self.size)
+        pixels = np.asarray(found, np.uint8)
+        return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def open_folder(folder: Path, size: int | None = None, channels: int | None = None) -> Folder:
+    """The pictures of a folder; their labels are in `labels.csv`, or the numbers of sub-folders, or there are none.
+
+    Args:
+      folder: with pictures, or with sub-folders of pictures that are named by the number of their class.
+      size: as of `Folder`.
+      channels: 1 or 3; None for 1 if all pictures are grey, else 3.
+
+    Raises:
+      ModuleNotFoundError: without Pillow.
+      ValueError: for no pictures, other names of sub-folders, wrong lines of `labels.csv`, pictures that cannot be
+        read, or of different sizes without a `size`.
+    """
+    files, labels = _listed(folder) if (folder / "labels.csv").is_file() else _found(folder)
+    sizes, grey = {}, True
+    for file in files:
+        with _opened(file) as picture:  # reads its header only
+            if picture.mode[0] in "IF":
+                raise ValueError(f"--images: pictures must have 8 bits per channel, got mode {picture.mode} in {file}.")
+            sizes.setdefault(picture.size, file)
+            grey = grey and picture.mode in GREY
+    if size is None and len(sizes) > 1:
+        shown = " and ".join(f"{width}x{height} ({file.name})" for (width, height), file in list(sizes.items())[:2])
+        raise ValueError(
+            f"--images: pictures must have one size, got {shown}; pass --image_size=224, say: it scales the shorter "
+            "side and crops the centre."
+        )
+    return Folder(tuple(files), labels, channels or (1 if grey else 3), size)
+
+
+def _found(folder):
+    """The pictures in a folder, without labels, or those in its sub-folders, labelled by the names of these."""
+    top = _pictures(folder)
+    inside = {child: _pictures(child) for child in sorted(folder.iterdir()) if child.is_dir()}
+    inside = {child: files for child, files in inside.items() if files and not child.name.startswith(".")}
+    if top and inside:
+        raise ValueError(
+            f"--images={folder}: expected pictures in the folder or in its sub-folders, got both; move one part, or "
+            "list all in labels.csv."
+        )
+    if not (top or inside):
+        kinds = ", ".join(SUFFIXES)
+        raise ValueError(f"--images={folder}: there are no pictures ({kinds}) in it or in its sub-folders.")
+    if top:
+        return top, None
+    files, labels = [], []
+    for child, found in inside.items():
+        match = CLASS.fullmatch(child.name)
+        if match is None:
+            raise ValueError(
+                f"--images={folder}: sub-folders must be named by the number of their class, such as 3 or 3_cat, got "
+                f"{child.name!r}; rename it, or write labels.csv with the columns file,label."
+            )
+        files += found
+        labels += [int(match[1])] * len(found)
+    return files, np.asarray(labels, np.int32)
+
+
+def _pictures(folder):
+    files = (file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+def _listed(folder):
+    """The files and labels that `labels.csv` lists."""
+    path = folder / "labels.csv"
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        if not {"file", "label"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: the first line must be file,label, got {','.join(reader.fieldnames or ())!r}.")
+        files, labels = [], []
+        for row in reader:
+            name, label = (row["file"] or "").strip(), (row["label"] or "").strip()
+            if not label.isdecimal():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: label must be the number of a class, from 0, got {label!r}."
+                )
+            if not name or not (folder / name).is_file():
+                raise ValueError(f"{path}, line {reader.line_num}: there is no file {name!r} in the folder.")
+            files.append(folder / name)
+            labels.append(int(label))
+    if not files:
+        raise ValueError(f"{path}: expected a line for each picture, got none.")
+    return files, np.asarray(labels, np.int32)
+
+
+def _opened(file) -> Any:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--images: a folder of pictures needs Pillow: pip install 'lft_jax[images]'."
+        ) from error
+    try:
+        return Image.open(file)
+    except Exception as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file, error):
+    return ValueError(f"--images: {file} is no picture that can be read ({error}).")
+
+
+def _cropped(picture, size):
+    from PIL import Image
+
+    width, height = picture.size
+    shorter = min(width, height)
+    width, height = (max(size, size * side // shorter) for side in (width, height))
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))

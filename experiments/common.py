@@ -94,7 +94,7 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
             second_loss=loss(config.second_loss),
             augmentation=tasks.Augmentation() if config.augment else None,
             start=config.start,
-            waves=waves,
+            search=waves,
         ),
         estimator=estimator,
     )

@@ -156,7 +156,7 @@ def _methods(runs, source):
 
 def _with_queries(family, waves, estimator):
     """The family with the search and the estimator of a run."""
-    return dataclasses.replace(family.with_recipe(waves=waves), estimator=estimator)
+    return dataclasses.replace(family.with_recipe(search=waves), estimator=estimator)
 
 
 def _transfer_families(runs, source, tasks_config, flags):

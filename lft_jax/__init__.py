@@ -47,7 +47,16 @@ from lft_jax.optimizers import (
 )
 from lft_jax.oracles import ZerothOrder, zeroth_order_value_and_grad
 from lft_jax.pretrained import list_pretrained, load_pretrained
-from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, Constraint, UapFamily, WaveSearch, uap_family
+from lft_jax.tasks import (
+    AttackLoss,
+    AttackRecipe,
+    Augmentation,
+    Constraint,
+    PatternSearch,
+    UapFamily,
+    WaveSearch,
+    uap_family,
+)
 
 __all__ = [
     "AttackLoss",
@@ -64,6 +73,7 @@ __all__ = [
     "MetaTrainer",
     "MomentumUpdate",
     "Oracle",
+    "PatternSearch",
     "PersistentEvolutionStrategies",
     "Rule",
     "Stages",

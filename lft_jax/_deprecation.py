@@ -1,9 +1,12 @@
 """Deprecated keywords, accepted for one version with a warning."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 #: `(old keywords, other keywords) -> all keywords in their present form`.
 Converter = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
@@ -46,3 +49,42 @@ def renamed(**now: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return {**kwargs, **{now[name]: value for name, value in old.items()}}
 
     return old_keywords(convert, **{name: f"{new}=" for name, new in now.items()})
+
+
+def renamed_fields(**now: str) -> Callable[[type[T]], type[T]]:
+    """Decorator for dataclasses with renamed fields, `old="new"`: the constructor, `dataclasses.replace` and attributes
+    accept the old names with a warning.
+
+    Raises:
+      TypeError: when constructed with an old name together with the new one.
+    """
+
+    def decorate(cls):
+        init, fields = cls.__init__, {field.name for field in dataclasses.fields(cls)}
+
+        @functools.wraps(init)
+        def wrapped(self, *args, **kwargs):
+            replaced = fields <= kwargs.keys()  # `dataclasses.replace` passes all fields, also those not given to it
+            for old in [name for name in kwargs if name in now]:
+                if now[old] in kwargs and not replaced:
+                    raise TypeError(f"{cls.__name__}: give {old}= or {now[old]}=, not both.")
+                _warn_renamed(cls, old, now[old])
+                kwargs[now[old]] = kwargs.pop(old)
+            init(self, *args, **kwargs)
+
+        cls.__init__ = wrapped
+        for old, new in now.items():
+            setattr(cls, old, property(functools.partial(_read_renamed, old=old, new=new)))
+        return cls
+
+    return decorate
+
+
+def _read_renamed(self, old, new):
+    _warn_renamed(type(self), old, new)
+    return getattr(self, new)
+
+
+def _warn_renamed(cls, old, new):
+    message = f"{cls.__name__}: {old} is deprecated, write {new} instead."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)

@@ -80,7 +80,7 @@ def measure(flags: Config) -> None:
 
 def num_steps(family: UapFamily, evaluations: int) -> int:
     """Number of steps that a number of evaluations allows; raises a ValueError if it leaves a remainder."""
-    waves, each = family.recipe.waves, family.estimator.evaluations
+    waves, each = family.recipe.search, family.estimator.evaluations
     searched = waves.evaluations if waves else 0
     steps, left = divmod(evaluations - searched, each)
     if steps < 1 or left:

@@ -51,6 +51,8 @@ def _present_keywords(old, kwargs):
             optimizer, oracle = kwargs.get("optimizer", "uap-linf"), kwargs.get("oracle", "auto")
             exact = oracle in ("auto", "gradient")
             old["second_loss"] = _stored_with(optimizer, target) if exact else None
+        if "waves" in old:
+            old["search"] = old.pop("waves")
         kwargs["recipe"] = AttackRecipe(**old)
     return kwargs
 
@@ -62,7 +64,7 @@ def _present_keywords(old, kwargs):
     loss="recipe=AttackRecipe(loss=...)",
     second_loss="recipe=AttackRecipe(second_loss=...)",
     augmentation="recipe=AttackRecipe(augmentation=...)",
-    waves="recipe=AttackRecipe(waves=...)",
+    waves="recipe=AttackRecipe(search=...)",
     num_directions="oracle=ZerothOrder(num_directions=..., per_example=True)",
     smoothing="oracle=ZerothOrder(smoothing=..., per_example=True)",
     resolution="oracle=ZerothOrder(resolution=..., per_example=True)",
@@ -185,7 +187,7 @@ def universal_perturbation(
     step, cost = make_step(classifier, function, tx, estimator)
 
     stopped = start if isinstance(start, UniversalPerturbation) and start.paused is not None else None
-    searched = full_recipe.waves.evaluations if full_recipe.waves and start is None else 0
+    searched = full_recipe.search.evaluations if full_recipe.search and start is None else 0
     queries = len(x) * (1 + searched)
     _check_max_queries(max_queries, len(x), searched, cost)
     key = jax.random.key(0) if key is None else key
@@ -202,7 +204,7 @@ def universal_perturbation(
             queries += stopped.queries
             _, key = _keys(problem.recipe, key)
         # The steps are compiled once for all starts.
-        problem = dataclasses.replace(problem, recipe=dataclasses.replace(full_recipe, start="zeros", waves=None))
+        problem = dataclasses.replace(problem, recipe=dataclasses.replace(full_recipe, start="zeros", search=None))
         for k in range(done, steps):
             if max_queries is not None and queries + cost * len(x) > max_queries:
                 break
@@ -305,7 +307,7 @@ _extra_args = functools.lru_cache(maxsize=16)(optax.with_extra_args_support)
 
 def _keys(recipe, key):
     """The key of the start and that of the steps; a start of zeros uses none."""
-    if recipe.start == "zeros" and recipe.waves is None:
+    if recipe.start == "zeros" and recipe.search is None:
         return key, key
     key, key_start = jax.random.split(key)
     return key_start, key

@@ -303,7 +303,7 @@ def _recipe(flags):
     return AttackRecipe(
         loss=AttackLoss(flags.loss, target=flags.target),
         second_loss=second,
-        waves=WaveSearch.within(flags.waves) if flags.waves else None,
+        search=WaveSearch.within(flags.waves) if flags.waves else None,
     )
 
 

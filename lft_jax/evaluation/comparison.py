@@ -213,7 +213,7 @@ def compare(
 def _additions(family):
     """The parts of the tasks that published attacks lack."""
     recipe = family.recipe
-    return recipe.augmentation, family.estimator, recipe.waves, recipe.second_loss
+    return recipe.augmentation, family.estimator, recipe.search, recipe.second_loss
 
 
 def as_published(family: UapFamily, num_directions: int) -> UapFamily:
@@ -228,7 +228,7 @@ def as_published(family: UapFamily, num_directions: int) -> UapFamily:
     if isinstance(estimator, ZerothOrder):
         options = {"resolution": None, "basis": "tiles", "per_example": False}
         estimator = dataclasses.replace(estimator, num_directions=num_directions, **options)
-    family = family.with_recipe(augmentation=None, waves=None, second_loss=None)
+    family = family.with_recipe(augmentation=None, search=None, second_loss=None)
     return dataclasses.replace(family, estimator=estimator)
 
 
@@ -236,7 +236,7 @@ def _as_published(target, num_steps):
     def plain(family):
         if not isinstance(family.estimator, ZerothOrder):
             return as_published(family, 0)
-        saved = family.recipe.waves.evaluations if family.recipe.waves else 0
+        saved = family.recipe.search.evaluations if family.recipe.search else 0
         per_direction = 2 if family.estimator.antithetic else 1
         return as_published(family, family.estimator.num_directions + math.ceil(saved / (num_steps * per_direction)))
 

@@ -3,7 +3,7 @@
 How the modules fit together::
 
     AttackLoss, Constraint                                   the loss and the bound of a perturbation   `perturbation`
-    Augmentation, WaveSearch --AttackRecipe--> oracle, start                                            `recipe`
+    Augmentation, PatternSearch, WaveSearch --AttackRecipe--> oracle, start                             `recipe`
     images, labels, model --uap_family--> UapFamily          few-shot universal perturbations           `uap`
     SingleImageFamily, SineFamily, ClassificationFamily, QuadraticFamily       other problems, one module each
 
@@ -12,6 +12,7 @@ A family subclasses `lft_jax.TaskFamily` and implements its six abstract methods
 
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.classification import ClassificationFamily, classification_family
+from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.quadratic import QuadraticFamily
 from lft_jax.tasks.recipe import AttackRecipe
@@ -27,6 +28,7 @@ __all__ = [
     "Batch",
     "ClassificationFamily",
     "Constraint",
+    "PatternSearch",
     "QuadraticFamily",
     "SineFamily",
     "SingleImageFamily",

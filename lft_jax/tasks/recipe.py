@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base, oracles
+from lft_jax._deprecation import renamed_fields
 from lft_jax.base import Estimate, Oracle
 from lft_jax.tasks.augmentation import Augmentation
+from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.waves import WaveSearch
 
@@ -21,6 +23,7 @@ LogitsFn = Callable[[jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
+@renamed_fields(waves="search")
 @dataclasses.dataclass(frozen=True)
 class AttackRecipe:
     """What a universal attack does with its support images, for any optimizer.
@@ -36,11 +39,11 @@ class AttackRecipe:
       augmentation: random changes of the support images in each step, which cost no queries; None for none. Without
         them, a perturbation overfits a few images; their effect on hundreds of images was not measured.
       start: the initial perturbation: "zeros", or "random", uniform within the scale of the constraint.
-      waves: a search for a better start among plane waves, or None. With a few thousand queries, it gains more
-        than all the steps that follow.
+      search: a search for a better start among patterns, a `PatternSearch` or `WaveSearch` (plane waves alone), or
+        None. With a few thousand queries, it gains more than all the steps that follow.
 
     Examples:
-      >>> AttackRecipe(loss="hinge", waves=WaveSearch.within(100)).check().start
+      >>> AttackRecipe(loss="hinge", search=WaveSearch.within(100)).check().start
       'zeros'
     """
 
@@ -48,7 +51,7 @@ class AttackRecipe:
     second_loss: str | AttackLoss | None = None
     augmentation: Augmentation | None = dataclasses.field(default=Augmentation(), metadata=_STATIC)
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
-    waves: WaveSearch | None = dataclasses.field(default=None, metadata=_STATIC)
+    search: WaveSearch | PatternSearch | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def check(self) -> "AttackRecipe":
         """Returns itself.
@@ -57,7 +60,7 @@ class AttackRecipe:
           ValueError: for a field out of range.
         """
         base.check_name("start", self.start, STARTS)
-        for part in (self.augmentation, self.waves):
+        for part in (self.augmentation, self.search):
             if part is not None:
                 part.check()
         return self
@@ -125,12 +128,12 @@ def search_start(
     opaque: bool = False,
     watch: Callable[[jax.Array, jax.Array], object] | None = None,
 ) -> tuple[Float[Array, "H W C"], int]:
-    """The better one of a start and the best plane wave, if the recipe searches for one.
+    """The better one of a start and the best pattern, if the recipe searches for one.
 
     Args:
       logits_fn: the model.
       support: the support images and their labels.
-      recipe: resolved; its `waves` are the search.
+      recipe: resolved; its `search` is the one.
       constraint: the ball or the penalty.
       theta: `[H, W, C]`, the start.
       key: PRNG key of the search.
@@ -140,7 +143,7 @@ def search_start(
     Returns:
       The start, and the queries that the search costs.
     """
-    if recipe.waves is None:
+    if recipe.search is None:
         return theta, 0
     loss = resolved_loss(recipe)
 
@@ -151,8 +154,8 @@ def search_start(
             watch(theta, value)
         return value
 
-    best = recipe.waves(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
-    return best, recipe.waves.evaluations * len(support.labels)
+    best = recipe.search(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
+    return best, recipe.search.evaluations * len(support.labels)
 
 
 def attack_oracle(

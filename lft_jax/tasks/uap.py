@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
-from lft_jax._deprecation import old_keywords
+from lft_jax._deprecation import old_keywords, renamed
 from lft_jax._present import as_partial, refreshed
 from lft_jax.base import Episode, Oracle, TaskFamily
 from lft_jax.data import TaskSize, check_images_labels, class_table, draw_rows, unit_range
@@ -69,6 +69,7 @@ class UapFamily(TaskFamily):
     size: TaskSize = dataclasses.field(metadata=_STATIC)
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
 
+    @renamed(waves="search")
     def with_recipe(self, **changes: Any) -> "UapFamily":
         """The family with some fields of its recipe replaced, losses given by kind or as `AttackLoss`.
 
@@ -183,7 +184,8 @@ def _present_keywords(old, kwargs):
         kwargs["constraint"] = Constraint(name, epsilon, penalty)
     if old:
         fields: dict[str, Any] = {"augmentation": None}
-        fields |= {"loss" if name == "support_loss" else name: value for name, value in old.items()}
+        names = {"support_loss": "loss", "waves": "search"}
+        fields |= {names.get(name, name): value for name, value in old.items()}
         kwargs["recipe"] = AttackRecipe(**fields)
     return kwargs
 
@@ -196,7 +198,7 @@ def _present_keywords(old, kwargs):
     support_loss="recipe=AttackRecipe(loss=...)",
     second_loss="recipe=AttackRecipe(second_loss=...)",
     start="recipe=AttackRecipe(start=...)",
-    waves="recipe=AttackRecipe(waves=...)",
+    waves="recipe=AttackRecipe(search=...)",
     augmentation="recipe=AttackRecipe(augmentation=...)",
 )
 def uap_family(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
+from lft_jax.tasks._eager import eager_map, eager_scan
 
 _PHASE_STEP = 20 / (2 * jnp.pi)  # size of a change of the phase, in turns, per change of a frequency, in cycles/pixel
 
@@ -103,7 +104,7 @@ class WaveSearch:
         Returns:
           `[H, W, C]`.
         """
-        mapped, scan = (_eager_map, _eager_scan) if opaque else (jax.lax.map, jax.lax.scan)
+        mapped, scan = (eager_map, eager_scan) if opaque else (jax.lax.map, jax.lax.scan)
         key_candidates, key_changes = jax.random.split(key)
         dtype = theta.dtype
         # A frequency and its negative give the same waves, so the first one need not be negative.
@@ -130,16 +131,6 @@ class WaveSearch:
         (parameters, lowest), _ = scan(change, (drawn[first], losses[first]), keys)
         of_start = loss_fn(jax.lax.stop_gradient(theta))  # the comparison has no derivative, a kept start has its own
         return jnp.where(lowest < of_start, scale * _wave(parameters, theta.shape), theta)
-
-
-def _eager_map(function, inputs):
-    return jnp.stack([function(x) for x in inputs])
-
-
-def _eager_scan(step, carry, inputs):
-    for x in inputs:
-        carry, _ = step(carry, x)
-    return carry, None
 
 
 @functools.partial(jax.jit, static_argnums=1)

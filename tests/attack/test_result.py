@@ -95,7 +95,7 @@ def test_the_best_perturbation_so_far_is_that_of_the_highest_success():
 
 
 def test_an_error_in_the_search_keeps_the_best_wave():
-    recipe = lft_jax.AttackRecipe(augmentation=None, waves=lft_jax.WaveSearch.within(40))
+    recipe = lft_jax.AttackRecipe(augmentation=None, search=lft_jax.WaveSearch.within(40))
     service = Service(limit=6 + 6 * 20)
     with pytest.raises(ConnectionError) as caught:
         run(service, oracle=QUERY, recipe=recipe)

@@ -205,7 +205,7 @@ def test_a_target_is_a_keyword_as_of_the_success_rate():
 
 
 def test_too_few_queries_name_both_costs():
-    recipe = lft_jax.AttackRecipe(augmentation=None, waves=lft_jax.WaveSearch.within(9))
+    recipe = lft_jax.AttackRecipe(augmentation=None, search=lft_jax.WaveSearch.within(9))
     message = "at least 186: 6 for the clean images, 54 for the search of a start, and 126 for the first step; got 185"
     with pytest.raises(ValueError, match=message):
         run(oracle="query", recipe=recipe, max_queries=185)

@@ -159,7 +159,7 @@ def test_a_search_of_waves_makes_the_start_and_is_counted(oracle):
     """After a step of size 0 the result is the wave that the same search finds under jit; its queries are counted."""
     search, key, victim = WaveSearch(5, 4), jax.random.key(3), Counted()
     still = optax.sgd(0.0)
-    options = {"oracle": oracle, "waves": search, "key": key, "steps": 1, "optimizer": still}
+    options = {"oracle": oracle, "search": search, "key": key, "steps": 1, "optimizer": still}
     result = run(victim if oracle == "query" else linear, **options)
 
     def loss(theta):
@@ -174,7 +174,7 @@ def test_a_search_of_waves_makes_the_start_and_is_counted(oracle):
     if oracle == "query":
         assert victim.images == result.history["queries"][-1]
     with pytest.raises(ValueError, match="waves: candidates must be at least 1, got 0"):
-        run(waves=WaveSearch(0))
+        run(search=WaveSearch(0))
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(NUM + COSTS["query"], 1), (NUM + 3 * COSTS["query"] - 1, 2)])
@@ -297,7 +297,7 @@ def test_the_same_victim_and_optimizer_do_not_compile_again():
     [
         ({"loss": "hinge"}, {"recipe": AttackRecipe(loss="hinge")}),
         ({"augmentation": None}, {"recipe": AttackRecipe(augmentation=None)}),
-        ({"waves": WaveSearch.within(9)}, {"recipe": AttackRecipe(waves=WaveSearch.within(9))}),
+        ({"waves": WaveSearch.within(9)}, {"recipe": AttackRecipe(search=WaveSearch.within(9))}),
         ({"second_loss": "dominant"}, {"recipe": AttackRecipe(second_loss="dominant")}),
         ({"norm": "l1", "penalty": 0.1, "epsilon": None}, {"epsilon": None, "constraint": Constraint("l1", None, 0.1)}),
         (
@@ -334,7 +334,7 @@ def test_another_start_compiles_no_other_step():
     options = {"optimizer": optax.GradientTransformation(lambda theta: (), lambda g, s, p=None: (-0.1 * g, s))}
     model = jax.tree_util.Partial(linear)
     before = None
-    for parts in ({}, {"waves": WaveSearch.within(8)}, {"waves": WaveSearch.within(12)}, {"start": "random"}):
+    for parts in ({}, {"search": WaveSearch.within(8)}, {"search": WaveSearch.within(12)}, {"start": "random"}):
         run(model, **options, **parts)
         before = before or _steps._traced_step._cache_size()
     assert _steps._traced_step._cache_size() == before

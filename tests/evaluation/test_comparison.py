@@ -211,10 +211,10 @@ def test_baselines_are_run_as_published():
     for antithetic, more in ((True, 3), (False, 5)):  # 25 evaluations in 5 steps
         plain = oracles.ZerothOrder(3, 0.1, antithetic=antithetic)
         estimator = dataclasses.replace(plain, resolution=2, basis="dct", per_example=True)
-        ours = [dataclasses.replace(f.with_recipe(waves=WaveSearch(10, 14)), estimator=estimator) for f in TARGET[3:]]
+        ours = [dataclasses.replace(f.with_recipe(search=WaveSearch(10, 14)), estimator=estimator) for f in TARGET[3:]]
         target = TARGET._replace(train=ours[0], validation=ours[1], test=ours[2])
         for family in comparison._as_published(target, 5)[3:]:
-            assert (family.recipe.augmentation, family.recipe.waves) == (None, None)
+            assert (family.recipe.augmentation, family.recipe.search) == (None, None)
             assert family.estimator == dataclasses.replace(plain, num_directions=3 + more)
 
 

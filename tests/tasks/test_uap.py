@@ -311,7 +311,7 @@ def test_bad_input_is_refused(options, message):
         ({"support_loss": "cross_entropy"}, {"recipe": AttackRecipe(AttackLoss("cross_entropy"), augmentation=None)}),
         ({"second_loss": "dominant"}, {"recipe": AttackRecipe(second_loss="dominant", augmentation=None)}),
         ({"start": "random"}, {"recipe": AttackRecipe(start="random", augmentation=None)}),
-        ({"waves": WaveSearch(2, 3)}, {"recipe": AttackRecipe(waves=WaveSearch(2, 3), augmentation=None)}),
+        ({"waves": WaveSearch(2, 3)}, {"recipe": AttackRecipe(search=WaveSearch(2, 3), augmentation=None)}),
         ({"augmentation": Augmentation()}, {"recipe": AttackRecipe()}),
         (
             {"norm": "l1", "epsilon": None, "penalty": 0.3},

@@ -95,7 +95,7 @@ def test_attack_tasks_start_from_the_best_wave_and_count_its_queries():
         query_shots=2,
         epsilon=0.1,
         estimator=oracles.ZerothOrder(3),
-        recipe=AttackRecipe(augmentation=None, waves=WaveSearch(6, 5)),
+        recipe=AttackRecipe(augmentation=None, search=WaveSearch(6, 5)),
     )
     pgd = make_baselines("linf")["pgd"]
     options = {"num_steps": 2, "at": (1, 2)}
@@ -105,7 +105,7 @@ def test_attack_tasks_start_from_the_best_wave_and_count_its_queries():
     np.testing.assert_array_equal(found["queries"], np.tile([[4 * 12 + 24, 4 * 12 + 48]], (8, 1)))
     np.testing.assert_allclose(found["linf"], 0.1, rtol=1e-6)
     np.testing.assert_allclose(found["l1"], 3.6, rtol=1e-5)
-    plain = evaluation.evaluate(pgd.learner, still, family.with_recipe(waves=None), keys, **options)
+    plain = evaluation.evaluate(pgd.learner, still, family.with_recipe(search=None), keys, **options)
     assert np.all(plain["linf"] == 0)
 
 

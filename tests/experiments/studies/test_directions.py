@@ -26,7 +26,7 @@ def test_num_steps_follows_from_directions_without_remainder():
     with pytest.raises(ValueError, match="evaluations: 160"):
         directions.num_steps(family, 160)
     of = plain[5]
-    assert (of.recipe.waves, of.recipe.augmentation, of.estimator.per_example, of.estimator.resolution) == (
+    assert (of.recipe.search, of.recipe.augmentation, of.estimator.per_example, of.estimator.resolution) == (
         None,
         None,
         False,
@@ -69,7 +69,7 @@ def test_all_methods_make_equal_queries(tmp_path, monkeypatch):
     assert [steps for _, _, steps in tuned] == [41, 1]
     for published, (family, keys, _) in zip((True, False), tuned, strict=True):
         assert len(keys) == 1 and np.array_equal(family.images, validation)
-        assert (family.recipe.waves is None, family.recipe.augmentation is None) == (published, published)
+        assert (family.recipe.search is None, family.recipe.augmentation is None) == (published, published)
 
     document = tmp_path / "results.md"
     document.write_text("<!-- results -->\n<!-- end of results -->\n")

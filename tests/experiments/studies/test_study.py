@@ -174,8 +174,8 @@ def test_runs_may_divide_the_same_queries_differently(runs):
     images = jnp.zeros((2, 4, 4, 1))
     tasks = uap_family(images, [0, 0], lambda x: x[:, 0, :2, 0], ways=1, query_shots=1, epsilon=0.1)
     searched, estimated = (method.tasks(tasks) for method in evaluate._methods(made[:2], "b").values())
-    assert (searched.recipe.waves.evaluations, searched.estimator.num_directions) == (160, 6)
-    assert (estimated.recipe.waves, estimated.estimator.num_directions) == (None, 10)
+    assert (searched.recipe.search.evaluations, searched.estimator.num_directions) == (160, 6)
+    assert (estimated.recipe.search, estimated.estimator.num_directions) == (None, 10)
 
 
 @pytest.mark.parametrize("change", [{"num_directions": 11}, {"num_directions": 10, "smoothing": 0.1}])

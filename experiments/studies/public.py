@@ -1,0 +1,343 @@
+r"""Measures universal attacks on public models, from few images: success on unseen images, evaluations and time.
+
+  python -m experiments.studies.public --model=resnet20 --methods=uap-linf,pgd-plain --steps=5,20 --images=1,10,50
+
+Settings are chosen on the models of `experiments.studies.public_models.MODELS` whose role is "choosing"; nothing is
+chosen on those whose role is "test". A cell is one method with one number of steps and of support images, on several
+draws of the support images. All methods have the same draws, a larger number of images has the smaller ones among it,
+and all cells are judged on the same query images. The results file keeps what is finished: a run goes on where another
+one stopped, and adds methods, steps, images or draws. `--again` measures methods anew, after a change of their code.
+
+`--grid=pgd` measures all settings of the grid of a baseline. Frozen is the one with the best mean over the choosing
+models; tuned the best one on images of `--split=choosing` of the attacked model itself. `--ceiling` adds the best of
+many long runs on all support images.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import stats
+
+import lft_jax
+from experiments import config
+from experiments.studies import public_models
+from lft_jax import models
+from lft_jax.base import check_at_least, check_name
+from lft_jax.cli import provenance
+from lft_jax.data import load_source, unit_range
+from lft_jax.evaluation import baselines
+from lft_jax.optimizers import hand_designed
+from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, Constraint
+from lft_jax.tasks.perturbation import perturb
+from lft_jax.victims import default_epsilon, load_victim
+
+#: Keywords of `lft_jax.universal_perturbation` for a constraint.
+Method = Callable[[Constraint], dict[str, Any]]
+
+PLAIN = AttackRecipe(augmentation=None)
+SHIFTS = AttackRecipe(augmentation=Augmentation(mix=0.0, noise=0.0))
+#: Step, momentum and final step of the hand-designed optimizers.
+_STEPS = (0.4, 0.9, 0.1)
+
+#: `{name without commas: method}`. Their settings are the same for all models.
+METHODS: dict[str, Method] = {
+    "uap-linf": lambda _: {"optimizer": "uap-linf"},
+    "uap-linf-plain": lambda _: {"optimizer": "uap-linf", "recipe": PLAIN},
+    "pgd-plain": lambda _: {"optimizer": hand_designed.projected_gradient(*_STEPS), "recipe": PLAIN},
+    "pgd-shifts": lambda _: {"optimizer": hand_designed.projected_gradient(*_STEPS), "recipe": SHIFTS},
+    "adam-plain": lambda _: {"optimizer": hand_designed.adam(*_STEPS), "recipe": PLAIN},
+    "adam-shifts": lambda _: {"optimizer": hand_designed.adam(*_STEPS), "recipe": SHIFTS},
+}
+#: What the settings of a grid do with the images, besides their own loss.
+GRID_RECIPE = PLAIN
+
+_CEILING = "ceiling"  # its name for --again
+_TARGETS, _BATCH = 10, 100  # of the runs for the ceiling: target classes, images in a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Command-line flags."""
+
+    model: str = config.option("resnet20", "Public model to attack.", tuple(public_models.MODELS))
+    methods: tuple[str, ...] = config.option(tuple(METHODS), "Methods; may be empty.")
+    grid: tuple[str, ...] = config.option((), "Baselines of which all settings are measured.")
+    steps: tuple[int, ...] = config.option((20,), "Numbers of steps (K).")
+    images: tuple[int, ...] = config.option((10,), "Numbers of support images.")
+    draws: int = config.option(0, "Draws of the support images; 0 for 20 on CIFAR-10 and 10 on ImageNet.")
+    queries: int = config.option(0, "Query images; 0 for all.")
+    split: str = config.option(
+        "own",
+        "Images of which role: that of the model, or another one, to tune baselines.",
+        ("own", "choosing", "test"),
+    )
+    reference: str = config.option("pgd-plain", "Method that all others are compared to, paired by draw.")
+    ceiling: bool = config.option(False, "Search for the ceiling too: long runs on all support images.")
+    ceiling_steps: int = config.option(300, "Steps of each of these runs.")
+    again: tuple[str, ...] = config.option((), "Methods to measure anew if the results file has them; or ceiling.")
+    output: str | None = config.option(None, "Results file; results/public/MODEL.json if not given.")
+    data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+    smoke: bool = config.option(False, "Smoke test: a small victim of our own on the digits of scikit-learn instead.")
+
+
+class Victim(NamedTuple):
+    """What is attacked.
+
+    Attributes:
+      about: model, role, source, epsilon, split and number of queries: what a results file is of.
+      model: the classifier.
+      images: support and query images.
+      clean: `[N]`, the classes that the model predicts for the query images.
+    """
+
+    about: dict[str, Any]
+    model: models.Classifier
+    images: public_models.PublicImages
+    clean: np.ndarray
+
+    def rates(self, theta: np.ndarray) -> dict[str, float]:
+        """Success rate (of the query images that are right when clean) and fooling rate of a perturbation."""
+        attacked, labels = classes(self.model, self.images.query, theta), self.images.query_labels
+        right = self.clean == labels
+        return {
+            "asr": float(np.mean(attacked[right] != labels[right])),
+            "fooling_rate": float(np.mean(attacked != self.clean)),
+        }
+
+
+def measure(flags: Config) -> None:
+    """Measures what the results file lacks, and writes it after each draw."""
+    methods = _chosen_methods(flags)
+    for name in (*flags.steps, *flags.images):
+        check_at_least("steps and images", name, 1)
+    check_at_least("ceiling_steps", flags.ceiling_steps, 1)
+    victim = _victim(flags)
+    for count in flags.images:
+        if count > len(victim.images.support):
+            raise ValueError(f"images must be at most {len(victim.images.support)}, the support images, got {count}.")
+    draws = flags.draws or (20 if victim.about["source"] == "cifar10" else 10)
+    path = Path(flags.output or f"results/public/{victim.about['model']}.json")
+    results = _results(path, victim, flags, draws)
+
+    def write():
+        _summarise(results["rows"], flags.reference)
+        provenance.write_json(path, results)
+
+    for name, method in methods.items():
+        keywords = method(Constraint("linf", victim.about["epsilon"]))
+        for count, steps in itertools.product(flags.images, flags.steps):
+            row = _row_of(results["rows"], {"method": name, "steps": steps, "images": count})
+            for draw in range(len(row["draw_asr"]), draws):
+                for key, value in attack(victim, keywords, steps, count, draw).items():
+                    row[f"draw_{key}"].append(value)
+                row["commit"] = results["provenance"]["commit"]
+                write()
+            spread = f" ± {100 * row['asr_interval']:.1f}" if row.get("asr_interval") else ""
+            print(
+                f"{victim.about['model']}: {name}, {steps} steps, {count} images: {100 * row['asr']:.1f}{spread}, "
+                f"{row['evaluations']:.0f} evaluations, {row['seconds']:.2f} s",
+                flush=True,
+            )
+        jax.clear_caches()  # no other method uses these programs, and XLA crashes with too many in one process
+    if flags.ceiling:
+        ceiling(victim, results[_CEILING], flags.ceiling_steps, write)
+    write()
+    print(f"wrote {path}")
+
+
+def attack(victim: Victim, keywords: dict[str, Any], steps: int, count: int, draw: int) -> dict[str, float]:
+    """One run of a method on one draw of the support images, judged on the query images."""
+    rows = support_order(victim.images.support_labels, draw)[:count]
+    options = {"labels": victim.images.support_labels[rows], "norm": "linf", "epsilon": victim.about["epsilon"]}
+    options |= {"steps": steps, "key": jax.random.key(draw), "progress": False}
+    found = lft_jax.universal_perturbation(victim.model, victim.images.support[rows], **options | keywords)
+    return victim.rates(found.perturbation) | {"evaluations": found.queries, "seconds": round(found.seconds, 4)}
+
+
+def support_order(labels: np.ndarray, draw: int) -> np.ndarray:
+    """A random order of images `[N]`, in which every class comes once before any comes again."""
+    rng = np.random.default_rng(draw)
+    order, ranks = rng.permutation(len(labels)), np.empty(len(labels), int)
+    shuffled, classes = labels[order], rng.permutation(int(labels.max()) + 1)
+    for label in np.unique(labels):
+        at = shuffled == label
+        ranks[at] = np.arange(np.sum(at))
+    return order[np.lexsort((classes[shuffled], ranks))]
+
+
+def classes(model: models.Classifier, images: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """The classes `[N]` that the model predicts for perturbed images."""
+    size, function = 250 if images.shape[1] <= 64 else 50, model.traced()
+    parts = [images[first : first + size] for first in range(0, len(images), size)]
+    return np.concatenate([np.asarray(_predicted(function, part, theta)) for part in parts])
+
+
+@jax.jit
+def _predicted(function, images, theta):
+    return jnp.argmax(function(perturb(unit_range(images), theta)), -1)
+
+
+def ceiling(victim: Victim, found: dict[str, Any], num_steps: int, write: Callable[[], None]) -> None:
+    """The best of several runs of momentum sign steps on minibatches of all support images; the query images judge it.
+
+    One run for each loss and start, and one for each of the classes that most images go to after the best of these. The
+    support images choose among the runs. Those in `found["runs"]` are kept.
+    """
+    support, epsilon = victim.images.support, victim.about["epsilon"]
+    shape, size = support.shape[1:], min(_BATCH, len(support))
+    signs = np.random.default_rng(0).choice([-epsilon, epsilon], (8, 8, shape[2])).astype(np.float32)
+    rows, columns = (np.arange(side) * 8 // side for side in shape[:2])
+    starts = {"zeros": np.zeros(shape, np.float32), "tiles": signs[rows][:, columns]}
+    runs = found.setdefault("runs", [])
+
+    def run(loss, start):
+        about = {"loss": loss.kind, "target": loss.target, "start": start, "steps": num_steps}
+        if any(about == {name: kept[name] for name in about} for kept in runs):
+            return
+        began = time.monotonic()
+        theta = _long_run(victim, loss, starts[start], num_steps, size)
+        after, labels = classes(victim.model, support, theta), victim.images.support_labels
+        counts = np.bincount(after)
+        rates = {"support_error": float(np.mean(after != labels)), **victim.rates(theta)}
+        rates["dominant"] = np.argsort(-counts, kind="stable")[: min(_TARGETS, np.sum(counts > 0))].tolist()
+        runs.append({**about, **rates, "seconds": round(time.monotonic() - began, 2)})
+        best = max(runs, key=lambda kept: kept["support_error"])
+        found.update({name: best[name] for name in ("asr", "fooling_rate", "loss", "target", "start")})
+        found["evaluations"] = 2 * size * sum(kept["steps"] for kept in runs)
+        write()
+        print(f"{victim.about['model']}: ceiling, {about}: {100 * rates['asr']:.1f}", flush=True)
+
+    for kind, start in itertools.product(("cross_entropy", "hinge"), starts):
+        run(AttackLoss(kind), start)
+    untargeted = [kept for kept in runs if kept["target"] is None]
+    for target in max(untargeted, key=lambda kept: kept["support_error"])["dominant"]:
+        run(AttackLoss("cross_entropy", target=target), "zeros")
+
+
+_LONG_STEPS = optax.with_extra_args_support(hand_designed.projected_gradient(0.2, 0.9, 0.0))
+
+
+def _long_run(victim, loss, theta, num_steps, size):
+    images, labels = jnp.asarray(victim.images.support), jnp.asarray(victim.images.support_labels)
+    theta, function, epsilon = jnp.asarray(theta), victim.model.traced(), victim.about["epsilon"]
+    state = _LONG_STEPS.init(theta)
+    for k, key in enumerate(jax.random.split(jax.random.key(0), num_steps)):
+        rows = jax.random.randint(key, (size,), 0, len(labels))
+        batch = images[rows], labels[rows]
+        theta, state = _long_step(function, loss, *batch, theta, state, epsilon, jnp.float32(k / num_steps))
+    return np.asarray(theta)
+
+
+@jax.jit
+def _long_step(function, loss, images, labels, theta, state, epsilon, progress):
+    def objective(theta):
+        return jnp.mean(loss(function(perturb(unit_range(images), theta)), labels))
+
+    updates, state = _LONG_STEPS.update(jax.grad(objective)(theta), state, theta, scale=epsilon, progress=progress)
+    return jnp.clip(theta + updates, -epsilon, epsilon), state
+
+
+def _victim(flags):
+    if flags.smoke:
+        name, role, source, data = "digits_small_cnn_1000", "choosing", "digits", load_source("digits", "test")
+        epsilon = float(default_epsilon("linf", source))
+        model = models.from_function(load_victim(Path(__file__).parents[2] / "victims" / name).logits_fn)
+        images = public_models.PublicImages(data.images[100:], data.labels[100:], data.images[:100], data.labels[:100])
+    else:
+        public = public_models.MODELS[check_name("model", flags.model, public_models.MODELS)]
+        name, role, source, epsilon = flags.model, public.role, public.source, public.epsilon
+        split = role if flags.split == "own" else flags.split
+        images = public_models.load_images(source, split, data_dir=flags.data_dir)
+        model = public_models.load(name)
+    check_at_least("queries", flags.queries, 0)
+    count = min(flags.queries or len(images.query), len(images.query))
+    images = images._replace(query=images.query[:count], query_labels=images.query_labels[:count])
+    about = {"model": name, "role": role, "source": source, "norm": "linf", "epsilon": epsilon, "queries": count}
+    about["split"] = role if flags.split == "own" else flags.split
+    clean = classes(model, images.query, np.zeros(images.query.shape[1:], np.float32))
+    return Victim(about, model, images, clean)
+
+
+def _chosen_methods(flags: Config) -> dict[str, Method]:
+    """The methods to measure, by name; a ValueError for unknown ones."""
+    chosen = {name: METHODS[check_name("methods", name, METHODS)] for name in flags.methods}
+    return chosen | {name: method for grid in flags.grid for name, method in grid_of(grid)}
+
+
+def grid_of(baseline: str) -> Iterator[tuple[str, Method]]:
+    """All settings of a baseline of `lft_jax.evaluation.make_baselines` as methods, named by what they are."""
+    table = baselines.make_baselines("linf")
+    learner, grid = table[check_name("grid", baseline, table)].learner, table[baseline].grid
+
+    def method(setting, _):
+        recipe = dataclasses.replace(GRID_RECIPE, loss=setting.support_loss)
+        return {"optimizer": learner.optimizer(setting.params), "recipe": recipe}
+
+    for setting in grid:
+        loss = setting.support_loss
+        extra = {"kappa": loss.kappa} if loss.kind == "hinge" else {"beta": loss.beta}
+        words = [f"{name}={value:g}" for name, value in (setting.params | extra).items()]
+        yield f"{baseline} {' '.join(words)} {loss.kind}", functools.partial(method, setting)
+
+
+def _results(path: Path, victim: Victim, flags: Config, draws: int) -> dict[str, Any]:
+    """The results file as it was, less what is measured again, or a new one."""
+    results: dict[str, Any] = {"rows": [], _CEILING: {}}
+    if path.is_file():
+        results |= json.loads(path.read_text(encoding="utf-8"))
+        if results["about"] != victim.about:
+            raise ValueError(f"output: {path} has results of {results['about']}, expected {victim.about}.")
+    right = victim.clean == victim.images.query_labels
+    results |= {"about": victim.about, "clean_accuracy": float(np.mean(right))}
+    results["provenance"] = provenance.describe(range(draws))
+    results["rows"] = [row for row in results["rows"] if row["method"] not in flags.again]
+    if _CEILING in flags.again:
+        results[_CEILING] = {}
+    return results
+
+
+def _row_of(rows: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str, Any]:
+    """The row of a cell; a new one if there is none."""
+    found = next((row for row in rows if cell.items() <= row.items()), None)
+    if found is None:
+        found = {**cell, **{f"draw_{name}": [] for name in ("asr", "fooling_rate", "evaluations", "seconds")}}
+        rows.append(found)
+    return found
+
+
+def _summarise(rows: list[dict[str, Any]], reference: str) -> None:
+    """Means over draws, their 95% intervals, and differences to the reference in the draws that both have."""
+    rivals = {(row["steps"], row["images"]): row["draw_asr"] for row in rows if row["method"] == reference}
+    for row in rows:
+        for name in ("asr", "fooling_rate"):
+            row[name], row[f"{name}_interval"] = mean_interval(row[f"draw_{name}"])
+        row["evaluations"] = float(np.mean(row["draw_evaluations"]))
+        row["seconds"] = float(np.median(row["draw_seconds"]))  # the first one compiles
+        row.pop("difference", None)
+        rival = rivals.get((row["steps"], row["images"]))
+        if rival and row["method"] != reference:
+            mean, width = mean_interval([a - b for a, b in zip(row["draw_asr"], rival, strict=False)])
+            row["difference"] = {"to": reference, "asr": mean, "interval": width}
+
+
+def mean_interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95% interval, by Student's t since draws are few; None for one value."""
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return mean, None
+    return mean, float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+
+
+if __name__ == "__main__":
+    config.main(Config, measure)

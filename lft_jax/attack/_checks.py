@@ -32,6 +32,7 @@ def checked_images(images: Any, labels: Any = None) -> Any:
         _warn_if(array.max() <= 1, f"images are uint8 with values up to {array.max()}: were they in [0, 1] before?")
         return array
     _warn_if(0 < array.max() <= 2 / 255, f"images are at most {array.max():.2g}: were they divided by 255 twice?")
+    images = images if hasattr(images, "clip") else array
     return images.clip(0, 1) if array.min() < 0 or array.max() > 1 else images
 
 

@@ -5,7 +5,10 @@ import dataclasses
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lft_jax.attack.result import Paused, UniversalPerturbation
 from lft_jax.models import Classifier
@@ -63,6 +66,37 @@ class Run:
         self.history.append(entry)
         self.paused = paused
         self.see(paused.theta, entry["asr"], entry["loss"])
+
+    def resume(self, stopped: UniversalPerturbation, images: Any, tx: optax.GradientTransformation) -> Paused:
+        """Takes over a run that stopped, and returns where.
+
+        Raises:
+          ValueError: if it cannot go on with these images `[N, H, W, C]`, this optimizer and the planned steps.
+        """
+        paused, steps = stopped.paused, self.fields["steps"]
+        assert paused is not None
+        if paused.theta.shape != images.shape[1:]:
+            raise ValueError(f"start must be of images {images.shape[1:]}, got a result {paused.theta.shape}.")
+        if paused.done >= steps:
+            raise ValueError(
+                f"steps must be above {paused.done}, those that start has done, got {steps}; to begin anew from its "
+                "perturbation, pass start=result.perturbation."
+            )
+        expected, given = (
+            jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
+            for tree in (jax.eval_shape(tx.init, paused.theta), paused.state)
+        )
+        if expected != given:
+            raise ValueError(
+                "start is a result that stopped with another optimizer; pass that one, or start=result.perturbation to "
+                "begin anew."
+            )
+        self.history, self.paused = entries(stopped.history), paused
+        self.counter.images += stopped.queries
+        merits = [(entry["asr"], -entry["loss"]) for entry in self.history]
+        last = np.array_equal(stopped.perturbation, paused.theta)
+        self.best = (merits[-1] if last else max(merits)), stopped.perturbation
+        return paused
 
     def see(self, theta: Any, asr: float, loss: float) -> None:
         """Keeps the best perturbation."""

@@ -37,8 +37,8 @@ def attack_success_rate(
       perturbation: `[H, W, C]`, added to every image; the sum is clipped to [0, 1].
       target: count images that are classified as this class, instead of all misclassified ones; images of the class
         itself are left out.
-      batch_size: number of images per call of the model, which the last call is filled up to if there are several; None
-        for 256.
+      batch_size: number of images per call of the model, which the last call is filled up to if there are several (not
+        that of an HTTP service, where each image counts); None for 256.
 
     Returns:
       The success rate in [0, 1]; NaN if no image is classified correctly when clean.
@@ -119,8 +119,9 @@ def _logits(model, images, perturbation, batch_size):
     size = 256 if batch_size is None else batch_size
     base.check_at_least("batch_size", size, 1)
     call, parts = on_numpy(model), ([], [])
+    pads = len(images) > size and (call.host is None or call.host.pads)
     for first in range(0, len(images), size):
-        rows = np.arange(first, first + size if len(images) > size else len(images))
+        rows = np.arange(first, first + size if pads else min(first + size, len(images)))
         used = int(np.sum(rows < len(images)))
         batch = unit_range(jnp.asarray(images[np.minimum(rows, len(images) - 1)]))
         for found, x in zip(parts, (batch, perturb(batch, jnp.asarray(perturbation, batch.dtype))), strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,13 +95,16 @@ class UniversalPerturbation:
           stays in its ball.
 
         Raises:
-          ValueError: for images of another shape.
+          ValueError: for images of another shape, or of other integers.
         """
         array = np.asarray(images)
+        if np.issubdtype(array.dtype, np.integer) and array.dtype != np.uint8:
+            raise ValueError(f"images must be uint8 or floating-point, got {array.dtype}.")
         if array.shape[1:] != self.perturbation.shape:
             raise ValueError(f"images must be [N, {', '.join(map(str, self.perturbation.shape))}], got {array.shape}.")
         if array.dtype == np.uint8:
-            levels = np.trunc(255 * self.perturbation + 1e-3 * np.sign(self.perturbation)).astype(np.int16)
+            theta = self.perturbation.astype(np.float32)
+            levels = np.trunc(255 * theta + 1e-3 * np.sign(theta)).astype(np.int16)
             return np.clip(array.astype(np.int16) + levels, 0, 255).astype(np.uint8)
         return np.clip(array + self.perturbation.astype(array.dtype), 0, 1)
 
@@ -111,6 +115,8 @@ class UniversalPerturbation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the perturbation as `.npy`, or all but `paused` as `.npz`, which `load` reads.
+
+        A perturbation in bfloat16, which NumPy's files cannot hold, is written as float32.
 
         Args:
           path: name of the file, with its suffix.
@@ -124,7 +130,7 @@ class UniversalPerturbation:
         part = path.with_name(f".{path.name}.part")
         with open(part, "wb") as file:  # renamed when complete
             if path.suffix == ".npy":
-                np.save(file, self.perturbation)
+                np.save(file, self._stored()["perturbation"])
             else:
                 np.savez(file, **self._stored())
         part.replace(path)
@@ -135,9 +141,20 @@ class UniversalPerturbation:
 
         Args:
           path: name of the file.
+
+        Raises:
+          FileNotFoundError: if there is none.
+          ValueError: for another file.
         """
-        with np.load(path, allow_pickle=False) as stored:
-            fields = {name: stored[name] for name in stored.files}
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                fields = {name: stored[name] for name in stored.files}
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: of an .npy file
+            fields, reason = {}, error
+        else:
+            reason = None
+        if not {"perturbation", "norm"} <= fields.keys():
+            raise ValueError(f"path: {os.fspath(path)} is no .npz file of a result.") from reason
         history = {name.removeprefix("history/"): fields.pop(name) for name in list(fields) if "/" in name}
         perturbation, norm = fields.pop("perturbation"), fields.pop("norm").item()
         bounds = {name: fields.pop(name).item() for name in ("epsilon", "penalty") if name in fields}
@@ -149,8 +166,10 @@ class UniversalPerturbation:
         fields = {f"history/{name}": values for name, values in self.history.items()}
         bounds = {"epsilon": self.constraint.epsilon, "penalty": self.constraint.penalty}
         fields |= {name: value for name, value in bounds.items() if value is not None}
-        names = ("perturbation", "oracle", "steps", "queries", "seconds", "labelled")
-        return {**fields, "norm": self.constraint.norm, **{name: getattr(self, name) for name in names}}
+        names = ("oracle", "steps", "queries", "seconds", "labelled")
+        fields |= {"norm": self.constraint.norm, **{name: getattr(self, name) for name in names}}
+        theta = self.perturbation
+        return {**fields, "perturbation": theta.astype(np.float32) if theta.dtype.name == "bfloat16" else theta}
 
     def _last(self, name):
         return float(self.history[name][-1]) if len(self.history.get(name, ())) else float("nan")

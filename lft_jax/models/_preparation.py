@@ -36,17 +36,26 @@ class Preparation:
             if value is not None:
                 value = np.asarray(value)
                 object.__setattr__(self, name, tuple(value.tolist()) if value.ndim else value.item())
-        object.__setattr__(self, "input_range", tuple(self.input_range))
         base.check_name("channels", self.channels, CHANNELS)
-        low, high = self.input_range
-        if not low < high:
+        bounds = np.atleast_1d(np.asarray(self.input_range))
+        if bounds.shape != (2,) or not bounds[0] < bounds[1]:
             raise ValueError(f"input_range must be two ascending numbers, such as (0, 255), got {self.input_range!r}.")
+        object.__setattr__(self, "input_range", tuple(bounds.tolist()))
         for name in ("mean", "std"):
             value = np.asarray(0.5 if getattr(self, name) is None else getattr(self, name))
             if value.ndim > 1 or not np.all(np.isfinite(value)) or (name == "std" and not np.all(value > 0)):
                 raise ValueError(
                     f"{name} must be a finite number{' above 0' * (name == 'std')}, or one per channel, got "
                     f"{getattr(self, name)!r}."
+                )
+
+    def check_images(self, images: Any) -> None:
+        """Raises a ValueError where `mean` or `std` are of another number of channels than images `[N, H, W, C]`."""
+        for name in ("mean", "std"):
+            given = np.size(getattr(self, name) or 0.0)
+            if given not in (1, images.shape[-1]):
+                raise ValueError(
+                    f"{name} must be a number, or one per channel of the images {tuple(images.shape)}, got {given}."
                 )
 
     def scale_and_offset(self) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +67,7 @@ class Preparation:
 
     def on_numpy(self, images: np.ndarray) -> np.ndarray:
         """The input of the model, of NumPy images `[N, H, W, C]` in [0, 1]."""
+        self.check_images(images)
         scale, offset = self.scale_and_offset()
         x = images * scale + offset
         return np.moveaxis(x, -1, 1) if self.channels == "first" else x
@@ -68,7 +78,16 @@ def select_output(result: Any, output: str | int | Callable[[Any], Any]) -> Any:
     if callable(output):
         return output(result)
     if isinstance(output, int) or output not in OUTPUTS:
-        return result[output]
+        if hasattr(result, "shape"):
+            raise ValueError(
+                f"output: the model returns one array {tuple(result.shape)}, which has no part {output!r}; pass "
+                "'logits' or 'probabilities', or a function."
+            )
+        try:
+            return result[output]
+        except (LookupError, TypeError) as error:
+            there = sorted(map(str, result.keys())) if hasattr(result, "keys") else type(result).__name__
+            raise ValueError(f"output: {output!r} is no part of what the model returns, {there}.") from error
     advice = "an adapter (lft_jax.models.from_function, from_torch, ...) takes output="
     if hasattr(result, "keys"):
         names = sorted(map(str, result.keys()))
@@ -85,6 +104,11 @@ def select_output(result: Any, output: str | int | Callable[[Any], Any]) -> Any:
         raise ValueError(
             f"output: the model returns a {type(result).__name__} of {len(result)}; {advice} the index of its logits, "
             "or a function."
+        )
+    if not hasattr(result, "shape"):
+        raise ValueError(
+            f"output: the model returns a {type(result).__name__}, which is no array; {advice} a function that finds "
+            "the logits."
         )
     return result
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ class HostModel:
         the derivative of their scalar product. None for a model without gradients.
       output: "logits" or "probabilities": what the scores are; one column stands for two classes.
       fixed_batch: the one number of images that the model takes, or None if it takes any.
+      pads: whether a smaller last batch is padded to `batch_size`. False for a model that is paid for each image.
 
     Examples:
       >>> HostModel(lambda images: images.mean((1, 2))).scores(np.ones((2, 4, 4, 3), np.float32)).tolist()
@@ -46,6 +48,7 @@ class HostModel:
     pull_back: Callable[[np.ndarray], tuple[Any, Callable[[np.ndarray], Any]]] | None = None
     output: str = "logits"
     fixed_batch: int | None = None
+    pads: bool = True
 
     def scores(self, images: Any, batch_size: int | None = None) -> np.ndarray:
         """The scores `[N, columns]` of images `[N, H, W, C]`, at most `batch_size` of them in a call."""
@@ -75,10 +78,10 @@ class HostModel:
         return self._scores(scores, batch)[:used], pull
 
     def _batches(self, images, batch_size):
-        """`[(images of a call, number that count)]`; if the model takes any batch, only a remainder is padded."""
+        """`[(images of a call, number that count)]`; if the model takes any batch, at most a remainder is padded."""
         size = self.fixed_batch or batch_size or max(len(images), 1)
         parts = [images[first : first + size] for first in range(0, max(len(images), 1), size)]
-        least = size if self.fixed_batch or len(parts) > 1 else 0
+        least = size if self.fixed_batch or (self.pads and len(parts) > 1) else 0
         return [(_padded(part, least), len(part)) for part in parts]
 
     def _scores(self, scores, batch):
@@ -141,7 +144,11 @@ class Classifier:
     refresh: Callable[[], Callable[[Any], Any]] | None = None
 
     def __post_init__(self):
-        if self.batch_size is not None and (isinstance(self.batch_size, bool) or int(self.batch_size) < 1):
+        try:
+            valid = self.batch_size is None or operator.index(self.batch_size) >= 1
+        except TypeError:
+            valid = False
+        if not valid or isinstance(self.batch_size, bool):
             raise ValueError(f"batch_size must be an integer, at least 1, got {self.batch_size!r}.")
 
     @property
@@ -153,9 +160,12 @@ class Classifier:
         """The logits `[N, classes]` of images `[N, H, W, C]`, floating-point in [0, 1], or uint8.
 
         Raises:
-          ValueError: for images of another shape than the model's, or an output that is not `[N, classes]`.
+          ValueError: for images of another shape than the model's, or of other integers; for an output that is not
+            `[N, classes]`.
         """
         images = jnp.asarray(images)
+        if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images must be uint8 or floating-point, got {images.dtype}.")
         images = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
         self.check_shape(images.shape)
         if self.host is not None:
@@ -276,13 +286,30 @@ class _Batched:
     size: int
 
     def __call__(self, function, images):
-        count = len(images)
-        if count <= self.size:
-            return function(images)
-        padding = jnp.broadcast_to(images[-1:], (-count % self.size, *images.shape[1:]))
-        batches = jnp.concatenate([images, padding]).reshape(-1, self.size, *images.shape[1:])
-        logits = jax.lax.map(jax.checkpoint(function), batches)
-        return logits.reshape(-1, logits.shape[-1])[:count]
+        return function(images) if len(images) <= self.size else in_batches(function, images, self.size)
+
+
+def in_batches(function: Callable[[jax.Array], Any], images: jax.Array, size: int) -> Any:
+    """What a JAX function returns for images `[N, H, W, C]`, in batches of exactly `size`; the last one is padded.
+
+    One batch at a time is in memory, also when it is differentiated.
+
+    Args:
+      function: images `[size, H, W, C]` -> a pytree of arrays `[size, ...]`.
+      images: any number of them.
+      size: number of images in a batch.
+
+    Returns:
+      The pytree of arrays `[N, ...]`.
+    """
+    count, sides = len(images), images.shape[1:]
+    padding = jnp.broadcast_to(images[-1:], (-count % size, *sides))
+    batches = jnp.concatenate([images, padding]).reshape(-1, size, *sides)
+    if isinstance(images, jax.core.Tracer):
+        results = jax.lax.map(jax.checkpoint(function), batches)
+    else:  # `lax.map` would compile again in each call
+        results = jax.tree.map(lambda *parts: jnp.stack(parts), *map(function, batches))
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], results)
 
 
 def _called_back(host, batch_size, images):

@@ -58,6 +58,7 @@ class _Prepared:
     output: str | int | Callable[[Any], Any]
 
     def __call__(self, function, images):
+        self.preparation.check_images(images)
         scale, offset = (jnp.asarray(x, images.dtype)[None, None, None] for x in self.preparation.scale_and_offset())
         x = images * scale + offset
         x = jnp.moveaxis(x, -1, 1) if self.preparation.channels == "first" else x

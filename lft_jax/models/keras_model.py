@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lft_jax.models._frameworks import required
 from lft_jax.models._preparation import Preparation, select_output
-from lft_jax.models.classifier import Classifier, HostModel, host_classifier
+from lft_jax.models.classifier import Classifier, HostModel, host_classifier, in_batches
 from lft_jax.models.functions import from_function
 from lft_jax.models.torch_module import autograd_host
 
@@ -116,13 +116,7 @@ class _Stateless:
             result, _ = self.model.stateless_call(trainable, non_trainable, x, training=False)
             return jax.tree.map(lambda y: y.astype(jnp.float32), result)
 
-        if self.fixed_batch is None:
-            return call(images)
-        count, sides = len(images), images.shape[1:]
-        padding = jnp.broadcast_to(images[-1:], (-count % self.fixed_batch, *sides))
-        batches = jnp.concatenate([images, padding]).reshape(-1, self.fixed_batch, *sides)
-        results = jax.lax.map(jax.checkpoint(call), batches)
-        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:count], results)
+        return call(images) if self.fixed_batch is None else in_batches(call, images, self.fixed_batch)
 
 
 def _keras_host(keras, model, preparation, output, fixed_batch):
@@ -130,6 +124,7 @@ def _keras_host(keras, model, preparation, output, fixed_batch):
     scale, offset = preparation.scale_and_offset()
 
     def forward(images):
+        preparation.check_images(images)
         x = images * scale + offset
         x = keras.ops.transpose(x, (0, 3, 1, 2)) if preparation.channels == "first" else x
         return keras.ops.cast(select_output(model(x, training=False), output), "float32")

@@ -116,7 +116,8 @@ def from_url(
         interval=0.0 if rate_limit is None else 1 / rate_limit,
         max_queries=max_queries,
     )
-    return host_classifier(HostModel(service, output="probabilities" if output == "probabilities" else "logits"))
+    known = "probabilities" if output == "probabilities" else "logits"
+    return host_classifier(HostModel(service, output=known, pads=False))
 
 
 def _check_count(name, value, least):
@@ -175,7 +176,7 @@ class _Service:
 
     def __call__(self, images):
         self._check_queries(len(images))
-        size = self.batch_size or len(images)  # cut here, not by the HostModel, which pads the last batch
+        size = self.batch_size or len(images)  # cut here, so that `max_queries` is checked for all parts together
         parts = [images[first : first + size] for first in range(0, len(images), size)]
         return np.concatenate([self._scores(self._post(self._encoded(part), len(part)), len(part)) for part in parts])
 

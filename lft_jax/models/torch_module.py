@@ -82,24 +82,34 @@ def autograd_host(
 
     def forward(images):
         """What `output` names of the module's answer to torch images `[N, H, W, C]`, differentiable."""
+        preparation.check_images(images)
         tensor = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), scale)
         x = images.to(tensor.device) * scale.to(tensor.device) + offset.to(tensor.device)
         x = (x.permute(0, 3, 1, 2) if preparation.channels == "first" else x).to(tensor.dtype)
         with _evaluating(module):
-            return select_output(call(x), output).float()
+            found = select_output(call(x), output)
+        if not isinstance(found, torch.Tensor):
+            raise ValueError(f"output must be a tensor of the module, got {type(found).__name__}.")
+        return found.float()
 
     def values(images):
-        with torch.inference_mode():
+        with torch.no_grad():  # not `inference_mode`: a tensor that the module keeps could have no gradient later
             return forward(torch.from_numpy(np.array(images))).cpu().numpy()
 
     def pull_back(images):
         inputs = torch.from_numpy(np.array(images)).requires_grad_(True)
         with torch.enable_grad():
             outputs = forward(inputs)
+        if not outputs.requires_grad:
+            raise ValueError(
+                "module has no gradients: its output does not depend on the images by torch autograd (detach, no_grad, "
+                "argmax, ...). Pass oracle='query' to evaluate it only."
+            )
 
         def vjp(cotangent):
             cotangent = torch.from_numpy(np.array(cotangent)).to(outputs.device).reshape(outputs.shape)
-            (found,) = torch.autograd.grad(outputs, inputs, cotangent)
+            with _evaluating(module):  # checkpointed parts run again
+                (found,) = torch.autograd.grad(outputs, inputs, cotangent)
             return found.cpu().numpy()
 
         return outputs.detach().cpu().numpy(), vjp

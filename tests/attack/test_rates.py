@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lft_jax import attack_success_rate, fooling_rate
+from lft_jax import attack_success_rate, fooling_rate, universal_perturbation
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(16, 3)).astype(np.float32)
@@ -80,6 +80,15 @@ def test_nan_is_never_fooled():
     ):
         with pytest.warns(UserWarning, match="NaN for 1 of 4 images, which count as not fooled"):
             assert rate() == 0.75
+
+
+def test_a_jax_model_of_one_batch_size_is_attacked_by_gradients():
+    def fixed(images):
+        assert len(images) == 4
+        return linear(images)
+
+    result = universal_perturbation(fixed, IMAGES[:6], epsilon=0.1, steps=1, batch_size=4, progress=False)
+    assert result.oracle == "gradient"
 
 
 def test_a_remainder_is_padded_for_a_model_of_one_batch_size():

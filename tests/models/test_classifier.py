@@ -76,6 +76,9 @@ def test_a_classifier_is_attacked_as_the_function_is():
         ({"std": 0.0}, "std must be a finite number above 0, or one per channel, got 0.0"),
         ({"mean": (0.1, float("nan"))}, "mean must be a finite number, or one per channel"),
         ({"input_range": (1, 0)}, r"input_range must be two ascending numbers, such as \(0, 255\)"),
+        ({"input_range": 255}, "input_range must be two ascending numbers, .*got 255"),
+        ({"batch_size": 2.5}, "batch_size must be an integer, at least 1, got 2.5"),
+        ({"batch_size": "8"}, "batch_size must be an integer, at least 1, got '8'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
@@ -91,8 +94,48 @@ def test_arguments_out_of_range_are_refused(options, message):
         (None, "output: the model returns None"),
         (np.zeros((4, 3)), r"model must return \[5, classes\], got shape \(4, 3\)"),
         (np.zeros((5, 3, 1)), r"model must return \[5, classes\], got shape \(5, 3, 1\)"),
+        (object(), "output: the model returns a object, which is no array; .* a function that finds the logits"),
     ],
 )
 def test_answers_that_are_no_logits_are_named(answer, message):
     with pytest.raises(ValueError, match=message):
         from_function(lambda x: answer)(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "output", "message"),
+    [
+        (np.zeros((5, 5)), 0, r"the model returns one array \(5, 5\), which has no part 0"),  # row 0 is no column
+        (np.zeros((5, 3)), "probability", "the model returns one array .* has no part 'probability'"),
+        ({"scores": 1}, "logit", r"'logit' is no part of what the model returns, \['scores'\]"),
+        ((1, 2), 2, "2 is no part of what the model returns, tuple"),
+    ],
+)
+def test_an_output_that_is_not_there_is_named(answer, output, message):
+    with pytest.raises(ValueError, match=message):
+        from_function(lambda x: answer, output=output)(IMAGES)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_channels_of_the_mean_must_be_those_of_the_images(name):
+    model = from_function(lambda x: x.mean((1, 2)), **{name: (0.5, 0.5, 0.5)})
+    assert model(IMAGES).shape == (5, 3)
+    with pytest.raises(ValueError, match=rf"{name} must be a number, or one per channel of the images \(5, 4, 4, 1\)"):
+        model(IMAGES[..., :1])
+
+
+def test_integer_images_are_refused():
+    with pytest.raises(ValueError, match="images must be uint8 or floating-point, got int32"):
+        from_function(linear)((255 * IMAGES).astype(np.int32))
+
+
+def test_batches_are_not_traced_again_in_each_call():
+    seen = []
+
+    def model(x):
+        seen.append(isinstance(x, jax.core.Tracer))
+        return linear(x)
+
+    found = from_function(model, batch_size=2)(IMAGES)
+    np.testing.assert_allclose(found, linear(IMAGES), rtol=1e-5)
+    assert seen == [False] * 3

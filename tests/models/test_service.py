@@ -387,3 +387,12 @@ def test_gradients_are_refused(server):
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         from_url(**{"url": "http://host/path", **options})
+
+
+def test_no_image_is_sent_to_fill_up_a_batch(server):
+    model = from_url(server.url, **FAST)
+    labels = linear(IMAGES).argmax(1)
+    lft_jax.attack_success_rate(model, IMAGES, labels, np.zeros(IMAGES.shape[1:]), batch_size=2)
+    assert server.images == 2 * 5
+    result = lft_jax.universal_perturbation(model, IMAGES, labels, epsilon=0.1, steps=1, batch_size=2)
+    assert server.images - 2 * 5 == result.queries == result.history["queries"][-1]

@@ -174,3 +174,63 @@ def test_a_public_resnet_has_its_accuracy_and_is_attacked():
     assert 0.2 < rate < 0.9
     assert np.abs(result.perturbation).max() <= 8 / 255 + 1e-6
     del torch
+
+
+def test_a_part_that_is_checkpointed_runs_again_in_evaluation_mode():
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = small()
+
+        def forward(self, x):
+            return checkpoint(self.module, x, use_reentrant=False)
+
+    module, x = Checkpointed(), images()
+    cotangent = np.ones((6, 5), np.float32)
+    _, expected = torch_gradient(module, x, cotangent)
+    module.train()
+    mean = module.module[1].running_mean.clone()
+    model = lft_jax.models.from_torch(module, mean=MEAN, std=STD)
+    found = jax.grad(lambda z: jnp.sum(model(z)))(jnp.asarray(x))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert (module.module[1].running_mean == mean).all()
+    assert all(m.training for m in module.modules())
+
+
+def test_a_tensor_that_the_module_keeps_may_be_used_in_a_gradient():
+    import torch
+    from torch import nn
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(192, 5), None
+
+        def forward(self, x):
+            if self.scale is None:
+                self.scale = torch.linspace(1, 2, 192)
+            return self.linear(x.flatten(1) * self.scale)
+
+    model = lft_jax.models.from_torch(Keeps())
+    assert model(images()).shape == (6, 5)
+    assert np.any(jax.grad(lambda z: jnp.sum(model(z)))(jnp.asarray(images())))
+
+
+def test_a_module_whose_output_is_detached_has_no_gradients():
+    from torch import nn
+
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = small()
+
+        def forward(self, x):
+            return self.module(x).detach()
+
+    model = lft_jax.models.from_torch(Detached())
+    with pytest.raises(ValueError, match=r"module has no gradients: .* Pass oracle='query'"):
+        lft_jax.universal_perturbation(model, images(), epsilon=0.1, steps=1)
+    assert lft_jax.universal_perturbation(model, images(), epsilon=0.1, steps=1, oracle="query").queries == 6 * 22

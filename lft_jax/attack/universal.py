@@ -16,7 +16,7 @@ from lft_jax import base
 from lft_jax._deprecation import old_keywords
 from lft_jax._present import grey, is_known, present
 from lft_jax.attack import _checks
-from lft_jax.attack._run import Counter, Run, entries, reporter
+from lft_jax.attack._run import Counter, Run, reporter
 from lft_jax.attack._steps import Problem, make_step
 from lft_jax.attack.result import Paused, UniversalPerturbation
 from lft_jax.data import unit_range
@@ -118,8 +118,8 @@ def universal_perturbation(
         `AttackRecipe`, with the second loss that a pretrained rule was meta-trained with. The rule "uap-l1" was
         meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
       start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
-        it stopped, as if it had not stopped, if all other arguments are the same; a finished one begins anew from its
-        perturbation.
+        it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
+        again); `steps` and `max_queries` count those before. A finished one begins anew from its perturbation.
       max_queries: the largest number of queries, including one per clean image at the beginning. The run ends before
         a step that would exceed it. None for no limit.
       batch_size: largest number of images in one call of the model; see `lft_jax.models.Classifier`. None for that of
@@ -138,7 +138,8 @@ def universal_perturbation(
       ValueError: for no images, images outside [0, 1] or NaN or with channels first, labels out of range, an epsilon or
         penalty that is not above 0, an epsilon above 1 (linf), both or neither of them, `steps` below 1, unknown names,
         losses that do not fit each other or the oracle, logits of a wrong shape, a `max_queries` too small for one
-        step, and NaN in what the model returns or in its gradient.
+        step, a `start` that stopped with another optimizer, other images or after `steps`, and NaN in what the model
+        returns or in its gradient.
       Exception: what the model raises. Like a NaN and KeyboardInterrupt, it ends the run, and the exception has an
         attribute `partial`: the `UniversalPerturbation` found so far, to go on from with `start=error.partial`.
 
@@ -166,9 +167,7 @@ def universal_perturbation(
     images = _checks.checked_images(images, labels)
     constraint = as_constraint(norm, epsilon, constraint)
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
-    classifier, estimator = _with_oracle(model, oracle, images)
-    if batch_size is not None:
-        classifier = dataclasses.replace(classifier, batch_size=batch_size)
+    classifier, estimator = _with_oracle(model, oracle, images, batch_size)
     full_recipe = _as_recipe(recipe, optimizer, estimator, target)
     counter = Counter()
     classifier = counter.counting(classifier)
@@ -197,10 +196,7 @@ def universal_perturbation(
             theta, key = _start(classifier, problem, key, start, run)
             state, done = tx.init(theta), 0
         else:
-            assert stopped.paused is not None
-            theta, state, done = stopped.paused
-            run.history = entries(stopped.history)
-            counter.images += stopped.queries
+            theta, state, done = run.resume(stopped, x, tx)
             queries += stopped.queries
             _, key = _keys(problem.recipe, key)
         # The steps are compiled once for all starts.
@@ -232,13 +228,17 @@ def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | Non
     return None if kind == "none" else AttackLoss(kind, flags.get("kappa", 0.0), target=target)
 
 
-def _with_oracle(model, oracle, images) -> tuple[Classifier, ZerothOrder | None]:
+def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothOrder | None]:
     """The model as the oracle needs it, and the estimator; None for exact gradients."""
+
+    def sized(classifier):
+        return classifier if batch_size is None else dataclasses.replace(classifier, batch_size=batch_size)
+
     if isinstance(oracle, ZerothOrder):
-        return on_numpy(model), oracle
+        return sized(on_numpy(model)), oracle
     if base.check_name("oracle", oracle, ORACLES) == "query":
-        return on_numpy(model), QUERY
-    classifier = as_classifier(model)
+        return sized(on_numpy(model)), QUERY
+    classifier = sized(as_classifier(model))
     try:
         if not classifier.differentiable:
             raise ValueError("it has no gradients")
@@ -246,7 +246,7 @@ def _with_oracle(model, oracle, images) -> tuple[Classifier, ZerothOrder | None]
             shape = jax.ShapeDtypeStruct(np.shape(images), jnp.float32)
             jax.eval_shape(jax.grad(lambda x: jnp.sum(classifier(x))), shape)
     except Exception as error:
-        classifier = on_numpy(model)
+        classifier = sized(on_numpy(model))
         if oracle == "auto":
             return classifier, QUERY
         classifier(images[:1])  # what is wrong with its output comes first

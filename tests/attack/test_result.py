@@ -1,5 +1,6 @@
 """The result of an attack, runs that end early, and runs that go on."""
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -51,6 +52,27 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(oracle):
         np.testing.assert_allclose(rest.history[name], values + extra)
     assert rest.paused is None and whole.paused is None
     assert rest.queries == rest.history["queries"][-1]
+
+
+def test_a_run_that_stopped_goes_on_only_as_it_began():
+    part = run(callback=lambda entry: entry["step"] == 3)
+    with pytest.raises(ValueError, match="start is a result that stopped with another optimizer"):
+        run(start=part, optimizer=optax.adam(0.1))
+    with pytest.raises(ValueError, match="steps must be above 3, those that start has done, got 3"):
+        run(start=part, steps=3)
+    with pytest.raises(ValueError, match=r"start must be of images \(5, 4, 1\), got a result \(4, 4, 1\)"):
+        images = np.full((6, 5, 4, 1), 0.5, np.float32)
+        universal_perturbation(lambda x: x.mean((2, 3)), images, epsilon=0.1, start=part, progress=False)
+
+
+def test_a_run_that_cannot_go_on_keeps_what_was_found():
+    part = run(callback=lambda entry: entry["step"] == 3)
+    same = run(start=part, max_queries=part.queries)  # paid already: no step is left
+    np.testing.assert_array_equal(same.perturbation, part.perturbation)
+    assert same.paused.done == 3 and str(same).splitlines()[:3] == str(part).splitlines()[:3]
+    with pytest.raises(ConnectionError) as caught:
+        run(model=Service(limit=len(IMAGES)), oracle=QUERY, start=run(oracle=QUERY, callback=lambda entry: True))
+    assert caught.value.partial.paused.done == 1 and len(caught.value.partial.history["loss"]) == 1
 
 
 def test_a_finished_result_or_an_array_is_a_new_start():
@@ -180,6 +202,8 @@ def test_a_perturbation_is_applied_within_its_ball():
     np.testing.assert_allclose(floating, np.clip(images / np.float32(255) + theta, 0, 1), atol=1e-7)
     with pytest.raises(ValueError, match=r"images must be \[N, 4, 4, 1\], got \(1, 3, 3, 1\)"):
         result.apply(np.zeros((1, 3, 3, 1)))
+    with pytest.raises(ValueError, match="images must be uint8 or floating-point, got int64"):
+        result.apply(np.zeros((1, 4, 4, 1), np.int64))
     picture = result.to_uint8()
     assert picture.dtype == np.uint8 and picture[0, 0] == 255 and picture[1, 1] == 1
     np.testing.assert_allclose((picture.astype(float) - 128) / 127 * (8 / 255), theta, atol=8 / 255 / 127)
@@ -199,3 +223,17 @@ def test_a_result_is_saved_and_loaded(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["uap.npy", "uap.npz"]
     with pytest.raises(ValueError, match=r"path must end with .npy or .npz, got '.*uap.png'"):
         result.save(tmp_path / "uap.png")
+    np.savez(tmp_path / "images.npz", images=IMAGES)
+    (tmp_path / "text.npz").write_text("text")
+    for name in ("uap.npy", "images.npz", "text.npz"):
+        with pytest.raises(ValueError, match=f"path: .*{name} is no .npz file of a result"):
+            UniversalPerturbation.load(tmp_path / name)
+
+
+def test_a_perturbation_in_bfloat16_is_saved_as_float32(tmp_path):
+    theta = np.asarray([[[0.25]]], jnp.bfloat16)
+    result = UniversalPerturbation(theta, {}, Constraint("linf", 0.25))
+    for name in ("uap.npz", "uap.npy"):
+        result.save(tmp_path / name)
+    stored = UniversalPerturbation.load(tmp_path / "uap.npz").perturbation, np.load(tmp_path / "uap.npy")
+    assert all(found.dtype == np.float32 and found == 0.25 for found in stored)

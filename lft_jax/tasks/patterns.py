@@ -21,7 +21,7 @@ class PatternSearch:
     """Searches among tiles and plane waves for the pattern with the lowest loss, as the start of an attack.
 
     A tile is `[p, p, C]` signs, repeated over the image. A wave is stripes with a frequency `f`, and a phase for each
-    channel::
+    channel, which in every second wave is the same for all::
 
         tile(i, j, c) = scale * cells[i mod p, j mod p, c]
         wave(i, j, c) = scale * sign(cos(2 pi (f . (i, j) + phase[c])))
@@ -56,9 +56,9 @@ class PatternSearch:
       1810.00470.
     """
 
-    tiles: int = 30
-    waves: int = 30
-    refinements: int = 40
+    tiles: int = 25
+    waves: int = 25
+    refinements: int = 50
     periods: tuple[int, ...] = (2,)
     step: float = 0.01
 
@@ -67,7 +67,7 @@ class PatternSearch:
         """A search with a given number of evaluations of the loss.
 
         Args:
-          evaluations: at least 2. One is for the start, three tenths for tiles, as many for waves, the others for
+          evaluations: at least 2. One is for the start, a quarter for tiles, as many for waves, the others for
             refinements.
 
         Raises:
@@ -75,10 +75,10 @@ class PatternSearch:
 
         Examples:
           >>> PatternSearch.within(101)
-          PatternSearch(tiles=30, waves=30, refinements=40, periods=(2,), step=0.01)
+          PatternSearch(tiles=25, waves=25, refinements=50, periods=(2,), step=0.01)
         """
         base.check_at_least("patterns: evaluations", evaluations, 2)
-        waves = (evaluations - 1) * 3 // 10
+        waves = (evaluations - 1) // 4
         tiles = max(1, waves)
         return cls(tiles, waves, evaluations - 1 - tiles - waves)
 
@@ -155,13 +155,15 @@ class PatternSearch:
         key_cells, key_frequency, key_phase = jax.random.split(key, 3)
         periods = np.zeros(number, np.int32)
         periods[: self.tiles] = np.resize(np.asarray(self.periods, np.int32), self.tiles)
+        grey = np.arange(-self.tiles, self.waves) % 2 == 0
+        phase = jax.random.uniform(key_phase, (number, channels), dtype)
         # A frequency and its negative give the same waves, so the first one need not be negative.
         low, high = jnp.asarray([0, -0.5], dtype), jnp.asarray([0.5, 0.5], dtype)
         return _Pattern(
             period=jnp.asarray(periods),
             cells=jax.random.rademacher(key_cells, (number, side, side, channels), dtype),
             frequency=jax.random.uniform(key_frequency, (number, 2), dtype, low[None], high[None]),
-            phase=jax.random.uniform(key_phase, (number, channels), dtype),
+            phase=jnp.where(jnp.asarray(grey)[:, None], phase[:, :1], phase),
         )
 
 

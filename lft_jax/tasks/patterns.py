@@ -56,9 +56,9 @@ class PatternSearch:
       1810.00470.
     """
 
-    tiles: int = 25
-    waves: int = 25
-    refinements: int = 50
+    tiles: int = 12
+    waves: int = 12
+    refinements: int = 75
     periods: tuple[int, ...] = (2,)
     step: float = 0.01
 
@@ -67,18 +67,18 @@ class PatternSearch:
         """A search with a given number of evaluations of the loss.
 
         Args:
-          evaluations: at least 2. One is for the start, a quarter for tiles, as many for waves, the others for
+          evaluations: at least 2. One is for the start, an eighth for tiles, as many for waves, the others for
             refinements.
 
         Raises:
           ValueError: for fewer than 2 evaluations.
 
         Examples:
-          >>> PatternSearch.within(101)
-          PatternSearch(tiles=25, waves=25, refinements=50, periods=(2,), step=0.01)
+          >>> PatternSearch.within(100)
+          PatternSearch(tiles=12, waves=12, refinements=75, periods=(2,), step=0.01)
         """
         base.check_at_least("patterns: evaluations", evaluations, 2)
-        waves = (evaluations - 1) // 4
+        waves = (evaluations - 1) // 8
         tiles = max(1, waves)
         return cls(tiles, waves, evaluations - 1 - tiles - waves)
 
@@ -204,10 +204,12 @@ def _changed(pattern, step, cell, key):
     row, column, channel = place // (period * channels), place // channels % period, place % channels
     dtype = pattern.phase.dtype
     size = step * jnp.exp(1.5 * jax.random.normal(key_size, (), dtype))
+    turns = jax.random.normal(key_phase, (channels,), dtype)
+    turns = jnp.where(jnp.all(pattern.phase == pattern.phase[0]), turns[0], turns)  # a wave alike in all stays so
     return pattern._replace(
         cells=pattern.cells.at[row, column, channel].multiply(-1),
         frequency=pattern.frequency + size * jax.random.normal(key_frequency, (2,), dtype),
-        phase=pattern.phase + size * _PHASE_STEP * jax.random.normal(key_phase, (channels,), dtype),
+        phase=pattern.phase + size * _PHASE_STEP * turns,
     )
 
 

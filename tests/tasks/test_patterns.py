@@ -83,13 +83,15 @@ def test_flips_in_turn_find_the_best_tile():
 
 
 def test_changes_are_of_one_cell_within_the_tile_or_of_the_wave():
-    tile = _Pattern(jnp.int32(2), jnp.ones((4, 4, 3)), jnp.zeros(2), jnp.zeros(3))
+    tile = _Pattern(jnp.int32(2), jnp.ones((4, 4, 3)), jnp.zeros(2), jnp.arange(3.0))
     flipped = [np.argwhere(_changed(tile, 0.01, jnp.int32(i), KEY).cells == -1) for i in range(12)]
     assert [len(place) for place in flipped] == [1] * 12
     places = {tuple(place[0].tolist()) for place in flipped}
     assert places == set(np.ndindex(2, 2, 3))
     changed = _changed(tile, 0.01, jnp.int32(0), KEY)
-    assert np.all(changed.frequency != 0) and len(np.unique(changed.phase)) == 3
+    assert np.all(changed.frequency != 0) and len(np.unique(changed.phase - tile.phase)) == 3
+    alike = _changed(tile._replace(phase=jnp.zeros(3)), 0.01, jnp.int32(0), KEY).phase
+    assert alike[0] != 0 and len(np.unique(alike)) == 1
     assert np.abs(changed.frequency).max() < 0.5
 
 

@@ -50,9 +50,9 @@ class Unclipped(UapFamily):
     """UAP tasks whose perturbed images are not clipped to [0, 1], so that the first layer is linear in theta."""
 
     def oracle(self, support):
-        def attack(images):
+        def attack(_):
             def losses(theta):
-                return self.recipe.loss(self.logits_fn(images + theta), support.labels)
+                return self.recipe.loss(self.logits_fn(support.images + theta), support.labels)
 
             return oracles.per_example_gradient(losses, num_examples=len(support.labels))
 

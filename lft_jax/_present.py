@@ -6,6 +6,7 @@ further would so be attacked with its old weights.
 """
 
 import collections
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,11 @@ from jax.tree_util import Partial
 class _Program:
     """A function as a static argument: equal to itself alone, and hashable even where the function is not.
 
-    It keeps arguments and an input that the function was seen with, and what it returned.
+    It keeps arguments and inputs that the function was seen with, and what it returned.
     """
 
-    def __init__(self, structure, leaves, x):
-        self.structure, self.leaves, self.x = structure, leaves, x
+    def __init__(self, structure, leaves, inputs, origin):
+        self.structure, self.leaves, self.inputs, self.origin = structure, leaves, inputs, origin
         self.values = self._evaluated(structure)
 
     def __call__(self, leaves, x):
@@ -30,25 +31,28 @@ class _Program:
 
     def holds(self, structure):
         """Whether a function of this structure still computes what it did."""
-        return np.array_equal(self._evaluated(structure), self.values, equal_nan=True)
+        pairs = zip(self._evaluated(structure), self.values, strict=True)
+        return all(np.array_equal(now, before, equal_nan=True) for now, before in pairs)
 
     def _evaluated(self, structure):
-        return np.asarray(jax.tree.unflatten(structure, self.leaves)(self.x))
+        function = jax.tree.unflatten(structure, self.leaves)
+        return [np.asarray(function(x)) for x in self.inputs]
 
 
-#: Functions that were compiled last.
-_programs: collections.deque[_Program] = collections.deque(maxlen=16)
+#: Functions that were compiled last; few, since each keeps its arguments in memory.
+_programs: collections.deque[_Program] = collections.deque(maxlen=4)
 
 
-def present(function: Partial, x: Any) -> Partial:
+def present(function: Partial, *inputs: Any, origin: Any = None) -> Partial:
     """The function, as an object that JAX compiles again if what it computes has changed.
 
-    The function is called eagerly on the arguments and the input that it was first seen with. If it returns the same
+    The function is called eagerly on the arguments and the inputs that it was first seen with. If it returns the same
     numbers, programs that were compiled of it still hold.
 
     Args:
       function: `x -> array`; its arguments may change freely.
-      x: an input. The first one of each function is kept.
+      inputs: values of `x`. The first ones of each function are kept.
+      origin: what the function was made of, if it has to be asked for it again: `origin.traced()`; or None.
 
     Returns:
       The same function. Equal ones share compiled programs.
@@ -64,12 +68,14 @@ def present(function: Partial, x: Any) -> Partial:
     """
     leaves, structure = jax.tree.flatten(function)
     for program in list(_programs):
-        if _equal(program.structure, structure):
+        if program.origin is origin and _equal(program.structure, structure):
             if program.holds(structure):
                 return Partial(program, leaves)
-            _programs.remove(program)
-    _programs.append(_Program(structure, leaves, x))
-    return Partial(_programs[-1], leaves)
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _programs.remove(program)
+    program = _Program(structure, leaves, inputs, origin)
+    _programs.append(program)
+    return Partial(program, leaves)
 
 
 def is_known(function: Partial) -> bool:
@@ -81,9 +87,13 @@ def is_known(function: Partial) -> bool:
 def refreshed(function: Partial) -> Partial:
     """What `present` returned, again if the function has changed since; any other function as it is."""
     program = function.func
-    if not isinstance(program, _Program) or program.holds(program.structure):
+    if not isinstance(program, _Program):
         return function
-    return present(jax.tree.unflatten(program.structure, *function.args), program.x)
+    if program.origin is not None:
+        return present(program.origin.traced(), *program.inputs, origin=program.origin)
+    if program.holds(program.structure):
+        return function
+    return present(jax.tree.unflatten(program.structure, *function.args), *program.inputs)
 
 
 def grey(images: jax.Array) -> jax.Array:
@@ -92,27 +102,31 @@ def grey(images: jax.Array) -> jax.Array:
     return images / 2 + jnp.asarray(0.25, images.dtype)
 
 
-def as_partial(logits_fn: Callable[[Any], Any], images: Any) -> Partial:
+def as_partial(logits_fn: Callable[[Any], Any], images: Any, *, exact: bool) -> Partial:
     """A victim as a field of a task family: its weights are arguments, or looked after by `present`.
 
     Args:
       logits_fn: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`. A `jax.tree_util.Partial` is returned as it
         is: its arguments are its weights. It may be a `lft_jax.models.Classifier`.
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
+      exact: whether it will be differentiated.
 
     Returns:
       The same function.
 
     Raises:
-      ValueError: if JAX cannot trace it.
+      ValueError: if JAX cannot trace it, it returns no logits, or it has no gradients and needs them.
     """
+    if exact and not getattr(logits_fn, "differentiable", True):
+        raise ValueError("logits_fn has no gradients; pass estimator=lft_jax.ZerothOrder() to evaluate it only.")
+    origin = None
     if hasattr(logits_fn, "traced"):
-        function = logits_fn.traced()
+        function, origin = logits_fn.traced(), logits_fn if getattr(logits_fn, "refresh", None) else None
     else:
         function = logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
     x = grey(jnp.asarray(images[:1]))
     try:
-        jax.eval_shape(function, x)
+        found = jax.eval_shape(function, x)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise ValueError(
             f"logits_fn cannot be traced by JAX ({type(error).__name__}). Write it with jax.numpy, pass the adapter of "
@@ -122,7 +136,13 @@ def as_partial(logits_fn: Callable[[Any], Any], images: Any) -> Partial:
             "      jax.ShapeDtypeStruct((len(x), num_classes), np.float32), x, vmap_method='sequential')\n"
             "  uap_family(images, labels, logits_fn, estimator=lft_jax.ZerothOrder(), ...)"
         ) from error
-    return function if isinstance(logits_fn, Partial) else present(function, x)
+    if not hasattr(found, "shape") or len(found.shape) != 2 or len(found) != 1:
+        what = f"shape {found.shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+        raise ValueError(
+            f"logits_fn must return logits [n, classes], got {what} for one image; an adapter, such as "
+            "lft_jax.models.from_function, has output= for other answers."
+        )
+    return function if isinstance(logits_fn, Partial) else present(function, x, origin=origin)
 
 
 def _equal(one, other):

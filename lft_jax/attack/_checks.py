@@ -8,7 +8,6 @@ import numpy as np
 
 from lft_jax.data import check_images_labels
 
-CHANNELS = (1, 3, 4)
 _CAUSES = (
     "Usual causes: mean, std or input_range of the model (lft_jax.models), the order of the channels, labels that "
     "count from 1 or are in another order."
@@ -19,14 +18,9 @@ def checked_images(images: Any, labels: Any = None) -> Any:
     """Images `[N, H, W, C]`, checked together with labels `[N]`; floating-point ones are clipped to [0, 1].
 
     Raises:
-      ValueError: as `check_images_labels`, and for channels first.
+      ValueError: as `check_images_labels`.
     """
     array = np.asarray(images)
-    if array.ndim == 4 and array.shape[1] in CHANNELS and array.shape[3] > max(CHANNELS):
-        raise ValueError(
-            f"images must be [N, H, W, C] with the channels last, got shape {array.shape}; pass "
-            "images.transpose(0, 2, 3, 1), and channels='first' to the adapter of a model that takes [N, C, H, W]."
-        )
     check_images_labels(array, np.zeros(len(array), np.int32) if labels is None else labels)
     if array.dtype == np.uint8:
         _warn_if(array.max() <= 1, f"images are uint8 with values up to {array.max()}: were they in [0, 1] before?")
@@ -89,6 +83,11 @@ def check_logits(logits: Any) -> None:
         "model returns rows that sum to 1, which look like probabilities, where logits are meant: attacks are weaker "
         "on them. Pass output='probabilities' to its adapter, such as lft_jax.models.from_function.",
     )
+
+
+def warn(message: str) -> None:
+    """Warns the caller of the attack."""
+    warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _warn_if(condition, message):

@@ -43,8 +43,8 @@ def make_step(
     function: Callable[[jax.Array], jax.Array],
     tx: optax.GradientTransformationExtraArgs,
     estimator: ZerothOrder | None,
-) -> tuple[Step, int]:
-    """The step of a run, and the evaluations that it costs for each image.
+) -> Step:
+    """The step of a run.
 
     Args:
       classifier: the model.
@@ -56,11 +56,11 @@ def make_step(
         tx = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))  # the oracle runs eagerly
         opaque = functools.partial(estimator, opaque=True)
         update = functools.partial(_update, classifier, tx, opaque)
-        return functools.partial(_eager_step, update, classifier), estimator.evaluations + 1
+        return functools.partial(_eager_step, update, classifier)
     if classifier.host is not None:
         update = functools.partial(_asked_update, classifier, tx, None)
-        return functools.partial(_eager_step, update, classifier), 2
-    return functools.partial(_traced_step, tx, function), 2
+        return functools.partial(_eager_step, update, classifier)
+    return functools.partial(_traced_step, tx, function)
 
 
 def _update(model, tx, estimator, problem, theta, state, key, progress):

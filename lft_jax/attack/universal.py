@@ -24,7 +24,16 @@ from lft_jax.models import Classifier, as_classifier, on_numpy
 from lft_jax.oracles import ZerothOrder
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, as_constraint
-from lft_jax.tasks.recipe import AttackRecipe, as_attack_loss, initial_perturbation, resolved_loss, search_start
+from lft_jax.tasks.proxies import Proxies
+from lft_jax.tasks.recipe import (
+    AttackRecipe,
+    as_attack_loss,
+    initial_perturbation,
+    resolved_loss,
+    search_queries,
+    search_start,
+    step_queries,
+)
 
 ORACLES = ("auto", "gradient", "query")
 #: The oracle that is named "query".
@@ -110,13 +119,15 @@ def universal_perturbation(
       steps: K, the largest number of fine-tuning steps.
       optimizer: the name of a pretrained rule (`lft_jax.list_pretrained()`), the path of a stored one, or any optax
         transformation.
-      oracle: "gradient" differentiates the model; a step costs two queries per image. "query" or a `ZerothOrder` only
+      oracle: "gradient" differentiates the model; a step costs one query per image for the gradient, or two per proxy,
+        and one per image for the history. "query" or a `ZerothOrder` only
         evaluates it; a step costs the queries of an estimate, and one per image for the history. "query" is
         `ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)`: ten antithetic Rademacher directions per
         image. "auto" is "gradient" where the model has gradients, else "query".
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
-        `AttackRecipe`, with the second loss that a pretrained rule was meta-trained with. The rule "uap-l1" was
-        meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
+        `AttackRecipe`; with exact gradients, for `Proxies` and the second loss that a pretrained rule was meta-trained
+        with. The rule "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the
+        default loss.
       start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
         it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
         again); `steps` and `max_queries` count those before. A finished one begins anew from its perturbation.
@@ -144,7 +155,8 @@ def universal_perturbation(
         attribute `partial`: the `UniversalPerturbation` found so far, to go on from with `start=error.partial`.
 
     Warns:
-      UserWarning: if the clean accuracy is no better than chance, or the model seems to return probabilities.
+      UserWarning: if the clean accuracy is no better than chance, the model seems to return probabilities, or with
+        "auto" a function has no gradients.
 
     Examples:
       A perturbation of size 0.25 against a linear model of two classes:
@@ -157,7 +169,7 @@ def universal_perturbation(
       >>> result.perturbation.shape, bool(np.abs(result.perturbation).max() <= 0.25)
       ((4, 4, 1), True)
       >>> result.history["queries"].tolist()
-      [24, 40, 56, 72, 88]
+      [76, 144, 212, 280, 348]
 
     References:
       Zhao et al. 2021, arXiv 2009.13714; Moosavi-Dezfooli et al. 2017, arXiv 1610.08401.
@@ -171,10 +183,20 @@ def universal_perturbation(
     full_recipe = _as_recipe(recipe, optimizer, estimator, target)
     counter = Counter()
     classifier = counter.counting(classifier)
+    # A step costs the queries of its oracle, and one for each image of the history.
+    cost = step_queries(full_recipe, len(images), 1 if estimator is None else estimator.evaluations) + len(images)
+    searched = search_queries(full_recipe, len(images)) if start is None else 0
+    _check_max_queries(max_queries, len(images), searched, cost)
 
     began, x = time.monotonic(), unit_range(jnp.asarray(images))
     clean = classifier(x)
     _checks.check_logits(clean)
+    if oracle == "auto" and estimator is not None and not isinstance(model, Classifier):
+        _checks.warn(
+            "model is a function that JAX cannot differentiate, so only its values are used. For exact gradients pass "
+            "the adapter of its framework (lft_jax.models.from_torch, from_keras, ...); oracle='query' is the same without "
+            "this warning."
+        )
     labelled = labels is not None
     labels = np.asarray(labels) if labelled else np.argmax(clean, -1)
     _checks.check_clean(clean, labels, images)
@@ -182,13 +204,10 @@ def universal_perturbation(
     problem = Problem(Batch(x, jnp.asarray(labels, jnp.int32)), clean, full_recipe, constraint)
     function = classifier
     if classifier.host is None and estimator is None:
-        function = present(classifier.traced(), grey(x))
-    step, cost = make_step(classifier, function, tx, estimator)
-
+        function = present(classifier.traced(), grey(x), x)
+    step = make_step(classifier, function, tx, estimator)
     stopped = start if isinstance(start, UniversalPerturbation) and start.paused is not None else None
-    searched = full_recipe.search.evaluations if full_recipe.search and start is None else 0
-    queries = len(x) * (1 + searched)
-    _check_max_queries(max_queries, len(x), searched, cost)
+    queries = len(x) + searched
     key = jax.random.key(0) if key is None else key
     run = Run(constraint, "gradient" if estimator is None else "query", steps, labelled, began, counter)
     with run.keeping(), reporter(progress, steps) as report:
@@ -202,10 +221,10 @@ def universal_perturbation(
         # The steps are compiled once for all starts.
         problem = dataclasses.replace(problem, recipe=dataclasses.replace(full_recipe, start="zeros", search=None))
         for k in range(done, steps):
-            if max_queries is not None and queries + cost * len(x) > max_queries:
+            if max_queries is not None and queries + cost > max_queries:
                 break
             theta, state, metrics = step(problem, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
-            queries += cost * len(x)
+            queries += cost
             run.add(Paused(theta, state, k + 1), {**{n: float(v) for n, v in metrics.items()}, "queries": queries})
             report({"step": k + 1, **run.history[-1]})
             if callback is not None and callback({"step": k + 1, **run.history[-1]}):
@@ -261,7 +280,9 @@ def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothO
 def _as_recipe(recipe, optimizer, estimator, target) -> AttackRecipe:
     """The recipe, or the default one, with its losses resolved and checked against the oracle and the target."""
     if recipe is None:
-        recipe = AttackRecipe(second_loss=_stored_with(optimizer, target) if estimator is None else None)
+        recipe = AttackRecipe()
+        if estimator is None:
+            recipe = AttackRecipe(second_loss=_stored_with(optimizer, target), augmentation=Proxies())
     loss = as_attack_loss(LOSS if recipe.loss is None else recipe.loss, target=target)
     if target is not None:
         if loss.target not in (None, target):
@@ -281,11 +302,11 @@ def _as_recipe(recipe, optimizer, estimator, target) -> AttackRecipe:
 
 
 def _check_max_queries(max_queries, images, searched, cost):
-    least = images * (1 + searched + cost)
+    least = images + searched + cost
     if max_queries is not None and max_queries < least:
-        search = f"{images * searched} for the search of a start, " if searched else ""
+        search = f"{searched} for the search of a start, " if searched else ""
         raise ValueError(
-            f"max_queries must be at least {least}: {images} for the clean images, {search}and {images * cost} for the "
+            f"max_queries must be at least {least}: {images} for the clean images, {search}and {cost} for the "
             f"first step; got {max_queries}."
         )
 

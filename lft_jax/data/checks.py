@@ -6,6 +6,8 @@ from jaxtyping import Array, ArrayLike, Float, Int32, Integer, UInt8
 
 #: How far outside of [0, 1] rounding may put an image.
 ROUNDING = 1e-6
+#: Numbers of channels by which images with the channels first are told.
+CHANNELS = (1, 3, 4)
 
 
 def check_images_labels(images: ArrayLike, labels: ArrayLike, num_classes: int | None = None) -> None:
@@ -17,7 +19,7 @@ def check_images_labels(images: ArrayLike, labels: ArrayLike, num_classes: int |
       num_classes: number of classes; None for no upper limit on the labels.
 
     Raises:
-      ValueError: for another rank, dtype or range, a NaN, an axis of length 0, or lengths that differ.
+      ValueError: for another rank, dtype or range, channels first, a NaN, an axis of length 0, or lengths that differ.
 
     Examples:
       >>> check_images_labels(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 3]), num_classes=4)
@@ -29,6 +31,11 @@ def check_images_labels(images: ArrayLike, labels: ArrayLike, num_classes: int |
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must be [N, H, W, C] with no axis of length 0, got shape {images.shape}.")
+    if images.shape[1] in CHANNELS and images.shape[3] > max(CHANNELS):
+        raise ValueError(
+            f"images must be [N, H, W, C] with the channels last, got shape {images.shape}; pass "
+            "images.transpose(0, 2, 3, 1), and channels='first' to the adapter of a model that takes [N, C, H, W]."
+        )
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels must be [N] = ({len(images)},) like the images, got shape {labels.shape}.")
     # bfloat16 is not a floating type to numpy, but compares like one.

@@ -116,6 +116,8 @@ def select_output(result: Any, output: str | int | Callable[[Any], Any]) -> Any:
 def as_logits(result: Any, output: str | int | Callable[[Any], Any], num_images: int) -> jax.Array:
     """Logits `[N, classes]` from what a model returns, two classes from one column, logarithms of probabilities."""
     values = jnp.asarray(select_output(result, output))
+    if not jnp.issubdtype(values.dtype, jnp.floating) or values.dtype.itemsize < 4:  # too coarse for losses
+        values = values.astype(jnp.float32)
     if values.ndim == 1 and len(values) == num_images:
         values = values[:, None]
     if values.ndim != 2 or len(values) != num_images:

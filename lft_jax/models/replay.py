@@ -33,10 +33,12 @@ class Question:
 
     Attributes:
       value: the images of a forward pass, or the cotangent of a backward pass.
+      graph: whether a backward pass may follow a forward pass.
       backward: number of the forward pass that a backward pass belongs to; None for a forward pass.
     """
 
     value: jax.Array
+    graph: bool = dataclasses.field(default=True, metadata=_STATIC)
     backward: int | None = dataclasses.field(default=None, metadata=_STATIC)
 
 
@@ -53,7 +55,7 @@ def replayed(program: Callable[..., Any], *, static: tuple[int, ...] = ()) -> Ca
 
     Args:
       program: `(model, *args) -> result`, a pytree of arrays. It calls `model` on images under `jax.grad` or `jax.vjp`,
-        and not within `jax.jit`, `jax.vmap`, `jax.lax.scan` and the like.
+        `model.evaluate` elsewhere, and neither within `jax.jit`, `jax.vmap`, `jax.lax.scan` and the like.
       static: numbers of the static ones of `args`, from 0.
 
     Returns:
@@ -80,17 +82,21 @@ def replayed(program: Callable[..., Any], *, static: tuple[int, ...] = ()) -> Ca
 
         @jax.custom_vjp
         def scores(images):
-            raise ValueError(f"model: a replayed program must differentiate it, got {images.shape} alone.")
+            raise ValueError(f"model: a replayed program differentiates it; model.evaluate takes {images.shape} alone.")
 
         def forward(images):
             return ask(Question(images)), _Call(next(calls))
 
         def backward(call, cotangent):
-            return (ask(Question(cotangent, call.number)),)
+            return (ask(Question(cotangent, backward=call.number)),)
+
+        def evaluate(images):
+            next(calls)
+            return as_logits(ask(Question(images, graph=False)), output, len(images))
 
         scores.defvjp(forward, backward)
         try:
-            return program(lambda images: as_logits(scores(images), output, len(images)), *args)
+            return program(_Model(lambda images: as_logits(scores(images), output, len(images)), evaluate), *args)
         except _Asked as asked:
             return asked.question
 
@@ -102,7 +108,10 @@ def replayed(program: Callable[..., Any], *, static: tuple[int, ...] = ()) -> Ca
         while isinstance(found := compiled(host.output, answers, *args), Question):
             if found.backward is None:
                 classifier.check_shape(found.value.shape)
-                answer, pull = host.pulled(found.value, classifier.batch_size)
+                if found.graph:
+                    answer, pull = host.pulled(found.value, classifier.batch_size)
+                else:
+                    answer, pull = host.scores(found.value, classifier.batch_size), None
                 pulls.append(pull)
             else:
                 answer = pulls[found.backward](found.value)
@@ -110,6 +119,17 @@ def replayed(program: Callable[..., Any], *, static: tuple[int, ...] = ()) -> Ca
         return found
 
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """The model that a program asks."""
+
+    function: Callable[[jax.Array], jax.Array]
+    evaluate: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return self.function(images)
 
 
 @jax.tree_util.register_static

@@ -7,6 +7,7 @@ How the pieces compose::
     optax transformation --learned_sampler, guided--> optax transformation
         that also sets the covariance of the next random directions             `sampling`
     pgd, adam, ... with steps in units of the feasible set                      `hand_designed`
+    steps in the space of perturbations that repeat                             `periodic`
     (optax transformation, oracle, theta) --fine_tune--> Trajectory             `fine_tuning`
 
 All optimizers are `optax.GradientTransformation`s. The rest of the package does not distinguish learned ones from
@@ -15,6 +16,7 @@ hand-designed ones.
 
 from lft_jax.optimizers.fine_tuning import Part, Paused, fine_tune, fine_tune_step
 from lft_jax.optimizers.hand_designed import adam, adamm, normalized_gradient, projected_gradient, sgd
+from lft_jax.optimizers.periodic import periodic, periodic_descent, shrink_periods
 from lft_jax.optimizers.rules import (
     MomentumUpdate,
     Rule,
@@ -41,9 +43,12 @@ __all__ = [
     "learned_fine_tuner",
     "learned_sampler",
     "normalized_gradient",
+    "periodic",
+    "periodic_descent",
     "projected_gradient",
     "rule_from_dict",
     "rule_to_dict",
     "sgd",
+    "shrink_periods",
     "spatial_lstm",
 ]

@@ -45,6 +45,7 @@ def per_example_gradient(
     *,
     num_examples: int,
     second_losses: Callable[[PyTree], Float[Array, " S"]] | None = None,
+    summarize: Callable[[PyTree], dict[str, PyTree]] | None = None,
 ) -> Oracle:
     """The gradient of a mean over examples, and its spread across the examples.
 
@@ -58,6 +59,7 @@ def per_example_gradient(
       second_losses: a second loss of the same examples, with the signature of `example_losses`, or None. The two
         losses are added. The mean gradient of the second loss alone is also returned, as the extra `second`; it takes
         a second backward pass, but no further queries.
+      summarize: per-example gradients, like `theta` with a leading axis `[S]` -> further extras; or None.
 
     Returns:
       An oracle `(theta, key) -> Estimate` whose value and grads are means over `S`, with the extra `spread` (like
@@ -93,6 +95,8 @@ def per_example_gradient(
         grads, losses = jax.grad(summed, has_aux=True)(copies)
         mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         extras = {"spread": jax.tree.map(lambda g: safe_sqrt(jnp.var(g, axis=0)), grads)}
+        if summarize is not None:
+            extras |= summarize(grads)
         if second_losses is not None:
             grads = jax.grad(lambda thetas: jnp.sum(seconds(thetas, second_losses)))(copies)
             extras["second"] = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)

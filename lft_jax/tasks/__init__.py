@@ -3,7 +3,7 @@
 How the modules fit together::
 
     AttackLoss, Constraint                                   the loss and the bound of a perturbation   `perturbation`
-    Augmentation, PatternSearch, WaveSearch --AttackRecipe--> oracle, start                             `recipe`
+    Augmentation or Proxies, PatternSearch or WaveSearch --AttackRecipe--> oracle, start                `recipe`
     images, labels, model --uap_family--> UapFamily          few-shot universal perturbations           `uap`
     SingleImageFamily, SineFamily, ClassificationFamily, QuadraticFamily       other problems, one module each
 
@@ -14,6 +14,7 @@ from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.classification import ClassificationFamily, classification_family
 from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
+from lft_jax.tasks.proxies import Proxies
 from lft_jax.tasks.quadratic import QuadraticFamily
 from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.regression import SineFamily, sine_family
@@ -29,6 +30,7 @@ __all__ = [
     "ClassificationFamily",
     "Constraint",
     "PatternSearch",
+    "Proxies",
     "QuadraticFamily",
     "SineFamily",
     "SingleImageFamily",

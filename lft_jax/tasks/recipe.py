@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lft_jax import base, oracles
+from lft_jax import _periods, base, oracles
 from lft_jax._deprecation import renamed_fields
 from lft_jax.base import Estimate, Oracle
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Batch, Constraint, perturb
+from lft_jax.tasks.proxies import Proxies
 from lft_jax.tasks.waves import WaveSearch
 
 STARTS = ("zeros", "random")
@@ -36,8 +38,9 @@ class AttackRecipe:
       second_loss: a loss that is added to it, an `AttackLoss` or the name of its kind; None for none. It takes a second
         backward pass, and is for exact gradients only. A rule can also see its gradient on its own (the feature
         "second"). The search for a start ignores it.
-      augmentation: random changes of the support images in each step, which cost no queries; None for none. Without
-        them, a perturbation overfits a few images; their effect on hundreds of images was not measured.
+      augmentation: random changes of the support images in each step: an `Augmentation`, which costs no queries, or
+        `Proxies`, new images made from parts of them; None for none. Without either, a perturbation overfits a few
+        images.
       start: the initial perturbation: "zeros", or "random", uniform within the scale of the constraint.
       search: a search for a better start among patterns, a `PatternSearch` or `WaveSearch` (plane waves alone), or
         None. With a few thousand queries, it gains more than all the steps that follow.
@@ -49,7 +52,7 @@ class AttackRecipe:
 
     loss: str | AttackLoss | None = None
     second_loss: str | AttackLoss | None = None
-    augmentation: Augmentation | None = dataclasses.field(default=Augmentation(), metadata=_STATIC)
+    augmentation: Augmentation | Proxies | None = dataclasses.field(default=Augmentation(), metadata=_STATIC)
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
     search: WaveSearch | PatternSearch | None = dataclasses.field(default=None, metadata=_STATIC)
 
@@ -145,17 +148,27 @@ def search_start(
     """
     if recipe.search is None:
         return theta, 0
-    loss = resolved_loss(recipe)
+    loss, batch = resolved_loss(recipe), support
+    if isinstance(recipe.augmentation, Proxies):
+        batch = _proxies(logits_fn, support, recipe.augmentation, jax.random.fold_in(key, 2), constraint.scale(theta))
 
     def support_loss(theta):
-        losses = loss(logits_fn(perturb(support.images, theta)), support.labels)
+        losses = loss(logits_fn(perturb(batch.images, theta)), batch.labels)
         value = jnp.mean(losses) + constraint.cost(theta)
         if watch is not None:
             watch(theta, value)
         return value
 
     best = recipe.search(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
-    return best, recipe.search.evaluations * len(support.labels)
+    return best, search_queries(recipe, len(support.labels))
+
+
+def _proxies(logits_fn, support, proxies, key, scale) -> Batch:
+    """A batch of proxies of the support images, and the model's predictions for them."""
+    images = proxies(support.images, key, scale=scale)
+    # A replayed program has a way of its own to ask for logits without a gradient.
+    logits = getattr(logits_fn, "evaluate", logits_fn)(images)
+    return Batch(images, jnp.argmax(logits, -1).astype(support.labels.dtype))
 
 
 def attack_oracle(
@@ -175,46 +188,84 @@ def attack_oracle(
       estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`.
     """
 
-    def losses(loss, images):
-        return lambda theta: loss(logits_fn(perturb(images, theta)), support.labels)
+    images, augmentation = support.images, recipe.augmentation
 
-    def attack(images):
-        num_examples = len(support.labels)
+    def losses(loss, batch):
+        return lambda theta: loss(logits_fn(perturb(batch.images, theta)), batch.labels)
+
+    def attack(batch):
+        num_examples = len(batch.labels)
         if estimator is not None:
-            return estimator(losses(recipe.loss, images), num_examples=num_examples)
-        second = None if recipe.second_loss is None else losses(recipe.second_loss, images)
+            return estimator(losses(recipe.loss, batch), num_examples=num_examples)
+        second = None if recipe.second_loss is None else losses(recipe.second_loss, batch)
         return oracles.per_example_gradient(
-            losses(recipe.loss, images), num_examples=num_examples, second_losses=second
+            losses(recipe.loss, batch),
+            num_examples=num_examples,
+            second_losses=second,
+            summarize=lambda copies: {"periods": _periods.summarized(copies)},
         )
 
-    return constrained_oracle(attack, constraint, support.images, recipe.augmentation)
+    def draw(key, scale):
+        if isinstance(augmentation, Proxies):
+            return _proxies(logits_fn, support, augmentation, key, scale), augmentation.size
+        assert augmentation is not None
+        return support._replace(images=augmentation(images, key)), 0
+
+    return constrained_oracle(
+        lambda changed: attack(support if changed is None else changed),
+        constraint,
+        images,
+        None if augmentation is None else draw,
+    )
+
+
+def search_queries(recipe: AttackRecipe, num_images: int) -> int:
+    """The queries of `search_start` for this number of support images."""
+    if recipe.search is None:
+        return 0
+    if isinstance(recipe.augmentation, Proxies):
+        return (1 + recipe.search.evaluations) * recipe.augmentation.size
+    return recipe.search.evaluations * num_images
+
+
+def step_queries(recipe: AttackRecipe, num_images: int, evaluations: int = 1) -> int:
+    """The queries of one answer of `attack_oracle`.
+
+    Args:
+      recipe: resolved.
+      num_images: number of support images.
+      evaluations: of each example, by an estimator; 1 for exact gradients.
+    """
+    if isinstance(recipe.augmentation, Proxies):
+        return (1 + evaluations) * recipe.augmentation.size
+    return evaluations * num_images
 
 
 def constrained_oracle(
-    attack: Callable[[jax.Array], Oracle],
+    attack: Callable[[Any], Oracle],
     constraint: Constraint,
     images: Float[Array, "S H W C"],
-    augmentation: Augmentation | None = None,
+    draw: Callable[[jax.Array, jax.Array], tuple[Any, int]] | None = None,
 ) -> Oracle:
     """An oracle of the attack loss plus the penalty, if any, with the extras `scale` and `context`.
 
     Args:
-      attack: images `[S, H, W, C]` -> an oracle of the attack loss on them.
+      attack: what `draw` returns, or None -> an oracle of the attack loss.
       constraint: the ball or the penalty.
       images: `[S, H, W, C]`, the support images.
-      augmentation: random changes of the support images in each step, or None.
+      draw: `(key, scale of the constraint) -> (data for attack, queries that it took)`, called in each step; or None.
     """
     context = jnp.stack([jnp.mean(images, 0), jnp.std(images, 0)])
 
     def oracle(theta, key, **sampling):
-        changed = images
-        if augmentation is not None:
-            key, key_images = jax.random.split(key)
-            changed = augmentation(images, key_images)
-        estimate = attack(changed)(theta, key, **sampling)
-        extras = {**estimate.extras, "scale": constraint.scale(theta), "context": context}
+        data, queries, scale = None, 0, constraint.scale(theta)
+        if draw is not None:
+            key, key_data = jax.random.split(key)
+            data, queries = draw(key_data, scale)
+        estimate = attack(data)(theta, key, **sampling)
+        extras = {**estimate.extras, "scale": scale, "context": context}
         # The penalty costs no queries, so its gradient is always exact.
         cost, pull = jax.value_and_grad(constraint.cost)(theta)
-        return Estimate(estimate.value + cost, estimate.grads + pull, estimate.queries, extras)
+        return Estimate(estimate.value + cost, estimate.grads + pull, estimate.queries + queries, extras)
 
     return oracle

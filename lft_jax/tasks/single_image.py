@@ -136,7 +136,7 @@ def single_image_family(
     base.check_positive("penalty", penalty)
     base.check_positive("noise", noise)
     check_images_labels(images, labels)
-    logits_fn = as_partial(logits_fn, images)
+    logits_fn = as_partial(logits_fn, images, exact=estimator is None)
     images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
     logits = jax.jit(lambda x: logits_fn(unit_range(x)))(images)
     check_images_labels(images, labels, logits.shape[-1])

@@ -266,7 +266,7 @@ def uap_family(
     if estimator is not None and "dominant" in (objective.kind, resolved_loss(recipe).kind):
         raise ValueError("loss: 'dominant' is a loss of a whole batch, for exact gradients only; leave out estimator.")
     check_images_labels(images, labels)
-    logits_fn = as_partial(logits_fn, images)
+    logits_fn = as_partial(logits_fn, images, exact=estimator is None)
     num_classes = jax.eval_shape(lambda x: logits_fn(unit_range(x)), images[:1]).shape[-1]
     check_images_labels(images, labels, num_classes)
     objective.check(num_classes)

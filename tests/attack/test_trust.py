@@ -134,7 +134,10 @@ def test_a_function_of_numpy_has_queries_only():
     def model(images):
         return np.asarray(images).reshape(len(images), -1) @ WEIGHTS
 
-    assert run(model).oracle == "query"
+    with pytest.warns(UserWarning, match="cannot differentiate, so only its values are used.*from_torch"):
+        assert run(model).oracle == "query"
+    assert run(model, oracle="query").oracle == "query"
+    assert run(models.on_numpy(model)).oracle == "query"
     assert run(linear).oracle == "gradient"
     with pytest.raises(ValueError, match=r"cannot be differentiated by JAX \(TracerArrayConversionError.*from_torch"):
         run(model, oracle="gradient")

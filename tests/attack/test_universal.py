@@ -14,6 +14,7 @@ from lft_jax import (
     AttackRecipe,
     Augmentation,
     Constraint,
+    Proxies,
     WaveSearch,
     attack_success_rate,
     learned_fine_tuner,
@@ -31,6 +32,7 @@ LABELS = (IMAGES.reshape(6, -1) @ WEIGHTS).argmax(1)
 DESCENT = optax.chain(optax.trace(0.5), optax.scale_by_sign(), optax.scale(-0.05))
 NUM, DIRECTIONS, STEPS, EPSILON = len(IMAGES), 4, 6, 0.15
 COSTS = {"gradient": 2 * NUM, "query": (2 * DIRECTIONS + 1) * NUM}
+PROXIES = AttackRecipe(augmentation=Proxies())
 RECIPE = [field.name for field in dataclasses.fields(AttackRecipe)]
 HISTORY = {"loss", "asr", "fooling_rate", "margin", "clean_accuracy", "l1", "l2", "linf", "queries"}
 
@@ -260,8 +262,8 @@ def test_a_stored_rule_uses_the_second_loss_of_its_meta_training(tmp_path):
     rule = coordinate_lstm(3, 1, features=("momentum", "second"), base_update=MomentumUpdate(0.3))
     params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
     save_rule(path, params, rule, {"meta_training": {"second_loss": "dominant"}})
-    found, one = run(optimizer=path, recipe=None), run(optimizer=path, recipe=AttackRecipe())
-    recipe = AttackRecipe(second_loss=AttackLoss("dominant"))
+    found, one = run(optimizer=path, recipe=None), run(optimizer=path, recipe=PROXIES)
+    recipe = dataclasses.replace(PROXIES, second_loss=AttackLoss("dominant"))
     expected = run(optimizer=learned_fine_tuner(params, rule), recipe=recipe)
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
     assert not np.array_equal(found.perturbation, one.perturbation)
@@ -286,7 +288,7 @@ def test_the_same_victim_and_optimizer_do_not_compile_again():
     run(victim, **options)
     before = len(traces)
     run(victim, images=IMAGES[::-1], labels=LABELS[::-1], epsilon=0.2, loss="hinge", steps=3, **options)
-    assert len(traces) == before + 2  # eagerly: the clean logits, and those of the first run's images
+    assert len(traces) == before + 3  # eagerly: the clean logits, and twice those of the first run's images
 
 
 # ---- Keywords of earlier versions ----

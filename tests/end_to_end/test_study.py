@@ -66,7 +66,7 @@ def test_pes_run_after_imitation_is_resumed_and_loaded(study):
     assert all(line["grad_norm"] > 0 and line["skipped"] == 0 for line in lines)
     shutil.rmtree(study / "pes" / "checkpoints" / "5")  # as if it had stopped after the first of two windows
     shutil.rmtree(study / "pes" / "particles" / "5")
-    with pytest.warns(UserWarning, match="goes on from its checkpoint of meta-step 4; 1 later meta-steps are run again"):
+    with pytest.warns(UserWarning, match="checkpoint of meta-step 4; 1 later meta-steps are run again"):
         resumed = meta_train.meta_train(flags)
     _, learned = meta_train.load_learned(flags.workdir)
     for found in (resumed.params, learned.params[0]):

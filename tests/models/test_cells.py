@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -216,10 +217,19 @@ def fine_tuned(model, estimator):
     return "works"
 
 
+def automatic(model):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = attacked(model, "auto")
+    warned = any("cannot differentiate" in str(warning.message) for warning in caught)
+    assert warned == (found == "query" and not isinstance(model, models.Classifier))
+    return found
+
+
 COLUMNS = {
     'oracle="gradient"': lambda m: refused(lambda: "works" if attacked(m, "gradient") else ""),
     'oracle="query"': lambda m: refused(lambda: "works" if attacked(m, "query") else ""),
-    'oracle="auto"': lambda m: attacked(m, "auto"),
+    'oracle="auto"': automatic,
     "uap_family": lambda m: refused(lambda: fine_tuned(m, None)),
     "uap_family(estimator=)": lambda m: refused(lambda: fine_tuned(m, ESTIMATOR)),
 }

@@ -104,14 +104,18 @@ def test_the_oracle_uses_changed_images_and_the_statistics_of_the_original_ones(
             lambda thetas: loss(linear(perturb(images, thetas)), labels), num_examples=6
         )
 
+    def draw(key, scale):
+        assert scale == np.float32(0.1)
+        return Augmentation()(IMAGES, key), 2
+
     theta, key = jnp.zeros(IMAGES.shape[1:]), jax.random.key(3)
-    oracle = constrained_oracle(attack, Constraint("linf", 0.1), jnp.asarray(IMAGES), Augmentation())
+    oracle = constrained_oracle(attack, Constraint("linf", 0.1), jnp.asarray(IMAGES), draw)
     estimate = oracle(theta, key)
     (images,) = seen
     assert not np.allclose(images, IMAGES)
     expected = jax.grad(lambda t: jnp.mean(loss(linear(perturb(images, t)), labels)))(theta)
     np.testing.assert_allclose(estimate.grads, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(estimate.extras["context"], [IMAGES.mean(0), IMAGES.std(0)], rtol=1e-5)
-    assert int(estimate.queries) == 6
+    assert int(estimate.queries) == 6 + 2
     oracle(theta, jax.random.key(4))
     assert not np.allclose(seen[1], images)

@@ -1,0 +1,121 @@
+"""Batches made from the support images, which stand for images that are not there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lft_jax import base
+
+
+@dataclasses.dataclass(frozen=True)
+class Proxies:
+    """Images composed of parts of the support images, drawn again in each step, with the model's predictions as labels.
+
+    With few support images a universal perturbation overfits them. Jigsaws keep their colors, edges and textures, which
+    is what such a perturbation works on, in ever new arrangements. A jigsaw of grid `g` has `g x g` cells; each shows a
+    part of the same size of a random support image, from a random place. With `g = 1` it is a whole image, shifted;
+    pixels beyond the border repeat it. No true label fits a jigsaw, so the model's prediction for it is its label,
+    which takes one evaluation each.
+
+    Attributes:
+      size: images of a step, at least 1. They are divided equally among the grids.
+      grids: cells of a side, one entry for each kind of jigsaw.
+      shift: largest shift of a whole image, as a fraction of the height and of the width, in [0, 1).
+      flip: whether cells are mirrored, left to right, at random.
+      noise: half-width of uniform noise, in units of the constraint's scale (epsilon for an linf ball), at least 0.
+
+    Examples:
+      >>> images = jnp.stack([jnp.zeros((8, 8, 3)), jnp.ones((8, 8, 3))])
+      >>> batch = Proxies(size=6)(images, jax.random.key(0), scale=0.1)
+      >>> batch.shape, sorted(set(batch.ravel().tolist()))
+      ((6, 8, 8, 3), [0.0, 1.0])
+
+    References:
+      Jigsaws: Zhang et al. 2021, Data-free universal adversarial perturbation and black-box attack, ICCV. Surrogate
+      images with predicted labels: Mopuri et al. 2018, GD-UAP, arXiv 1801.08092.
+    """
+
+    size: int = 30
+    grids: tuple[int, ...] = (1, 2, 4)
+    shift: float = 0.1
+    flip: bool = True
+    noise: float = 0.0
+
+    def check(self) -> "Proxies":
+        """Returns itself.
+
+        Raises:
+          ValueError: for a field out of range.
+        """
+        base.check_at_least("proxies: size", self.size, 1)
+        if not self.grids or min(self.grids) < 1:
+            raise ValueError(f"proxies: grids must be numbers of at least 1, got {self.grids!r}.")
+        if not 0 <= self.shift < 1:
+            raise ValueError(f"proxies: shift must be in [0, 1), got {self.shift!r}.")
+        base.check_at_least("proxies: noise", self.noise, 0)
+        return self
+
+    def __call__(
+        self, images: Float[Array | np.ndarray, "S H W C"], key: PRNGKeyArray, *, scale: Float[Array, ""] | float
+    ) -> Float[Array, "B H W C"]:
+        """A batch of proxies.
+
+        Args:
+          images: `[S, H, W, C]` in [0, 1], the support images.
+          key: PRNG key of the batch.
+          scale: scale of the constraint, the unit of `noise`.
+
+        Returns:
+          `[size, H, W, C]` in [0, 1].
+        """
+        images = jnp.asarray(images)
+        key_noise, *keys = jax.random.split(key, 1 + len(self.grids))
+        counts = [len(part) for part in np.array_split(np.arange(self.size), len(self.grids))]
+        parts = [self._jigsaws(images, *each) for each in zip(self.grids, counts, keys, strict=True)]
+        batch = jnp.concatenate(parts)
+        if self.noise:
+            reach = jnp.asarray(self.noise, batch.dtype) * jnp.asarray(scale, batch.dtype)
+            batch = jnp.clip(batch + jax.random.uniform(key_noise, batch.shape, batch.dtype, -1, 1) * reach, 0, 1)
+        return batch
+
+    def _jigsaws(self, images, grid, count, key):
+        """`[count, H, W, C]` with `grid x grid` cells."""
+        key_source, key_flip, *key_sides = jax.random.split(key, 4)
+        cells = (count, grid, grid)
+        if grid == 1:  # as many different images as there are
+            order = jax.random.permutation(key_source, len(images))
+            source = jnp.tile(order, -(-count // len(images)))[:count].reshape(cells)
+        else:
+            source = jax.random.randint(key_source, cells, 0, len(images))
+        flipped = jax.random.bernoulli(key_flip, 0.5, cells) if self.flip else jnp.zeros(cells, bool)
+        height, width = images.shape[1:3]
+        at = np.ix_(np.arange(count), _cells(height, grid), _cells(width, grid))
+        y, x = (self._moves(side, grid, k, cells)[at] for side, k in zip((height, width), key_sides, strict=True))
+        if grid > 1:  # from the first pixel of the cell that shows it
+            y -= jnp.asarray(_firsts(height, grid)[_cells(height, grid)])[None, :, None]
+            x -= jnp.asarray(_firsts(width, grid)[_cells(width, grid)])[None, None, :]
+        y = jnp.clip(y + jnp.arange(height, dtype=jnp.int32)[None, :, None], 0, height - 1)
+        x = jnp.clip(x + jnp.arange(width, dtype=jnp.int32)[None, None, :], 0, width - 1)
+        x = jnp.where(flipped[at], width - 1 - x, x)
+        return images[source[at], y, x]
+
+    def _moves(self, side, grid, key, cells):
+        """Where the part of each cell begins, or how far a whole image is shifted."""
+        if grid == 1:
+            reach = round(self.shift * side)
+            return jax.random.randint(key, cells, -reach, reach + 1, jnp.int32)
+        longest = -(-side // grid)
+        return jax.random.randint(key, cells, 0, side - longest + 1, jnp.int32)
+
+
+def _cells(side, grid):
+    """The cell of each pixel along a side."""
+    return np.arange(side) * grid // side
+
+
+def _firsts(side, grid):
+    """The first pixel of each cell along a side."""
+    return np.searchsorted(_cells(side, grid), np.arange(grid)).astype(np.int32)

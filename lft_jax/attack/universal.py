@@ -119,8 +119,8 @@ def universal_perturbation(
       steps: K, the largest number of fine-tuning steps.
       optimizer: the name of a pretrained rule (`lft_jax.list_pretrained()`), the path of a stored one, or any optax
         transformation.
-      oracle: "gradient" differentiates the model; a step costs one query per image for the gradient, or two per proxy,
-        and one per image for the history. "query" or a `ZerothOrder` only
+      oracle: "gradient" differentiates the model; a step costs one query per image or proxy for the gradient, one per
+        jigsaw for its label, and one per image for the history. "query" or a `ZerothOrder` only
         evaluates it; a step costs the queries of an estimate, and one per image for the history. "query" is
         `ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)`: ten antithetic Rademacher directions per
         image. "auto" is "gradient" where the model has gradients, else "query".
@@ -169,7 +169,7 @@ def universal_perturbation(
       >>> result.perturbation.shape, bool(np.abs(result.perturbation).max() <= 0.25)
       ((4, 4, 1), True)
       >>> result.history["queries"].tolist()
-      [76, 144, 212, 280, 348]
+      [46, 84, 122, 160, 198]
 
     References:
       Zhao et al. 2021, arXiv 2009.13714; Moosavi-Dezfooli et al. 2017, arXiv 1610.08401.
@@ -184,8 +184,8 @@ def universal_perturbation(
     counter = Counter()
     classifier = counter.counting(classifier)
     # A step costs the queries of its oracle, and one for each image of the history.
-    cost = step_queries(full_recipe, len(images), 1 if estimator is None else estimator.evaluations) + len(images)
-    searched = search_queries(full_recipe, len(images)) if start is None else 0
+    cost = step_queries(full_recipe, np.shape(images), 1 if estimator is None else estimator.evaluations) + len(images)
+    searched = search_queries(full_recipe, np.shape(images)) if start is None else 0
     _check_max_queries(max_queries, len(images), searched, cost)
 
     began, x = time.monotonic(), unit_range(jnp.asarray(images))
@@ -193,9 +193,9 @@ def universal_perturbation(
     _checks.check_logits(clean)
     if oracle == "auto" and estimator is not None and not isinstance(model, Classifier):
         _checks.warn(
-            "model is a function that JAX cannot differentiate, so only its values are used. For exact gradients pass "
-            "the adapter of its framework (lft_jax.models.from_torch, from_keras, ...); oracle='query' is the same without "
-            "this warning."
+            "model is a function that JAX cannot differentiate, so only its values are used. For exact gradients "
+            "pass the adapter of its framework (lft_jax.models.from_torch, from_keras, ...); oracle='query' is the "
+            "same without this warning."
         )
     labelled = labels is not None
     labels = np.asarray(labels) if labelled else np.argmax(clean, -1)

@@ -5,33 +5,40 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from lft_jax import base
+
+#: Pixels that a cell of a jigsaw needs along a side, to show more than noise.
+LEAST = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Proxies:
-    """Images composed of parts of the support images, drawn again in each step, with the model's predictions as labels.
+    """Images composed of parts of the support images, drawn again in each step.
 
     With few support images a universal perturbation overfits them. Jigsaws keep their colors, edges and textures, which
     is what such a perturbation works on, in ever new arrangements. A jigsaw of grid `g` has `g x g` cells; each shows a
     part of the same size of a random support image, from a random place. With `g = 1` it is a whole image, shifted;
-    pixels beyond the border repeat it. No true label fits a jigsaw, so the model's prediction for it is its label,
-    which takes one evaluation each.
+    pixels beyond the border repeat it. A whole image keeps its label. No true label fits a jigsaw, so its label is the
+    model's prediction for it, which takes one evaluation each.
 
     Attributes:
       size: images of a step, at least 1. They are divided equally among the grids.
-      grids: cells of a side, one entry for each kind of jigsaw.
+      grids: cells of a side, one entry for each kind. Those whose cells would have fewer than 7 pixels along a side are
+        left out, and whole images take their place if none is left.
       shift: largest shift of a whole image, as a fraction of the height and of the width, in [0, 1).
       flip: whether cells are mirrored, left to right, at random.
-      noise: half-width of uniform noise, in units of the constraint's scale (epsilon for an linf ball), at least 0.
+      noise: half-width of uniform noise, in units of the constraint's scale (epsilon for an linf ball), at least 0. In
+        proportion to the radius, it drowns no image at 8/255, and at 0.25 it keeps a perturbation from fitting a few.
 
     Examples:
       >>> images = jnp.stack([jnp.zeros((8, 8, 3)), jnp.ones((8, 8, 3))])
-      >>> batch = Proxies(size=6)(images, jax.random.key(0), scale=0.1)
-      >>> batch.shape, sorted(set(batch.ravel().tolist()))
-      ((6, 8, 8, 3), [0.0, 1.0])
+      >>> batch, sources = Proxies(size=6, noise=0.0)(images, jax.random.key(0), scale=0.1)
+      >>> batch.shape, sources.shape, sorted(set(batch.ravel().tolist()))
+      ((6, 8, 8, 3), (6,), [0.0, 1.0])
+      >>> Proxies(size=30).jigsaws((32, 32, 3))
+      20
 
     References:
       Jigsaws: Zhang et al. 2021, Data-free universal adversarial perturbation and black-box attack, ICCV. Surrogate
@@ -41,8 +48,8 @@ class Proxies:
     size: int = 30
     grids: tuple[int, ...] = (1, 2, 4)
     shift: float = 0.1
-    flip: bool = True
-    noise: float = 0.0
+    flip: bool = False
+    noise: float = 0.8
 
     def check(self) -> "Proxies":
         """Returns itself.
@@ -58,9 +65,18 @@ class Proxies:
         base.check_at_least("proxies: noise", self.noise, 0)
         return self
 
+    def jigsaws(self, shape: tuple[int, ...]) -> int:
+        """The number of proxies that are jigsaws of images `(H, W, C)`, and so need a label."""
+        return sum(count for grid, count in self._counts(shape) if grid > 1)
+
+    def _counts(self, shape):
+        """`[(grid, number of proxies)]` for images of this shape, whole images first."""
+        grids = sorted(grid for grid in self.grids if grid == 1 or min(shape[:2]) >= LEAST * grid) or [1]
+        return [(g, len(part)) for g, part in zip(grids, np.array_split(np.arange(self.size), len(grids)), strict=True)]
+
     def __call__(
         self, images: Float[Array | np.ndarray, "S H W C"], key: PRNGKeyArray, *, scale: Float[Array, ""] | float
-    ) -> Float[Array, "B H W C"]:
+    ) -> tuple[Float[Array, "B H W C"], Int32[Array, " whole"]]:
         """A batch of proxies.
 
         Args:
@@ -69,27 +85,31 @@ class Proxies:
           scale: scale of the constraint, the unit of `noise`.
 
         Returns:
-          `[size, H, W, C]` in [0, 1].
+          `[size, H, W, C]` in [0, 1], whole images first, and the numbers of the support images that these are of.
         """
         images = jnp.asarray(images)
-        key_noise, *keys = jax.random.split(key, 1 + len(self.grids))
-        counts = [len(part) for part in np.array_split(np.arange(self.size), len(self.grids))]
-        parts = [self._jigsaws(images, *each) for each in zip(self.grids, counts, keys, strict=True)]
+        counts = self._counts(images.shape[1:])
+        key_noise, key_whole, *keys = jax.random.split(key, 2 + len(counts))
+        whole = counts[0][1] if counts[0][0] == 1 else 0
+        # As many different images as there are.
+        sources = jnp.tile(jax.random.permutation(key_whole, len(images)), -(-whole // len(images)))[:whole]
+        sources = sources.astype(jnp.int32)
+        parts = [self._made(images, *each, sources) for each in zip(counts, keys, strict=True)]
         batch = jnp.concatenate(parts)
         if self.noise:
             reach = jnp.asarray(self.noise, batch.dtype) * jnp.asarray(scale, batch.dtype)
             batch = jnp.clip(batch + jax.random.uniform(key_noise, batch.shape, batch.dtype, -1, 1) * reach, 0, 1)
-        return batch
+        return batch, sources
 
-    def _jigsaws(self, images, grid, count, key):
+    def _made(self, images, kind, key, sources):
         """`[count, H, W, C]` with `grid x grid` cells."""
+        grid, count = kind
         key_source, key_flip, *key_sides = jax.random.split(key, 4)
         cells = (count, grid, grid)
-        if grid == 1:  # as many different images as there are
-            order = jax.random.permutation(key_source, len(images))
-            source = jnp.tile(order, -(-count // len(images)))[:count].reshape(cells)
+        if grid == 1:
+            source = sources.reshape(cells)
         else:
-            source = jax.random.randint(key_source, cells, 0, len(images))
+            source = jax.random.randint(key_source, cells, 0, len(images), jnp.int32)
         flipped = jax.random.bernoulli(key_flip, 0.5, cells) if self.flip else jnp.zeros(cells, bool)
         height, width = images.shape[1:3]
         at = np.ix_(np.arange(count), _cells(height, grid), _cells(width, grid))

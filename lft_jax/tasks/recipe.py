@@ -160,15 +160,18 @@ def search_start(
         return value
 
     best = recipe.search(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
-    return best, search_queries(recipe, len(support.labels))
+    return best, search_queries(recipe, support.images.shape)
 
 
 def _proxies(logits_fn, support, proxies, key, scale) -> Batch:
-    """A batch of proxies of the support images, and the model's predictions for them."""
-    images = proxies(support.images, key, scale=scale)
-    # A replayed program has a way of its own to ask for logits without a gradient.
-    logits = getattr(logits_fn, "evaluate", logits_fn)(images)
-    return Batch(images, jnp.argmax(logits, -1).astype(support.labels.dtype))
+    """A batch of proxies: whole images with their labels, jigsaws with the model's predictions."""
+    images, sources = proxies(support.images, key, scale=scale)
+    labels = support.labels[sources]
+    if len(sources) < len(images):
+        # A replayed program has a way of its own to ask for logits without a gradient.
+        logits = getattr(logits_fn, "evaluate", logits_fn)(images[len(sources) :])
+        labels = jnp.concatenate([labels, jnp.argmax(logits, -1).astype(labels.dtype)])
+    return Batch(images, labels)
 
 
 def attack_oracle(
@@ -207,7 +210,7 @@ def attack_oracle(
 
     def draw(key, scale):
         if isinstance(augmentation, Proxies):
-            return _proxies(logits_fn, support, augmentation, key, scale), augmentation.size
+            return _proxies(logits_fn, support, augmentation, key, scale), augmentation.jigsaws(images.shape[1:])
         assert augmentation is not None
         return support._replace(images=augmentation(images, key)), 0
 
@@ -219,26 +222,26 @@ def attack_oracle(
     )
 
 
-def search_queries(recipe: AttackRecipe, num_images: int) -> int:
-    """The queries of `search_start` for this number of support images."""
+def search_queries(recipe: AttackRecipe, shape: tuple[int, ...]) -> int:
+    """The queries of `search_start` for support images of shape `(N, H, W, C)`."""
     if recipe.search is None:
         return 0
     if isinstance(recipe.augmentation, Proxies):
-        return (1 + recipe.search.evaluations) * recipe.augmentation.size
-    return recipe.search.evaluations * num_images
+        return recipe.augmentation.jigsaws(shape[1:]) + recipe.search.evaluations * recipe.augmentation.size
+    return recipe.search.evaluations * shape[0]
 
 
-def step_queries(recipe: AttackRecipe, num_images: int, evaluations: int = 1) -> int:
+def step_queries(recipe: AttackRecipe, shape: tuple[int, ...], evaluations: int = 1) -> int:
     """The queries of one answer of `attack_oracle`.
 
     Args:
       recipe: resolved.
-      num_images: number of support images.
+      shape: `(N, H, W, C)`, that of the support images.
       evaluations: of each example, by an estimator; 1 for exact gradients.
     """
     if isinstance(recipe.augmentation, Proxies):
-        return (1 + evaluations) * recipe.augmentation.size
-    return evaluations * num_images
+        return recipe.augmentation.jigsaws(shape[1:]) + evaluations * recipe.augmentation.size
+    return evaluations * shape[0]
 
 
 def constrained_oracle(

@@ -155,7 +155,8 @@ def meta_trainer(
 
     Args:
       learner: what is meta-learned, from `lft_jax.learners`.
-      families: one or more task families.
+      families: one or more task families, as they are now. Make another trainer after a change of weights that are no
+        arrays of the family.
       num_steps: fine-tuning steps K per task, at least 1.
       tasks_per_family: tasks of each family per meta-step, at least 1. They are sampled again in every meta-step.
       meta_optimizer: optax transformation that updates the meta-parameters; see `clipped_adam`.
@@ -199,6 +200,7 @@ def meta_trainer(
     """
     families = tuple(families)
     _check_families(families)
+    families = tuple(family.refreshed() for family in families)
     base.check_at_least("tasks_per_family", tasks_per_family, 1)
     _check_meta_gradient(meta_gradient, learner, unroll, mesh)
     if isinstance(meta_gradient, PersistentEvolutionStrategies):

@@ -113,7 +113,7 @@ def test_the_present_weights_are_attacked(make):
     np.testing.assert_allclose(attack(train()), expected(NEW), atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [of_global, of_method, of_equal_dataclass, of_classifier])
+@pytest.mark.parametrize("make", [of_global, of_method, of_equal_dataclass, of_classifier, of_module])
 def test_the_present_weights_are_evaluated(make):
     """A family that is built once, and one that is built again."""
     model, train = make()
@@ -137,6 +137,34 @@ def test_the_present_weights_are_evaluated(make):
     if again is model:
         np.testing.assert_allclose(measure(family), of(NEW), rtol=1e-5)
     np.testing.assert_allclose(measure(lft_jax.uap_family(IMAGES, labels, again, **options)), of(NEW), rtol=1e-5)
+
+
+def test_a_family_of_a_module_has_its_present_weights():
+    """Other than those that the family was built with."""
+    module = Module(OLD)
+    family = lft_jax.uap_family(
+        IMAGES, np.arange(12) % 3, lft_jax.models.from_nnx(module), ways=3, query_shots=2, epsilon=0.1
+    )
+    module.weights[...] = jnp.asarray(NEW)
+    theta, keys = jnp.zeros((4, 4, 1)), jax.random.split(jax.random.key(0), 2)
+    found = evaluation.evaluate_fixed(theta, family, keys)
+    options = {"ways": 3, "query_shots": 2, "epsilon": 0.1}
+    fresh = lft_jax.uap_family(IMAGES, np.arange(12) % 3, lambda x: x.reshape(len(x), -1) @ NEW, **options)
+    np.testing.assert_allclose(found["loss"], evaluation.evaluate_fixed(theta, fresh, keys)["loss"], rtol=1e-5)
+
+
+def test_a_change_that_grey_images_do_not_show_is_seen():
+    STATE["bright"] = 0.0
+
+    def model(x):
+        bright = jnp.maximum(x - 0.76, 0).sum((1, 2, 3))
+        return x.reshape(len(x), -1) @ OLD + STATE["bright"] * bright[:, None] * jnp.asarray([[1.0, 2.0, 3.0]])
+
+    before = attack(model)
+    STATE["bright"] = 50.0
+    after = attack(model)
+    assert not np.array_equal(before, after)
+    np.testing.assert_allclose(after, attack(lambda x: model(x)), atol=1e-6)
 
 
 def test_weights_that_are_arguments_are_compiled_once():

@@ -106,6 +106,7 @@ def measure(name: str, flags: Config) -> dict[str, Any]:
     programs = {"module": passes(module, images, flags.steps)}
     for label, optimizer in {"signs": signs, "uap-linf": "uap-linf"}.items():
         options = {"epsilon": 8 / 255, "steps": flags.steps, "optimizer": optimizer, "key": jax.random.key(0)}
+        options["recipe"] = lft_jax.AttackRecipe()  # whose steps see the images themselves, changed
         programs[label] = lambda options=options: lft_jax.universal_perturbation(
             model, images, progress=False, **options
         )

@@ -1,6 +1,7 @@
 """PyTorch modules as classifiers, differentiated by torch autograd."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,7 +84,8 @@ def autograd_host(
     def forward(images):
         """What `output` names of the module's answer to torch images `[N, H, W, C]`, differentiable."""
         preparation.check_images(images)
-        tensor = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), scale)
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        tensor = next((t for t in tensors if t.is_floating_point()), scale)
         x = images.to(tensor.device) * scale.to(tensor.device) + offset.to(tensor.device)
         x = (x.permute(0, 3, 1, 2) if preparation.channels == "first" else x).to(tensor.dtype)
         with _evaluating(module):

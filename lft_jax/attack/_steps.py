@@ -55,7 +55,7 @@ def make_step(
     if estimator is not None:
         tx = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))  # the oracle runs eagerly
         opaque = functools.partial(estimator, opaque=True)
-        update = functools.partial(_update, classifier, tx, opaque)
+        update = functools.partial(_update_and_perturb, classifier, tx, opaque)
         return functools.partial(_eager_step, update, classifier)
     if classifier.host is not None:
         update = functools.partial(_asked_update, classifier, tx, None)
@@ -71,8 +71,14 @@ def _update(model, tx, estimator, problem, theta, state, key, progress):
     return theta, state
 
 
+def _update_and_perturb(model, tx, estimator, problem, theta, state, key, progress):
+    """What `_update` returns, and the perturbed images."""
+    theta, state = _update(model, tx, estimator, problem, theta, state, key, progress)
+    return theta, state, perturb(problem.batch.images, theta)
+
+
 #: With a model outside of JAX all but the model is compiled.
-_asked_update = replayed(_update, static=(0, 1))
+_asked_update = replayed(_update_and_perturb, static=(0, 1))
 
 
 @jax.jit
@@ -81,16 +87,13 @@ def _metrics(problem, logits, theta):
     return attack_metrics(problem.clean, logits, problem.batch.labels, theta, loss, problem.constraint)
 
 
-_perturbed = jax.jit(perturb)
-
-
 def _eager_step(update, model, problem, theta, state, key, progress):
     """A step whose update is not compiled as a whole, and its metrics."""
-    theta, state = update(problem, theta, state, key, progress)
-    return theta, state, _metrics(problem, model(_perturbed(problem.batch.images, theta)), theta)
+    theta, state, images = update(problem, theta, state, key, progress)
+    return theta, state, _metrics(problem, model(images), theta)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _traced_step(tx, model, problem, theta, state, key, progress):
-    theta, state = _update(model, tx, None, problem, theta, state, key, progress)
-    return theta, state, _metrics(problem, model(perturb(problem.batch.images, theta)), theta)
+    theta, state, images = _update_and_perturb(model, tx, None, problem, theta, state, key, progress)
+    return theta, state, _metrics(problem, model(images), theta)

@@ -225,7 +225,8 @@ def universal_perturbation(
                 break
             theta, state, metrics = step(problem, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
             queries += cost
-            run.add(Paused(theta, state, k + 1), {**{n: float(v) for n, v in metrics.items()}, "queries": queries})
+            entry = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            run.add(Paused(theta, state, k + 1), {**entry, "queries": queries})
             report({"step": k + 1, **run.history[-1]})
             if callback is not None and callback({"step": k + 1, **run.history[-1]}):
                 break

@@ -121,7 +121,12 @@ def autograd_host(
 
 @contextlib.contextmanager
 def _evaluating(module):
-    training = [m for m in module.modules() if m.training]
+    training, left = [], [module]
+    while left:  # `module.modules()` takes several times as long, which counts in each call
+        m = left.pop()
+        if m.training:
+            training.append(m)
+        left.extend(child for child in m._modules.values() if child is not None)
     for m in training:
         m.training = False
     try:

@@ -6,7 +6,7 @@ Settings are chosen on the models of `experiments.studies.public_models.MODELS` 
 chosen on those whose role is "test". A cell is one method with one number of steps and of support images, on several
 draws of the support images. All methods have the same draws, a larger number of images has the smaller ones among it,
 and all cells are judged on the same query images. The results file keeps what is finished: a run goes on where another
-one stopped, and adds methods, steps, images or draws. `--again` measures methods anew, after a change of their code.
+one stopped, and adds methods, steps, images or draws. `--again` repeats methods after a change of their code.
 
 `--grid=pgd` measures all settings of the grid of a baseline. Frozen is the one with the best mean over the choosing
 models; tuned the best one on images of `--split=choosing` of the attacked model itself. `--ceiling` adds the best of
@@ -104,7 +104,7 @@ class Config:
     reference: str = config.option("pgd-plain", "Method that all others are compared to, paired by draw.")
     ceiling: bool = config.option(False, "Search for the ceiling too: long runs on all support images.")
     ceiling_steps: int = config.option(300, "Steps of each of these runs.")
-    again: tuple[str, ...] = config.option((), "Methods to measure anew if the results file has them; or ceiling.")
+    again: tuple[str, ...] = config.option((), "Methods to measure again if the results file has them; or ceiling.")
     output: str | None = config.option(None, "Results file; results/public/MODEL.json if not given.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
     smoke: bool = config.option(False, "Smoke test: a small victim of our own on the digits of scikit-learn instead.")

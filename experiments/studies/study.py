@@ -84,9 +84,9 @@ def _maml(*inner_steps, **settings):
     )
 
 
-_PROTOCOL = evaluate.PRESETS["study"]
+_DEFAULTS = evaluate.PRESETS["study"]
 # The unseen MNIST victims are weaker than the others: at 0.2 a full-data UAP has an ASR of about 80%.
-_BALL = {**_PROTOCOL, "epsilon": ("mnist=0.2",)}
+_BALL = {**_DEFAULTS, "epsilon": ("mnist=0.2",)}
 
 
 def _preset(name, *others):
@@ -131,13 +131,13 @@ STUDIES = {
     "l2": Study(
         (_LFT,),
         _preset("uap_l2"),
-        {**_PROTOCOL, "methods": ("momentum_pgd",), "transfer": False},
+        {**_DEFAULTS, "methods": ("momentum_pgd",), "transfer": False},
     ),
     # The tasks of arXiv 2009.13714, with the rule of this library.
     "paper": Study(
         (_LFT, _L2O, *_alone("lft"), *_maml(0.05, 0.2), *_alone("joint")),
         _preset("uap_l1", "base_step"),
-        {**_PROTOCOL, "query_shots": 10},
+        {**_DEFAULTS, "query_shots": 10},
         {"base_step": 0.3},
     ),
 }

@@ -79,7 +79,7 @@ class Run:
             raise ValueError(f"start must be of images {images.shape[1:]}, got a result {paused.theta.shape}.")
         if paused.done >= steps:
             raise ValueError(
-                f"steps must be above {paused.done}, those that start has done, got {steps}; to begin anew from its "
+                f"steps must be above {paused.done}, those that start has done, got {steps}; to start again from its "
                 "perturbation, pass start=result.perturbation."
             )
         expected, given = (
@@ -89,7 +89,7 @@ class Run:
         if expected != given:
             raise ValueError(
                 "start is a result that stopped with another optimizer; pass that one, or start=result.perturbation to "
-                "begin anew."
+                "start again."
             )
         self.history, self.paused = entries(stopped.history), paused
         self.counter.images += stopped.queries

@@ -312,7 +312,7 @@ def test_garbage_is_shown(server, answer):
         npy(np.zeros((5, 3), np.float32))[:-4],
         npy(np.zeros((4, 3), np.float32)),
         npy(np.full((5, 3), np.nan, np.float32)),
-        npy(np.array([[None] * 3] * 5, object), allow_pickle=True),
+        npy(np.array([[None] * 3] * 5, object), allow_pickle=True),  # a pickle, which must never be loaded
         b"[[1, 2], [1, 2], [1, 2], [1, 2], [1, 2]]",
     ],
 )

@@ -44,6 +44,8 @@ class AttackRecipe:
       start: the initial perturbation: "zeros", or "random", uniform within the scale of the constraint.
       search: a search for a better start among patterns, a `PatternSearch` or `WaveSearch` (plane waves alone), or
         None. With a few thousand queries, it gains more than all the steps that follow.
+      batch: support images of a step, drawn at random without replacement; None for all. Not with `Proxies`, which
+        have a size of their own.
 
     Examples:
       >>> AttackRecipe(loss="hinge", search=WaveSearch.within(100)).check().start
@@ -55,6 +57,7 @@ class AttackRecipe:
     augmentation: Augmentation | Proxies | None = dataclasses.field(default=Augmentation(), metadata=_STATIC)
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
     search: WaveSearch | PatternSearch | None = dataclasses.field(default=None, metadata=_STATIC)
+    batch: int | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def check(self) -> "AttackRecipe":
         """Returns itself.
@@ -66,6 +69,10 @@ class AttackRecipe:
         for part in (self.augmentation, self.search):
             if part is not None:
                 part.check()
+        if self.batch is not None:
+            base.check_at_least("batch of the recipe", self.batch, 1)
+            if isinstance(self.augmentation, Proxies):
+                raise ValueError(f"batch of the recipe: Proxies(size=...) is that of a step, got batch={self.batch!r}.")
         return self
 
     def resolved(self, objective: AttackLoss, num_classes: int | None = None) -> "AttackRecipe":
@@ -151,6 +158,8 @@ def search_start(
     loss, batch = resolved_loss(recipe), support
     if isinstance(recipe.augmentation, Proxies):
         batch = _proxies(logits_fn, support, recipe.augmentation, jax.random.fold_in(key, 2), constraint.scale(theta))
+    elif _is_part(recipe, len(support.labels)):
+        batch = _minibatch(support, recipe.batch, jax.random.fold_in(key, 2))
 
     def support_loss(theta):
         losses = loss(logits_fn(perturb(batch.images, theta)), batch.labels)
@@ -174,6 +183,17 @@ def _proxies(logits_fn, support, proxies, key, scale) -> Batch:
     return Batch(images, labels)
 
 
+def _is_part(recipe, count) -> bool:
+    """Whether a step sees only some of `count` support images."""
+    return recipe.batch is not None and recipe.batch < count
+
+
+def _minibatch(support, size, key) -> Batch:
+    """`size` of the support images, at random, and their labels."""
+    rows = jax.random.permutation(key, len(support.labels))[:size]
+    return Batch(support.images[rows], support.labels[rows])
+
+
 def attack_oracle(
     logits_fn: LogitsFn,
     support: Batch,
@@ -192,6 +212,7 @@ def attack_oracle(
     """
 
     images, augmentation = support.images, recipe.augmentation
+    minibatches = _is_part(recipe, len(support.labels))
 
     def losses(loss, batch):
         return lambda theta: loss(logits_fn(perturb(batch.images, theta)), batch.labels)
@@ -211,14 +232,17 @@ def attack_oracle(
     def draw(key, scale):
         if isinstance(augmentation, Proxies):
             return _proxies(logits_fn, support, augmentation, key, scale), augmentation.jigsaws(images.shape[1:])
-        assert augmentation is not None
-        return support._replace(images=augmentation(images, key)), 0
+        part = support
+        if minibatches:
+            key, key_rows = jax.random.split(key)
+            part = _minibatch(support, recipe.batch, key_rows)
+        return part if augmentation is None else part._replace(images=augmentation(part.images, key)), 0
 
     return constrained_oracle(
         lambda changed: attack(support if changed is None else changed),
         constraint,
         images,
-        None if augmentation is None else draw,
+        None if augmentation is None and not minibatches else draw,
     )
 
 
@@ -228,7 +252,7 @@ def search_queries(recipe: AttackRecipe, shape: tuple[int, ...]) -> int:
         return 0
     if isinstance(recipe.augmentation, Proxies):
         return recipe.augmentation.jigsaws(shape[1:]) + recipe.search.evaluations * recipe.augmentation.size
-    return recipe.search.evaluations * shape[0]
+    return recipe.search.evaluations * (recipe.batch if _is_part(recipe, shape[0]) else shape[0])
 
 
 def step_queries(recipe: AttackRecipe, shape: tuple[int, ...], evaluations: int = 1) -> int:
@@ -241,7 +265,7 @@ def step_queries(recipe: AttackRecipe, shape: tuple[int, ...], evaluations: int 
     """
     if isinstance(recipe.augmentation, Proxies):
         return recipe.augmentation.jigsaws(shape[1:]) + evaluations * recipe.augmentation.size
-    return evaluations * shape[0]
+    return evaluations * (recipe.batch if _is_part(recipe, shape[0]) else shape[0])
 
 
 def constrained_oracle(

@@ -8,18 +8,18 @@ draws of the support images. All methods have the same draws, a larger number of
 and all cells are judged on the same query images. The results file keeps what is finished: a run goes on where another
 one stopped, and adds methods, steps, images or draws. `--again` repeats methods after a change of their code.
 
-`--grid=pgd` measures all settings of the grid of a baseline. Frozen is the one with the best mean over the choosing
-models; tuned the best one on images of `--split=choosing` of the attacked model itself. `--ceiling` adds the best of
-many long runs on all support images.
+`--grid=sga` measures all settings of a family of `experiments.studies.literature`, which `--methods=` also takes one by
+one, by their names. The frozen setting of a family is the one with the best mean over the choosing models; the tuned
+one is the best on images of `--split=choosing` of the attacked model itself. `--ceiling` adds the best of many long
+runs on all support images. `--picture` draws the perturbations of methods on the first draw.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,55 +31,55 @@ from scipy import stats
 
 import lft_jax
 from experiments import config
-from experiments.studies import public_models
+from experiments.studies import literature, public_models
+from experiments.studies.literature import Found, Problem
 from lft_jax import models
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
-from lft_jax.data import load_source, unit_range
-from lft_jax.evaluation import baselines
-from lft_jax.optimizers import hand_designed, periodic, periodic_descent
-from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, Constraint, PatternSearch, Proxies
+from lft_jax.data import ImageSource, load_source, unit_range
+from lft_jax.optimizers import hand_designed, periodic_descent
+from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies
 from lft_jax.tasks.perturbation import perturb
 from lft_jax.victims import default_epsilon, load_victim
 
-#: Keywords of `lft_jax.universal_perturbation` for a constraint.
-Method = Callable[[Constraint], dict[str, Any]]
+#: What runs a method.
+Method = Callable[[Problem], Found]
 
 PLAIN = AttackRecipe(augmentation=None)
 SHIFTS = AttackRecipe(augmentation=Augmentation(mix=0.0, noise=0.0))
 PROXIES = AttackRecipe(augmentation=Proxies())
 PATTERNS = AttackRecipe(augmentation=Proxies(), search=PatternSearch())
-#: Step, momentum and final step of the hand-designed optimizers.
-_STEPS = (0.4, 0.9, 0.1)
+#: Momentum sign steps: step, momentum and final step.
+_SIGN = hand_designed.projected_gradient(0.4, 0.9, 0.1)
 
 
-def _of_period(period):
-    """Momentum steps along the gradient's mean over translations; 0.8 was best on ResNet-20 with a period of 4."""
-    return optax.chain(periodic(period), hand_designed.projected_gradient(0.8, *_STEPS[1:]))
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """An attack of this package, as a method: keywords of `lft_jax.universal_perturbation`."""
+
+    optimizer: str | optax.GradientTransformation = "uap-linf"
+    recipe: AttackRecipe | None = None
+
+    def __call__(self, problem: Problem) -> Found:
+        """Runs the attack. Its evaluations include those of its history: clean images, and perturbed ones a step."""
+        options = {"optimizer": self.optimizer, "recipe": self.recipe, "steps": problem.steps, "progress": False}
+        ball = {"norm": "linf", "epsilon": problem.epsilon, "key": jax.random.key(problem.draw)}
+        found = lft_jax.universal_perturbation(problem.model, problem.images, problem.labels, **ball, **options)
+        return Found(found.perturbation, found.queries, found.seconds)
 
 
 #: `{name without commas: method}`. Their settings are the same for all models.
 METHODS: dict[str, Method] = {
-    "uap-linf": lambda _: {"optimizer": "uap-linf"},
-    "uap-linf-plain": lambda _: {"optimizer": "uap-linf", "recipe": PLAIN},
-    "pgd-plain": lambda _: {"optimizer": hand_designed.projected_gradient(*_STEPS), "recipe": PLAIN},
-    "pgd-shifts": lambda _: {"optimizer": hand_designed.projected_gradient(*_STEPS), "recipe": SHIFTS},
-    "adam-plain": lambda _: {"optimizer": hand_designed.adam(*_STEPS), "recipe": PLAIN},
-    "adam-shifts": lambda _: {"optimizer": hand_designed.adam(*_STEPS), "recipe": SHIFTS},
-    "uap-linf-shifts": lambda _: {"optimizer": "uap-linf", "recipe": SHIFTS},
-    "uap-linf-proxies": lambda _: {"optimizer": "uap-linf", "recipe": PROXIES},
-    "pgd-proxies": lambda _: {"optimizer": hand_designed.projected_gradient(*_STEPS), "recipe": PROXIES},
-    "adam-proxies": lambda _: {"optimizer": hand_designed.adam(*_STEPS), "recipe": PROXIES},
-    "periodic-4-proxies": lambda _: {"optimizer": _of_period(4), "recipe": PROXIES},
-    "periodic-8-proxies": lambda _: {"optimizer": _of_period(8), "recipe": PROXIES},
-    "periods-shifts": lambda _: {"optimizer": periodic_descent(), "recipe": SHIFTS},
-    "periods-proxies": lambda _: {"optimizer": periodic_descent(), "recipe": PROXIES},
-    "periods-proxies-patterns": lambda _: {"optimizer": periodic_descent(), "recipe": PATTERNS},
-    "uap-linf-proxies-patterns": lambda _: {"optimizer": "uap-linf", "recipe": PATTERNS},
-    "patterns": lambda _: {"optimizer": optax.set_to_zero(), "recipe": PATTERNS},
+    "uap-linf": Attack(),
+    "uap-linf-plain": Attack(recipe=PLAIN),
+    "uap-linf-shifts": Attack(recipe=SHIFTS),
+    "uap-linf-patterns": Attack(recipe=PATTERNS),
+    "pgd-plain": Attack(_SIGN, PLAIN),
+    "pgd-shifts": Attack(_SIGN, SHIFTS),
+    "periods": Attack(periodic_descent(), PROXIES),
+    "periods-patterns": Attack(periodic_descent(), PATTERNS),
+    "patterns": Attack(optax.set_to_zero(), PATTERNS),
 }
-#: What the settings of a grid do with the images, besides their own loss.
-GRID_RECIPE = PLAIN
 
 _CEILING = "ceiling"  # its name for --again
 _TARGETS, _BATCH = 10, 100  # of the runs for the ceiling: target classes, images in a step
@@ -91,7 +91,7 @@ class Config:
 
     model: str = config.option("resnet20", "Public model to attack.", tuple(public_models.MODELS))
     methods: tuple[str, ...] = config.option(tuple(METHODS), "Methods; may be empty.")
-    grid: tuple[str, ...] = config.option((), "Baselines of which all settings are measured.")
+    grid: tuple[str, ...] = config.option((), "Families of which all settings are measured.")
     steps: tuple[int, ...] = config.option((20,), "Numbers of steps (K).")
     images: tuple[int, ...] = config.option((10,), "Numbers of support images.")
     draws: int = config.option(0, "Draws of the support images; 0 for 20 on CIFAR-10 and 10 on ImageNet.")
@@ -101,9 +101,10 @@ class Config:
         "Images of which role: that of the model, or another one, to tune baselines.",
         ("own", "choosing", "test"),
     )
-    reference: str = config.option("pgd-plain", "Method that all others are compared to, paired by draw.")
+    reference: str = config.option("uap-linf", "Method that all others are compared to, paired by draw.")
     ceiling: bool = config.option(False, "Search for the ceiling too: long runs on all support images.")
     ceiling_steps: int = config.option(300, "Steps of each of these runs.")
+    picture: tuple[str, ...] = config.option((), "Methods whose perturbations are drawn, beside the results file.")
     again: tuple[str, ...] = config.option((), "Methods to measure again if the results file has them; or ceiling.")
     output: str | None = config.option(None, "Results file; results/public/MODEL.json if not given.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
@@ -138,6 +139,7 @@ class Victim(NamedTuple):
 def measure(flags: Config) -> None:
     """Measures what the results file lacks, and writes it after each draw."""
     methods = _chosen_methods(flags)
+    pictured = {name: _method(name, "picture") for name in flags.picture}
     for name in (*flags.steps, *flags.images):
         check_at_least("steps and images", name, 1)
     check_at_least("ceiling_steps", flags.ceiling_steps, 1)
@@ -153,12 +155,11 @@ def measure(flags: Config) -> None:
         _summarise(results["rows"], flags.reference)
         provenance.write_json(path, results)
 
-    for name, method in methods.items():
-        keywords = method(Constraint("linf", victim.about["epsilon"]))
-        for count, steps in itertools.product(flags.images, flags.steps):
+    for _, family in itertools.groupby(methods.items(), lambda item: item[0].partition(" ")[0]):
+        for (name, method), count, steps in itertools.product(family, flags.images, flags.steps):
             row = _row_of(results["rows"], {"method": name, "steps": steps, "images": count})
             for draw in range(len(row["draw_asr"]), draws):
-                for key, value in attack(victim, keywords, steps, count, draw).items():
+                for key, value in attack(victim, method, steps, count, draw).items():
                     row[f"draw_{key}"].append(value)
                 row["commit"] = results["provenance"]["commit"]
                 write()
@@ -168,20 +169,38 @@ def measure(flags: Config) -> None:
                 f"{row['evaluations']:.0f} evaluations, {row['seconds']:.2f} s",
                 flush=True,
             )
-        jax.clear_caches()  # no other method uses these programs, and XLA crashes with too many in one process
+        jax.clear_caches()  # no other family uses these programs, and XLA crashes with too many in one process
     if flags.ceiling:
         ceiling(victim, results[_CEILING], flags.ceiling_steps, write)
+    if pictured:
+        draw_picture(victim, pictured, flags.steps[-1], flags.images[-1], path)
+        results["picture"] = list(pictured)
     write()
     print(f"wrote {path}")
 
 
-def attack(victim: Victim, keywords: dict[str, Any], steps: int, count: int, draw: int) -> dict[str, float]:
+def attack(victim: Victim, method: Method, steps: int, count: int, draw: int) -> dict[str, float]:
     """One run of a method on one draw of the support images, judged on the query images."""
+    found = run(victim, method, steps, count, draw)
+    return victim.rates(found.perturbation) | {"evaluations": found.evaluations, "seconds": round(found.seconds, 4)}
+
+
+def run(victim: Victim, method: Method, steps: int, count: int, draw: int) -> Found:
+    """One run of a method on one draw of the support images."""
     rows = support_order(victim.images.support_labels, draw)[:count]
-    options = {"labels": victim.images.support_labels[rows], "norm": "linf", "epsilon": victim.about["epsilon"]}
-    options |= {"steps": steps, "key": jax.random.key(draw), "progress": False}
-    found = lft_jax.universal_perturbation(victim.model, victim.images.support[rows], **options | keywords)
-    return victim.rates(found.perturbation) | {"evaluations": found.queries, "seconds": round(found.seconds, 4)}
+    images, labels = victim.images.support[rows], victim.images.support_labels[rows]
+    return method(Problem(victim.model, images, labels, victim.about["epsilon"], steps, draw))
+
+
+def draw_picture(victim: Victim, methods: dict[str, Method], steps: int, count: int, path: Path) -> None:
+    """Draws the perturbations of methods on the first draw, with query images, as `NAME_perturbations.png`."""
+    from lft_jax.cli.picture import attack_picture
+
+    found = {name: run(victim, method, steps, count, 0).perturbation for name, method in methods.items()}
+    images, labels = victim.images.query, victim.images.query_labels
+    right = np.flatnonzero(victim.clean == labels)
+    source = ImageSource(victim.about["source"], images[right], labels[right], int(labels.max()) + 1)
+    attack_picture(victim.model, source, found, path.with_name(f"{path.stem}_perturbations.png"), num_images=4)
 
 
 def support_order(labels: np.ndarray, draw: int) -> np.ndarray:
@@ -290,24 +309,16 @@ def _victim(flags):
 
 def _chosen_methods(flags: Config) -> dict[str, Method]:
     """The methods to measure, by name; a ValueError for unknown ones."""
-    chosen = {name: METHODS[check_name("methods", name, METHODS)] for name in flags.methods}
-    return chosen | {name: method for grid in flags.grid for name, method in grid_of(grid)}
+    chosen = {name: _method(name, "methods") for name in flags.methods}
+    return chosen | {name: method for family in flags.grid for name, method in literature.settings(family).items()}
 
 
-def grid_of(baseline: str) -> Iterator[tuple[str, Method]]:
-    """All settings of a baseline of `lft_jax.evaluation.make_baselines` as methods, named by what they are."""
-    table = baselines.make_baselines("linf")
-    learner, grid = table[check_name("grid", baseline, table)].learner, table[baseline].grid
-
-    def method(setting, _):
-        recipe = dataclasses.replace(GRID_RECIPE, loss=setting.support_loss)
-        return {"optimizer": learner.optimizer(setting.params), "recipe": recipe}
-
-    for setting in grid:
-        loss = setting.support_loss
-        extra = {"kappa": loss.kappa} if loss.kind == "hinge" else {"beta": loss.beta}
-        words = [f"{name}={value:g}" for name, value in (setting.params | extra).items()]
-        yield f"{baseline} {' '.join(words)} {loss.kind}", functools.partial(method, setting)
+def _method(name: str, argument: str) -> Method:
+    """A method of the table, or a setting of a family by its name."""
+    family = name.partition(" ")[0]
+    if name != family and family in literature.FAMILIES:
+        return literature.settings(family)[check_name(argument, name, literature.settings(family))]
+    return METHODS[check_name(argument, name, METHODS)]
 
 
 def _results(path: Path, victim: Victim, flags: Config, draws: int) -> dict[str, Any]:

@@ -13,9 +13,10 @@ inside a scan.
 
 from lft_jax.attack.rates import attack_success_rate, fooling_rate
 from lft_jax.attack.result import UniversalPerturbation
-from lft_jax.attack.universal import ORACLES, QUERY, stored_second_loss, universal_perturbation
+from lft_jax.attack.universal import HISTORY_IMAGES, ORACLES, QUERY, stored_second_loss, universal_perturbation
 
 __all__ = [
+    "HISTORY_IMAGES",
     "ORACLES",
     "QUERY",
     "UniversalPerturbation",

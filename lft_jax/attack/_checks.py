@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lft_jax.data import check_images_labels
+from lft_jax.models import Classifier
 
 _CAUSES = (
     "Usual causes: mean, std or input_range of the model (lft_jax.models), the order of the channels, labels that "
@@ -28,6 +29,26 @@ def checked_images(images: Any, labels: Any = None) -> Any:
     _warn_if(0 < array.max() <= 2 / 255, f"images are at most {array.max():.2g}: were they divided by 255 twice?")
     images = images if hasattr(images, "clip") else array
     return images.clip(0, 1) if array.min() < 0 or array.max() > 1 else images
+
+
+def check_without_images(model: Any, labels: Any, shape: Any) -> None:
+    """Judges the arguments of an attack without images.
+
+    Raises:
+      ValueError: for labels, and for a shape that is not `(H, W, C)`, or that neither is given nor known of the model.
+    """
+    if labels is not None:
+        raise ValueError(
+            f"labels must be None where images is None, since synthetic images have no true class, got {labels!r}."
+        )
+    known = model.input_shape if shape is None and isinstance(model, Classifier) else shape
+    if known is None or any(side is None for side in known):
+        raise ValueError(
+            "shape must be (H, W, C), that of the model's images, where images is None and the input_shape of the "
+            f"model is {known}; got None."
+        )
+    if len(known) != 3 or any(not isinstance(side, int | np.integer) or side < 1 for side in known):
+        raise ValueError(f"shape must be (H, W, C), whole numbers of at least 1, got {known!r}.")
 
 
 def check_target(target: Any) -> None:

@@ -42,8 +42,9 @@ class Counter:
 class Run:
     """What a run has found so far."""
 
-    def __init__(self, constraint, oracle, steps, labelled, began, counter):
-        self.fields = {"constraint": constraint, "oracle": oracle, "steps": steps, "labelled": labelled}
+    def __init__(self, constraint, oracle, steps, labelled, synthetic, began, counter):
+        self.fields = {"constraint": constraint, "oracle": oracle, "steps": steps}
+        self.fields |= {"labelled": labelled, "synthetic": synthetic}
         self.began, self.counter = began, counter
         self.history: list[dict[str, float]] = []
         self.best: tuple[tuple[float, float], Any] | None = None

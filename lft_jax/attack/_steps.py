@@ -22,13 +22,15 @@ class Problem:
     """The constants of a run.
 
     Attributes:
-      batch: the images `[N, H, W, C]` and their labels.
-      clean: `[N, classes]`, the logits of the clean images.
+      batch: the support images `[N, H, W, C]` and their labels.
+      shown: the images `[M, H, W, C]` that the history is measured on, all or some of them, and their labels.
+      clean: `[M, classes]`, the logits of these images when clean.
       recipe: resolved.
       constraint: the ball or the penalty.
     """
 
     batch: Batch
+    shown: Batch
     clean: jax.Array
     recipe: AttackRecipe
     constraint: Constraint
@@ -72,9 +74,9 @@ def _update(model, tx, estimator, problem, theta, state, key, progress):
 
 
 def _update_and_perturb(model, tx, estimator, problem, theta, state, key, progress):
-    """What `_update` returns, and the perturbed images."""
+    """What `_update` returns, and the perturbed images of the history."""
     theta, state = _update(model, tx, estimator, problem, theta, state, key, progress)
-    return theta, state, perturb(problem.batch.images, theta)
+    return theta, state, perturb(problem.shown.images, theta)
 
 
 #: With a model outside of JAX all but the model is compiled.
@@ -84,7 +86,7 @@ _asked_update = replayed(_update_and_perturb, static=(0, 1))
 @jax.jit
 def _metrics(problem, logits, theta):
     loss = resolved_loss(problem.recipe)
-    return attack_metrics(problem.clean, logits, problem.batch.labels, theta, loss, problem.constraint)
+    return attack_metrics(problem.clean, logits, problem.shown.labels, theta, loss, problem.constraint)
 
 
 def _eager_step(update, model, problem, theta, state, key, progress):

@@ -34,7 +34,8 @@ class UniversalPerturbation:
     Attributes:
       perturbation: NumPy `[H, W, C]`, that of the last step; if an error ended the run, the best one so far: the one
         with the highest success rate, and among these with the lowest loss. `apply` adds it to images.
-      history: `{name: NumPy [number of steps]}`, measured on the given images after each step:
+      history: `{name: NumPy [number of steps]}`, measured after each step on the given images. Of more than 50, these
+        are 50 random ones, the same in each step:
 
         - `loss`: the mean loss, plus the penalty, if any.
         - `asr`: share of the images classified correctly when clean that the attack succeeds on.
@@ -43,6 +44,9 @@ class UniversalPerturbation:
         - `clean_accuracy`: share of the images classified correctly when clean.
         - `l1`, `l2`, `linf`: norms of the perturbation.
         - `queries`: evaluations of the model on one image so far.
+
+        In a data-free attack these are synthetic images with the model's predictions as labels. Their `asr` is their
+        fooling rate, and tells little of that on real images.
       constraint: the ball or the penalty.
       oracle: "gradient" or "query".
       steps: the planned number of steps.
@@ -50,6 +54,7 @@ class UniversalPerturbation:
       seconds: time that the run took.
       labelled: whether labels were given. Without them, the model's own predictions are the labels, and `asr` is the
         fooling rate.
+      synthetic: whether no images were given, and synthetic ones were attacked.
       paused: where the run stopped, if before its last step: `universal_perturbation(..., start=result)` goes on there.
 
     Examples:
@@ -67,21 +72,22 @@ class UniversalPerturbation:
     queries: int = 0
     seconds: float = 0.0
     labelled: bool = True
+    synthetic: bool = False
     paused: Paused | None = None
 
     @property
     def asr(self) -> float:
-        """Success rate on the given images, see `history`; NaN before the first step."""
+        """Success rate on the images of the `history`; NaN before the first step."""
         return self._last("asr")
 
     @property
     def fooling_rate(self) -> float:
-        """Share of the given images whose predicted class changes; NaN before the first step."""
+        """Share of the images of the `history` whose predicted class changes; NaN before the first step."""
         return self._last("fooling_rate")
 
     @property
     def clean_accuracy(self) -> float:
-        """Share of the given images classified correctly when clean; NaN before the first step."""
+        """Share of the images of the `history` classified correctly when clean; NaN before the first step."""
         return self._last("clean_accuracy")
 
     def apply(self, images: Shaped[Array | np.ndarray, "N H W C"]) -> Shaped[np.ndarray, "N H W C"]:
@@ -166,7 +172,7 @@ class UniversalPerturbation:
         fields = {f"history/{name}": values for name, values in self.history.items()}
         bounds = {"epsilon": self.constraint.epsilon, "penalty": self.constraint.penalty}
         fields |= {name: value for name, value in bounds.items() if value is not None}
-        names = ("oracle", "steps", "queries", "seconds", "labelled")
+        names = ("oracle", "steps", "queries", "seconds", "labelled", "synthetic")
         fields |= {"norm": self.constraint.norm, **{name: getattr(self, name) for name in names}}
         theta = self.perturbation
         return {**fields, "perturbation": theta.astype(np.float32) if theta.dtype.name == "bfloat16" else theta}
@@ -184,9 +190,10 @@ class UniversalPerturbation:
         shape = ", ".join(map(str, self.perturbation.shape))
         norms = ", ".join(f"{name} {_norm(self.perturbation, name):.4g}" for name in ("linf", "l2", "l1"))
         success = f"clean accuracy {self.clean_accuracy:.2f}, success (ASR) {self.asr:.2f}, " if self.labelled else ""
+        images = "synthetic" if self.synthetic else "the given"
         lines = [
             f"UniversalPerturbation [{shape}], {kind}, {done} of {self.steps} steps by {self.oracle}",
-            f"  on the given images: {success}fooling rate {self.fooling_rate:.2f}",
+            f"  on {images} images: {success}fooling rate {self.fooling_rate:.2f}",
             f"  norms: {norms}",
             f"  evaluations of the model on one image: {self.queries}; {self.seconds:.1f} s",
             "  on unseen images: lft_jax.attack_success_rate(model, images, labels, result.perturbation)",

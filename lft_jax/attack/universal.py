@@ -34,12 +34,19 @@ from lft_jax.tasks.recipe import (
     search_start,
     step_queries,
 )
+from lft_jax.tasks.synthetic import synthetic_images
 
 ORACLES = ("auto", "gradient", "query")
 #: The oracle that is named "query".
 QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
 #: The default loss.
 LOSS = AttackLoss("cross_entropy")
+#: Images that the history is measured on, at most.
+HISTORY_IMAGES = 50
+#: Images of a data-free attack.
+SYNTHETIC_IMAGES = 100
+#: Numbers folded into the key of a run, beyond those of its steps.
+_KEY_SHOWN, _KEY_SYNTHETIC = 2**32 - 1, 2**32 - 2
 
 
 def _present_keywords(old, kwargs):
@@ -80,9 +87,10 @@ def _present_keywords(old, kwargs):
 )
 def universal_perturbation(
     model: Any,
-    images: Shaped[Array | np.ndarray, "N H W C"],
+    images: Shaped[Array | np.ndarray, "N H W C"] | None,
     labels: Integer[Array | np.ndarray, " N"] | None = None,
     *,
+    shape: tuple[int, int, int] | None = None,
     norm: str = "linf",
     epsilon: float | None = None,
     constraint: Constraint | None = None,
@@ -110,8 +118,10 @@ def universal_perturbation(
       model: a `lft_jax.models.Classifier` (an adapter makes one of a model of any framework), or a function of images
         `[N, H, W, C]` in [0, 1] that returns *logits* (not probabilities) `[N, classes]`, or one column for two
         classes. Its present weights are attacked, also if it was attacked with others before.
-      images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1]; None for a data-free attack, on 100 images of
+        `lft_jax.tasks.synthetic_images`.
       labels: `[N]` integers from 0, the true classes; None for the classes that the model predicts.
+      shape: `(H, W, C)` of the images of a data-free attack; None for the model's `input_shape`.
       norm: "linf" or "l2", the norm of the ball.
       epsilon: radius of the ball, in units of the image range, for example `8 / 255`.
       constraint: instead of `norm` and `epsilon`, for example a penalty: `Constraint("l1", penalty=0.01)`.
@@ -120,10 +130,11 @@ def universal_perturbation(
       optimizer: the name of a pretrained rule (`lft_jax.list_pretrained()`), the path of a stored one, or any optax
         transformation.
       oracle: "gradient" differentiates the model; a step costs one query per image or proxy for the gradient, one per
-        jigsaw for its label, and one per image for the history. "query" or a `ZerothOrder` only
-        evaluates it; a step costs the queries of an estimate, and one per image for the history. "query" is
+        jigsaw for its label, and those of the history. "query" or a `ZerothOrder` only evaluates it; a step costs the
+        queries of an estimate, and those of the history. "query" is
         `ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)`: ten antithetic Rademacher directions per
-        image. "auto" is "gradient" where the model has gradients, else "query".
+        image. "auto" is "gradient" where the model has gradients, else "query". The history costs one query per image
+        and step; of more than 50 images it sees 50, the same in each step, which the key chooses.
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
         `AttackRecipe`; with exact gradients, for `Proxies` and the second loss that a pretrained rule was meta-trained
         with. The rule "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the
@@ -146,11 +157,11 @@ def universal_perturbation(
 
     Raises:
       TypeError: for a model of a framework without its adapter, or a target that is no integer.
-      ValueError: for no images, images outside [0, 1] or NaN or with channels first, labels out of range, an epsilon or
-        penalty that is not above 0, an epsilon above 1 (linf), both or neither of them, `steps` below 1, unknown names,
-        losses that do not fit each other or the oracle, logits of a wrong shape, a `max_queries` too small for one
-        step, a `start` that stopped with another optimizer, other images or after `steps`, and NaN in what the model
-        returns or in its gradient.
+      ValueError: for no images, images outside [0, 1] or NaN or with channels first, labels out of range or without
+        images, a `shape` with images or none without them, an epsilon or penalty that is not above 0, an epsilon above
+        1 (linf), both or neither of them, `steps` below 1, unknown names, losses that do not fit each other or the
+        oracle, logits of a wrong shape, a `max_queries` too small for one step, a `start` that stopped with another
+        optimizer, other images or after `steps`, and NaN in what the model returns or in its gradient.
       Exception: what the model raises. Like a NaN and KeyboardInterrupt, it ends the run, and the exception has an
         attribute `partial`: the `UniversalPerturbation` found so far, to go on from with `start=error.partial`.
 
@@ -176,6 +187,13 @@ def universal_perturbation(
     """
     base.check_at_least("steps", steps, 1)
     _checks.check_target(target)
+    key = jax.random.key(0) if key is None else key
+    synthetic = images is None
+    if images is None:
+        _checks.check_without_images(model, labels, shape)
+        images = _synthetic(model, shape, key)
+    elif shape is not None:
+        raise ValueError(f"shape must be None where there are images, whose shape it is, got {shape!r}.")
     images = _checks.checked_images(images, labels)
     constraint = as_constraint(norm, epsilon, constraint)
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
@@ -184,7 +202,8 @@ def universal_perturbation(
     counter = Counter()
     classifier = counter.counting(classifier)
     # A step costs the queries of its oracle, and one for each image of the history.
-    cost = step_queries(full_recipe, np.shape(images), 1 if estimator is None else estimator.evaluations) + len(images)
+    cost = step_queries(full_recipe, np.shape(images), 1 if estimator is None else estimator.evaluations)
+    cost += min(len(images), HISTORY_IMAGES)
     searched = search_queries(full_recipe, np.shape(images)) if start is None else 0
     _check_max_queries(max_queries, len(images), searched, cost)
 
@@ -201,15 +220,15 @@ def universal_perturbation(
     labels = np.asarray(labels) if labelled else np.argmax(clean, -1)
     _checks.check_clean(clean, labels, images)
     full_recipe.resolved(resolved_loss(full_recipe), clean.shape[-1])
-    problem = Problem(Batch(x, jnp.asarray(labels, jnp.int32)), clean, full_recipe, constraint)
+    support = Batch(x, jnp.asarray(labels, jnp.int32))
+    problem = Problem(support, *_shown(support, clean, key), full_recipe, constraint)
     function = classifier
     if classifier.host is None and estimator is None:
-        function = present(classifier.traced(), grey(x), x)
+        function = present(classifier.traced(), grey(problem.shown.images), problem.shown.images)
     step = make_step(classifier, function, tx, estimator)
     stopped = start if isinstance(start, UniversalPerturbation) and start.paused is not None else None
     queries = len(x) + searched
-    key = jax.random.key(0) if key is None else key
-    run = Run(constraint, "gradient" if estimator is None else "query", steps, labelled, began, counter)
+    run = Run(constraint, "gradient" if estimator is None else "query", steps, labelled, synthetic, began, counter)
     with run.keeping(), reporter(progress, steps) as report:
         if stopped is None:
             theta, key = _start(classifier, problem, key, start, run)
@@ -246,6 +265,20 @@ def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | Non
     flags = pretrained_card(name).get("meta_training") or {}
     kind = flags.get("second_loss", "none")
     return None if kind == "none" else AttackLoss(kind, flags.get("kappa", 0.0), target=target)
+
+
+def _synthetic(model, shape, key) -> np.ndarray:
+    """The images of a data-free attack."""
+    shape = model.input_shape if shape is None else shape
+    return np.asarray(synthetic_images(jax.random.fold_in(key, _KEY_SYNTHETIC), SYNTHETIC_IMAGES, shape))
+
+
+def _shown(support, clean, key) -> tuple[Batch, jax.Array]:
+    """The images that the history is measured on, and their clean logits."""
+    if len(support.labels) <= HISTORY_IMAGES:
+        return support, clean
+    rows = jax.random.permutation(jax.random.fold_in(key, _KEY_SHOWN), len(support.labels))[:HISTORY_IMAGES]
+    return Batch(support.images[rows], support.labels[rows]), clean[rows]
 
 
 def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothOrder | None]:

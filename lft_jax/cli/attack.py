@@ -2,6 +2,8 @@ r"""Finds one perturbation that makes a classifier err on many images, from a fe
 
 Your own model, images of yours:
   lft-attack --model=package.module:function --images=FOLDER --epsilon=8/255 --output=runs/uap
+Without images (those of --images, if any, are only measured on):
+  lft-attack --model=package.module:function --shape=224,224,3 --epsilon=10/255 --output=runs/uap
 One of the stored victims, on its own images:
   lft-attack --victim=victims/mnist_small_cnn_1000 --output=runs/uap
 
@@ -52,6 +54,9 @@ class Config:
     output: str = config.required("Where to write, without suffix: OUTPUT.npy, OUTPUT.png and OUTPUT.json.")
     model: str | None = config.option(None, "Your model: package.module:function. The function returns it.")
     images: str | None = config.option(None, "Images for --model: an .npz file or a folder of pictures.")
+    shape: tuple[int, ...] = config.option(
+        (), "Attack without images: H,W,C of the model's images. Default: that of the model, if known and no --images."
+    )
     victim: str | None = config.option(None, "Instead of --model: folder of a victim (experiments.train_victim).")
     mean: tuple[float, ...] = config.option((), "Of the model: mean of each channel, in units of --input_range.")
     std: tuple[float, ...] = config.option((), "Of the model: standard deviation of each channel, likewise.")
@@ -123,11 +128,7 @@ def attack(flags: Config) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     model, images, test, source = _victim(flags) if flags.victim else _own(flags)
     constraint = _constraint(flags, source)
-    rows = choose(images, flags.shots, flags.num_images, flags.seed)
-    support = images.part(rows)
-    test, test_rows = unseen(images, test, rows, flags.num_test, flags.seed)
-    rest = test.part(test_rows) if len(test_rows) else None
-    print(f"attacks from {len(rows)} images; {len(test_rows)} unseen images to measure on")
+    support, rest = _parts(flags, model, images, test)
 
     given = {name: value for name, value in dataclasses.asdict(flags).items() if name != "data_dir"}
     results: dict[str, Any] = {
@@ -141,7 +142,8 @@ def attack(flags: Config) -> dict[str, Any]:
     try:
         result = universal_perturbation(
             model,
-            *support,
+            *(support or (None, None)),
+            shape=flags.shape or None,
             constraint=constraint,
             target=flags.target,
             steps=flags.steps,
@@ -165,9 +167,11 @@ def attack(flags: Config) -> dict[str, Any]:
         raise _exits.EndedEarly(_ended(error, partial, output)) from error
     results = _write(output, result, results, flags.seed)
     print(result)
-    _print_rates("images attacked from", results["support"])
+    if support is not None:
+        _print_rates("images attacked from", results["support"])
     _print_rates("unseen images", results["unseen"])
-    drawn = f", {output}.png" if _draw(asked, rest or support, result, output) else ""
+    shown = rest or support
+    drawn = f", {output}.png" if shown is not None and _draw(asked, shown, result, output) else ""
     print(f"written: {output}.npy, {output}.json{drawn}")
     return results
 
@@ -185,8 +189,6 @@ def _check(flags):
         return
     if flags.data_dir is not None:
         raise ValueError("--data_dir is for --victim only; leave it out with --model.")
-    if flags.images is None:
-        raise ValueError("--images: expected an .npz file or a folder of pictures for --model, got none.")
     if flags.epsilon is None and flags.penalty is None:
         raise ValueError("--epsilon: expected a radius for --model, such as 8/255, got none.")
     if flags.input_range and len(flags.input_range) != 2:
@@ -196,8 +198,10 @@ def _check(flags):
 
 
 def _own(flags):
-    """The model, the images, the test images that are given apart, and no name of a source."""
-    images, test = load_images(flags.images, flags.image_size, flags.image_channels)
+    """The model, the images or None, the test images that are given apart, and no name of a source."""
+    images, test = None, None
+    if flags.images is not None:
+        images, test = load_images(flags.images, flags.image_size, flags.image_channels)
     output = flags.model_output
     options = {
         "mean": flags.mean or None,
@@ -215,6 +219,31 @@ def _victim(flags):
     name = victim.card["source"]
     train, test = (load_source(name, split, data_dir=flags.data_dir) for split in ("validation", "test"))
     return victim.logits_fn, *(Images.of_arrays(part.images, part.labels) for part in (train, test)), name
+
+
+def _parts(flags, model, images, test):
+    """Images and labels to attack from, and those to measure on; None for either if there are none."""
+    free = bool(flags.shape) or images is None
+    if free and (flags.shots is not None or flags.num_images is not None):
+        raise ValueError("--shots and --num_images: for attacks from --images, and without --shape, only.")
+    if images is None:
+        known = flags.shape or getattr(model, "input_shape", None) or (None,)
+        if None in known:
+            raise ValueError(
+                "--images: expected an .npz file or a folder of pictures for --model, got none; an attack without "
+                "images needs --shape=H,W,C, since the input_shape of the model is unknown."
+            )
+        print("attacks without images; there are none to measure on")
+        return None, None
+    rows = np.zeros(0, int) if free else choose(images, flags.shots, flags.num_images, flags.seed)
+    support = None if free else images.part(rows)
+    test, test_rows = unseen(images, test, rows, flags.num_test, flags.seed)
+    rest = test.part(test_rows) if len(test_rows) else None
+    if free and rest is not None and rest[0].shape[1:] != flags.shape:
+        raise ValueError(f"--shape: expected that of the images, {rest[0].shape[1:]}, got {flags.shape}.")
+    number = "without" if free else f"from {len(rows)}"
+    print(f"attacks {number} images; {len(test_rows)} unseen images to measure on")
+    return support, rest
 
 
 def _report(entry: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ How the modules fit together::
 
     AttackLoss, Constraint                                   the loss and the bound of a perturbation   `perturbation`
     Augmentation or Proxies, PatternSearch or WaveSearch --AttackRecipe--> oracle, start                `recipe`
+    key --synthetic_images--> images                         support images where there are none        `synthetic`
     images, labels, model --uap_family--> UapFamily          few-shot universal perturbations           `uap`
     SingleImageFamily, SineFamily, ClassificationFamily, QuadraticFamily       other problems, one module each
 
@@ -19,6 +20,7 @@ from lft_jax.tasks.quadratic import QuadraticFamily
 from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.regression import SineFamily, sine_family
 from lft_jax.tasks.single_image import SingleImageFamily, single_image_family
+from lft_jax.tasks.synthetic import synthetic_images
 from lft_jax.tasks.uap import UapFamily, uap_family
 from lft_jax.tasks.waves import WaveSearch
 
@@ -40,5 +42,6 @@ __all__ = [
     "perturb",
     "sine_family",
     "single_image_family",
+    "synthetic_images",
     "uap_family",
 ]

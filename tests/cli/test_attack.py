@@ -268,3 +268,33 @@ def test_success_and_a_warning_of_one_line(tmp_path):
     assert suffixes(tmp_path) == [".json", ".npy", ".png"]
     lines = [line for line in found.stderr.splitlines() if line.startswith("warning: ")]
     assert any("model classifies only" in line for line in lines) and "UserWarning" not in found.stderr
+
+
+def test_without_images_the_attack_is_data_free(folder, capsys):
+    results = attack(flags(images=None, shape=(4, 4, 1), optimizer="pgd"))
+    assert results["support"] is results["unseen"] is results["test_asr"] is None and results["complete"]
+    assert np.load(folder / "runs/uap.npy").shape == (4, 4, 1) and not (folder / "runs/uap.png").exists()
+    printed = capsys.readouterr().out
+    assert "attacks without images; there are none to measure on" in printed and "on synthetic images" in printed
+    measured = attack(flags(shape=(4, 4, 1), optimizer="pgd", num_test=70))  # images are only measured on
+    assert measured["support"] is None and measured["unseen"]["images"] == 70
+    np.testing.assert_array_equal(measured["history"]["loss"], results["history"]["loss"])
+    assert "attacks without images; 70 unseen images to measure on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"images": None},
+            "an attack without images needs --shape=H,W,C, since the input_shape of the model is unknown",
+        ),
+        ({"images": None, "shape": (4, 4)}, r"shape must be \(H, W, C\), whole numbers"),
+        ({"shape": (4, 4, 3)}, r"--shape: expected that of the images, \(4, 4, 1\), got \(4, 4, 3\)"),
+        ({"shape": (4, 4, 1), "num_images": 3}, "--shots and --num_images: for attacks from --images"),
+        ({"images": None, "shape": (4, 4, 1), "shots": 1}, "--shots and --num_images: for attacks from --images"),
+    ],
+)
+def test_wrong_flags_without_images(folder, changes, said):
+    with pytest.raises(ValueError, match=said):
+        attack(flags(**changes))

@@ -133,6 +133,32 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def public(results: Mapping[str, Any], path: Path) -> None:
+    """Draws success rate against the number of steps, with 95% intervals, for methods with several; or nothing."""
+    curves: dict[tuple[str, int], list] = {}
+    for row in sorted(results["rows"], key=lambda row: row["steps"]):
+        curves.setdefault((row["method"], row["images"]), []).append(row)
+    curves = {name: rows for name, rows in curves.items() if len(rows) > 1}
+    if not curves:
+        return
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    colours = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+    ordered = sorted(curves.items(), key=lambda curve: -curve[1][-1]["asr"])
+    for number, ((method, images), rows) in enumerate(ordered):
+        steps, asr = ([row[name] for row in rows] for name in ("steps", "asr"))
+        widths = [row["asr_interval"] or 0 for row in rows]
+        colour, style = colours[number % len(colours)], "-o" if number < len(colours) else "--s"
+        label = method if len({count for _, count in curves}) == 1 else f"{method}, {images} images"
+        axis.errorbar(steps, asr, widths, fmt=style, color=colour, markersize=3, linewidth=1, capsize=2, label=label)
+    axis.set(xlabel="K", ylabel="success rate", xscale="log", ylim=(0, None))
+    ticks = sorted({row["steps"] for rows in curves.values() for row in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    save(figure, path)
+
+
 def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws mean squared error against the fine-tuning step, with 95% bands, one panel per network."""
     panels: dict[str, list] = {}

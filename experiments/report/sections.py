@@ -40,30 +40,6 @@ def breadth_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
-    """Attacks on a public model."""
-    del figures
-    about = results["about"]
-    lines = [
-        f"## Attacks on `{about['model']}`, a public model",
-        "",
-        f"Attack success rate, %, mean ± 95% interval over draws of the support images, on those of {about['queries']} "
-        f"unseen images of {about['source']} that are right when clean ({100 * results['clean_accuracy']:.1f}%), in an "
-        f"{about['norm']} ball of {255 * about['epsilon']:.3g}/255. All methods have the same draws, and settings that "
-        f"are the same for all models. Role of the model: {about['role']}. Evaluations are of the model on one image. "
-        f"{origin(results, path)}",
-        "",
-        "| method | images | K | draws | success | fooling rate | evaluations | seconds |",
-        "|---" * 8 + "|",
-    ]
-    for row in sorted(results["rows"], key=lambda row: (row["images"], row["steps"], row["asr"])):
-        rates = [(row[name], row[f"{name}_interval"]) for name in ("asr", "fooling_rate")]
-        found = [f"{100 * mean:.1f}" + (f" ± {100 * width:.1f}" if width is not None else "") for mean, width in rates]
-        cells = [f"`{row['method']}`", row["images"], row["steps"], len(row["draw_asr"]), *found]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['evaluations']:.0f}", f"{row['seconds']:.1f}"])) + " |")
-    return "\n".join([*lines, "", ""])
-
-
 #: Explanations of variant names.
 _VARIANTS = {
     "no start": "a rule without a base update",

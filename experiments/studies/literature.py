@@ -141,12 +141,57 @@ class Descent:
             steps = evaluations = 0
         if method.search is not None:
             evaluations += search_queries(method._recipe(), shape)
-        support = Batch(jnp.asarray(problem.images), jnp.asarray(problem.labels, jnp.int32))
-        constraint, key = Constraint("linf", jnp.float32(problem.epsilon)), jax.random.key(problem.draw)
-        method = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if isinstance(x, float) else None), method)
         began = time.monotonic()
-        theta = np.asarray(_run(steps, method, problem.model.traced(), support, constraint, key))
+        theta = np.asarray(method._run(problem, steps))
         return Found(theta, evaluations, time.monotonic() - began)
+
+    def _run(self, problem, steps):
+        """The perturbation `[H, W, C]` after all steps.
+
+        Passes of the model are programs of their own, which all methods share; one of everything would take each method
+        longer to compile than to run.
+        """
+        images, labels = unit_range(jnp.asarray(problem.images)), jnp.asarray(problem.labels, jnp.int32)
+        method = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if isinstance(x, float) else None), self)
+        inner = dataclasses.replace(method, direction="sign", decay=jnp.float32(0), period=0, aggregated=False)
+        support, function, theta = Batch(images, labels), problem.model.traced(), jnp.zeros_like(images[0])
+        epsilon, constraint = jnp.float32(problem.epsilon), Constraint("linf", problem.epsilon)
+        key_search, key_steps = jax.random.split(jax.random.key(problem.draw))
+        if self.search is not None:
+            logits, recipe = functools.partial(_logits, function), self._recipe()
+            theta, _ = search_start(logits, support, recipe, constraint, theta, key_search, opaque=True)
+        state = method._optimizer().init(theta) if steps else None
+        for k, key in enumerate(jax.random.split(key_steps, steps) if steps else ()):
+            size, ahead, grads = (epsilon, jnp.float32(k / steps)), theta, []
+            for images, targets in zip(*self._batches(function, support, key, epsilon), strict=True):
+                grads.append(_gradient(function, method.loss, images, targets, ahead))
+                if self.aggregated:
+                    ahead, _ = _updated(inner, ahead, inner._optimizer().init(ahead), grads[-1], *size)
+                else:
+                    ahead, state = _updated(method, ahead, state, grads[-1], *size)
+            if self.aggregated:
+                ahead, state = _updated(method, theta, state, jnp.mean(jnp.stack(grads), 0), *size)
+            theta = ahead
+        return theta
+
+    def _batches(self, function, support, key, epsilon):
+        """The proxies of a step and their targets, `[batches, size, ...]`: labels, or logits without perturbation.
+
+        A whole image has its label, a jigsaw the one that the model predicts.
+        """
+        key_proxies, key_order = jax.random.split(key)
+        images, sources = _proxies(support.images, key_proxies, epsilon)
+        if self._is_cosine:
+            targets = _logits(function, images)
+        else:
+            targets = support.labels[sources]
+            if len(sources) < len(images):
+                predicted = jnp.argmax(_logits(function, images[len(sources) :]), -1)
+                targets = jnp.concatenate([targets, predicted.astype(jnp.int32)])
+        if self.batches > 1:
+            order = jax.random.permutation(key_order, PROXIES.size)
+            images, targets = images[order], targets[order]
+        return jax.tree.map(lambda x: x.reshape(self.batches, -1, *x.shape[1:]), (images, targets))
 
     def _of_step(self, shape):
         """Evaluations in a step: a gradient for each proxy, and the logits without perturbation that are needed."""
@@ -191,66 +236,27 @@ def within(shares: PatternSearch, evaluations: int, shape: tuple[int, ...]) -> P
     return dataclasses.replace(shares, **dict(zip(names, found.tolist(), strict=True)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(steps, method, function, support, constraint, key):
-    """The perturbation `[H, W, C]` after all steps."""
-    support = support._replace(images=unit_range(support.images))
-    key_search, key_steps = jax.random.split(key)
-    theta = jnp.zeros(support.images.shape[1:], support.images.dtype)
-    if method.search is not None:
-        theta, _ = search_start(function, support, method._recipe(), constraint, theta, key_search)
-    if not steps:
-        return theta
+@jax.jit
+def _logits(function, images):
+    return function(images)
+
+
+@jax.jit
+def _proxies(images, key, epsilon):
+    return PROXIES(images, key, scale=epsilon)
+
+
+@jax.jit
+def _gradient(function, loss, images, targets, theta):
+    return jax.grad(lambda theta: jnp.mean(loss(function(perturb(images, theta)), targets)))(theta)
+
+
+@jax.jit
+def _updated(method, theta, state, grads, epsilon, progress):
+    """The next perturbation, in the ball, and the next state of the optimizer."""
     optimizer = optax.with_extra_args_support(method._optimizer())
-    inner = optax.with_extra_args_support(hand_designed.projected_gradient(method.step, 0.0, method.final))
-    scale = constraint.scale(theta)
-
-    def gradient(theta, batch):
-        images, targets = batch
-        return jax.grad(lambda theta: jnp.mean(method.loss(function(perturb(images, theta)), targets)))(theta)
-
-    def step(carry, inputs):
-        theta, state = carry
-        key, k = inputs
-        size = {"scale": scale, "progress": k / steps}
-        batches = _batches(method, function, support, key, scale)
-
-        def update(carry, batch):
-            theta, state = carry
-            updates, state = optimizer.update(gradient(theta, batch), state, theta, **size)
-            return (constraint.project(theta + updates), state), None
-
-        def look(ahead, batch):
-            grads = gradient(ahead, batch)
-            updates, _ = inner.update(grads, inner.init(ahead), ahead, **size)
-            return constraint.project(ahead + updates), grads
-
-        if method.aggregated:
-            _, grads = jax.lax.scan(look, theta, batches)
-            updates, state = optimizer.update(jnp.mean(grads, 0), state, theta, **size)
-            return (constraint.project(theta + updates), state), None
-        return jax.lax.scan(update, (theta, state), batches)[0], None
-
-    keys, numbers = jax.random.split(key_steps, steps), jnp.arange(steps, dtype=jnp.float32)
-    return jax.lax.scan(step, (theta, optimizer.init(theta)), (keys, numbers))[0][0]
-
-
-def _batches(method, function, support, key, scale):
-    """The proxies of a step and their targets, `[batches, size, ...]`: labels, or logits without perturbation.
-
-    A whole image has its label, a jigsaw the one that the model predicts.
-    """
-    key_proxies, key_order = jax.random.split(key)
-    images, sources = PROXIES(support.images, key_proxies, scale=scale)
-    if method._is_cosine:
-        targets = function(images)
-    else:
-        predicted = jnp.argmax(function(images[len(sources) :]), -1).astype(jnp.int32)
-        targets = jnp.concatenate([support.labels[sources], predicted])
-    if method.batches > 1:
-        order = jax.random.permutation(key_order, PROXIES.size)
-        images, targets = images[order], targets[order]
-    return jax.tree.map(lambda x: x.reshape(method.batches, -1, *x.shape[1:]), (images, targets))
+    updates, state = optimizer.update(grads, state, theta, scale=epsilon, progress=progress)
+    return jnp.clip(theta + updates, -epsilon, epsilon), state
 
 
 _ENTROPY, _MARGIN = AttackLoss("cross_entropy"), AttackLoss("hinge", kappa=10.0)
@@ -269,8 +275,8 @@ def _searches(**kinds) -> tuple[Descent, ...]:
     return _grid(Descent(direction="none"), search=shares, loss=losses)
 
 
-_SIGN = {"step": (0.2, 0.4, 0.8), "decay": (0.5, 0.9), "final": _FINALS, "loss": _LOSSES}
-_ADAM = {"step": (0.1, 0.2, 0.4), "decay": (0.5, 0.9), "final": _FINALS}
+_STEPS = {"step": (0.2, 0.4, 0.8, 1.6), "final": _FINALS}
+_MOMENTUM = {**_STEPS, "decay": (0.5, 0.9)}
 
 #: `{family: all of its settings}`, at least 20 of each.
 #:
@@ -279,19 +285,18 @@ _ADAM = {"step": (0.1, 0.2, 0.4), "decay": (0.5, 0.9), "final": _FINALS}
 #: 2308.06015, Algorithm 1. DF-UAP: Zhang et al. 2020, Understanding adversarial examples from the mutual influence of
 #: images and perturbations, arXiv 2007.06189, section 6. Cosine-UAP: see `CosineLoss`.
 FAMILIES: dict[str, tuple[Descent, ...]] = {
-    "uap-sgd": _grid(step=(0.1, 0.2, 0.4, 0.8), final=_FINALS, batches=(1, 3), direction=("sign", "normalized")),
+    "uap-sgd": _grid(**_STEPS, batches=(1, 3), direction=("sign", "normalized")),
     "sga": _grid(
         Descent(loss=AttackLoss("cross_entropy", beta=9.0), aggregated=True),
-        step=(0.1, 0.2, 0.4, 0.8),
+        **_STEPS,
         decay=(0.0, 0.9),
-        final=_FINALS,
         batches=(3, 6),
     ),
-    "df-uap": _grid(Descent(loss=_MARGIN, direction="adam"), **_ADAM, batches=(1, 3)),
-    "cosine-uap": _grid(Descent(loss=CosineLoss(), direction="adam"), **_ADAM, batches=(1, 3)),
-    "sign": _grid(**_SIGN),
-    "adam": _grid(Descent(direction="adam"), **_ADAM, loss=_LOSSES),
-    **{f"periodic-{period}": _grid(Descent(period=period), **_SIGN) for period in (2, 4, 8, 16)},
+    "df-uap": _grid(Descent(loss=_MARGIN, direction="adam"), **_MOMENTUM, batches=(1, 3)),
+    "cosine-uap": _grid(Descent(loss=CosineLoss(), direction="adam"), **_MOMENTUM, batches=(1, 3)),
+    "sign": _grid(**_MOMENTUM, loss=_LOSSES),
+    "adam": _grid(Descent(direction="adam"), **_MOMENTUM, loss=_LOSSES),
+    **{f"periodic-{period}": _grid(Descent(period=period), **_MOMENTUM, loss=_LOSSES) for period in (2, 4, 8, 16)},
     "tile": _searches(tiles=1, waves=0),
     "wave": _searches(tiles=0, waves=1),
 }

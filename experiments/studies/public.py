@@ -155,8 +155,8 @@ def measure(flags: Config) -> None:
         _summarise(results["rows"], flags.reference)
         provenance.write_json(path, results)
 
-    for _, family in itertools.groupby(methods.items(), lambda item: item[0].partition(" ")[0]):
-        for (name, method), count, steps in itertools.product(family, flags.images, flags.steps):
+    for name, method in methods.items():
+        for count, steps in itertools.product(flags.images, flags.steps):
             row = _row_of(results["rows"], {"method": name, "steps": steps, "images": count})
             for draw in range(len(row["draw_asr"]), draws):
                 for key, value in attack(victim, method, steps, count, draw).items():
@@ -169,7 +169,8 @@ def measure(flags: Config) -> None:
                 f"{row['evaluations']:.0f} evaluations, {row['seconds']:.2f} s",
                 flush=True,
             )
-        jax.clear_caches()  # no other family uses these programs, and XLA crashes with too many in one process
+        if isinstance(method, Attack):  # no other method uses its programs, and XLA crashes with too many in a process
+            jax.clear_caches()
     if flags.ceiling:
         ceiling(victim, results[_CEILING], flags.ceiling_steps, write)
     if pictured:

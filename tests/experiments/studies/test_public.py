@@ -1,4 +1,4 @@
-"""Attacks on public models: draws, resumed cells, paired differences, grids and the ceiling, on a small victim."""
+"""Attacks on a small victim: draws, resumed cells, paired differences, settings, pictures and the ceiling."""
 
 import json
 import types
@@ -6,8 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments.studies import public
-from lft_jax.evaluation import baselines
+from experiments.studies import literature, public
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -42,21 +41,23 @@ def test_cells_are_kept_and_extended(tmp_path, monkeypatch):
 
     runs, attack = [], public.attack
 
-    def counted(victim, keywords, steps, count, draw):
+    def counted(victim, method, steps, count, draw):
         runs.append((steps, count, draw))
-        return attack(victim, keywords, steps, count, draw)
+        return attack(victim, method, steps, count, draw)
 
     monkeypatch.setattr(public, "attack", counted)
-    more = measured(flags(tmp_path, methods=("adam-shifts", "pgd-plain"), draws=3))
+    more = measured(flags(tmp_path, methods=("pgd-shifts", "pgd-plain"), draws=3))
     assert runs == [(2, 10, 0), (2, 10, 1), (2, 10, 2), (2, 10, 2)]
-    again, adam = more["rows"]
+    again, shifted = more["rows"]
     assert again["draw_asr"][:2] == row["draw_asr"]
-    difference = np.subtract(adam["draw_asr"], again["draw_asr"])
-    assert adam["difference"]["to"] == "pgd-plain" and adam["difference"]["asr"] == pytest.approx(np.mean(difference))
+    difference = np.subtract(shifted["draw_asr"], again["draw_asr"])
+    assert shifted["difference"]["to"] == "pgd-plain" and shifted["difference"]["asr"] == pytest.approx(
+        np.mean(difference)
+    )
 
     runs.clear()
     replaced = measured(flags(tmp_path, steps=(1,), again=("pgd-plain",)))["rows"]
-    assert [(row["method"], row["steps"]) for row in replaced] == [("adam-shifts", 2), ("pgd-plain", 1)]
+    assert [(row["method"], row["steps"]) for row in replaced] == [("pgd-shifts", 2), ("pgd-plain", 1)]
     assert runs == [(1, 10, 0), (1, 10, 1)]
 
 
@@ -73,11 +74,21 @@ def test_intervals_are_those_of_few_draws():
     assert public.mean_interval([0.5]) == (0.5, None)
 
 
-def test_a_grid_has_all_settings_of_a_baseline():
-    grid = dict(public.grid_of("momentum_pgd"))
-    assert len(grid) == len(baselines.make_baselines("linf")["momentum_pgd"].grid) >= 20
-    keywords = grid["momentum_pgd step=0.1 decay=0.5 final=1 kappa=5 hinge"](None)
-    assert keywords["recipe"].loss.kappa == 5 and keywords["recipe"].augmentation is None
+def test_settings_of_a_family_are_methods(tmp_path, monkeypatch):
+    names = [literature.name_of("sign", method) for method in literature.FAMILIES["sign"][:2]]
+    monkeypatch.setitem(literature.FAMILIES, "sign", literature.FAMILIES["sign"][:24:2])
+    names = list(literature.settings("sign"))
+    config = flags(tmp_path, methods=(), grid=("sign",), steps=(1,), draws=1, reference=names[0])
+    rows = measured(config)["rows"]
+    assert [row["method"] for row in rows] == names and "difference" in rows[1] and "difference" not in rows[0]
+    more = measured(flags(tmp_path, methods=(names[1],), steps=(1,), draws=2, reference=names[0]))["rows"]
+    assert [len(row["draw_asr"]) for row in more[:3]] == [1, 2, 1]
+
+
+def test_perturbations_are_drawn(tmp_path):
+    config = flags(tmp_path, methods=(), picture=("pgd-plain", "sign"))
+    assert measured(config)["picture"] == ["pgd-plain", "sign"]
+    assert (tmp_path / "public_perturbations.png").stat().st_size > 5000
 
 
 def test_the_ceiling_is_chosen_on_support_images_and_kept(tmp_path, monkeypatch):
@@ -100,6 +111,8 @@ def test_the_ceiling_is_chosen_on_support_images_and_kept(tmp_path, monkeypatch)
     ("changes", "message"),
     [
         ({"methods": ("newton",)}, "methods: unknown"),
+        ({"methods": ("sga step=7",)}, "methods: unknown"),
+        ({"picture": ("newton",)}, "picture: unknown"),
         ({"grid": ("newton",)}, "grid: unknown"),
         ({"steps": (0,)}, "steps and images must be"),
         ({"images": (1000,)}, "images must be at most 259"),

@@ -1,0 +1,103 @@
+"""Markdown section of the study of public models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.report.tables import origin
+
+#: Methods of the study of public models, by the first part of their names.
+_METHODS = {
+    "uap-linf": "the pretrained rule",
+    "pgd": "momentum sign steps with an untuned step size",
+    "periods": "`lft_jax.optimizers.periodic_descent`",
+    "uap-sgd": "steps on small batches, clamped cross-entropy (Shafahi et al. 2020, arXiv 1811.11304)",
+    "sga": "steps along the aggregated gradients of small batches (Liu et al. 2023, arXiv 2308.06015)",
+    "df-uap": "Adam on the clamped logit margin (Zhang et al. 2020, arXiv 2007.06189)",
+    "cosine-uap": "Adam on the cosine similarity to the clean logits (Zhang et al. 2021, ICCV)",
+    "sign": "momentum sign steps",
+    "adam": "Adam",
+    "periodic": "momentum sign steps along the gradient's mean over translations by that many pixels",
+    "tile": "the best of random 2x2 tiles and changes of it, with the evaluations of K steps",
+    "wave": "the best of random plane waves and changes of it, with the evaluations of K steps",
+    "patterns": "the best of tiles and waves (`PatternSearch`); at the end of a name, as the start of the method",
+}
+_BATCHES = {
+    "plain": "on the support images alone",
+    "shifts": "on shifted support images",
+}
+
+
+def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
+    """Attacks on a public model."""
+    about, rows = results["about"], results["rows"]
+    title = "Settings of baselines" if any(" " in row["method"] for row in rows) else "Attacks"
+    lines = [
+        f"## {title} on `{about['model']}`, a public model",
+        "",
+        f"Attack success rate, %, mean ± 95% interval over draws of the support images, on those of {about['queries']} "
+        f"unseen images of {about['source']} that are right when clean ({100 * results['clean_accuracy']:.1f}%), in an "
+        f"{about['norm']} ball of {255 * about['epsilon']:.3g}/255. All methods have the same draws, and settings that "
+        f"are the same for all models. Role of the model: {about['role']}. Differences are paired by draw. Evaluations "
+        f"are of the model on one image. {origin(results, path)}",
+        "",
+    ]
+    for images, steps in sorted({(row["images"], row["steps"]) for row in rows}):
+        cell = [row for row in rows if (row["images"], row["steps"]) == (images, steps)]
+        lines += _table(cell, f"{images} images, K = {steps}")
+    if results["ceiling"]:
+        lines += [_ceiling(results["ceiling"]), ""]
+    lines += _legend(row["method"] for row in rows)
+    if len({row["steps"] for row in rows}) > 1:
+        lines += [f"![success rate against K]({figures}.png)", ""]
+    if results.get("picture"):
+        shown = ", ".join(f"`{name}`" for name in results["picture"])
+        lines += [
+            f"Perturbations on the first draw, and images with the classes that the model predicts: {shown}.",
+            "",
+            f"![perturbations]({figures}_perturbations.png)",
+            "",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _table(rows, title):
+    others = {row["difference"]["to"] for row in rows if "difference" in row}
+    rival = f"minus `{others.pop()}`" if others else "difference"
+    lines = [
+        f"{title}:",
+        "",
+        f"| method | draws | success | {rival} | fooling rate | evaluations | seconds |",
+        "|---" * 7 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: row["asr"]):
+        asr, fooling = (_percent(row[name], row[f"{name}_interval"]) for name in ("asr", "fooling_rate"))
+        paired = row.get("difference")
+        difference = _percent(paired["asr"], paired["interval"], "+") if paired else ""
+        cells = [f"`{row['method']}`", len(row["draw_asr"]), asr, difference, fooling]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['evaluations']:.0f}", f"{row['seconds']:.1f}"])) + " |")
+    return [*lines, ""]
+
+
+def _percent(mean, width, sign=""):
+    return f"{100 * mean:{sign}.1f}" + (f" ± {100 * width:.1f}" if width is not None else "")
+
+
+def _ceiling(found):
+    best = {"loss": found["loss"], "target": found["target"], "start": found["start"]}
+    words = ", ".join(f"{name} {value}" for name, value in best.items() if value is not None)
+    return (
+        f"Ceiling: {100 * found['asr']:.1f}, fooling rate {100 * found['fooling_rate']:.1f}, by the best on the "
+        f"support images of {len(found['runs'])} runs of {found['runs'][0]['steps']} momentum sign steps on batches "
+        f"of all support images ({words}; {found['evaluations']} evaluations in all)."
+    )
+
+
+def _legend(names):
+    names = list(names)
+    firsts = {name.partition(" ")[0] for name in names}
+    methods = [m for m in _METHODS if any(name == m or name.startswith(f"{m}-") for name in firsts)]
+    methods += ["patterns"] if "patterns" not in methods and any(name.endswith("-patterns") for name in names) else []
+    lines = [f"- `{method}`: {_METHODS[method]}" for method in methods]
+    ends = [end for end in _BATCHES if any(name.endswith(f"-{end}") for name in names)]
+    lines += [f"- `-{end}`: {_BATCHES[end]}; all other methods are on proxies" for end in ends]
+    return [*lines, ""]

@@ -1,0 +1,88 @@
+"""Pages of the study of public models: rows, paired differences, the ceiling, the legend and the figures."""
+
+import copy
+
+import pytest
+
+from experiments.report import figures, public
+
+
+def row(method, asr, steps=20, difference=None, images=10):
+    return {
+        "method": method,
+        "steps": steps,
+        "images": images,
+        "draw_asr": [asr, asr],
+        "asr": asr,
+        "asr_interval": 0.015,
+        "fooling_rate": asr + 0.01,
+        "fooling_rate_interval": None,
+        "evaluations": 1000.0,
+        "seconds": 1.26,
+        **({} if difference is None else {"difference": {"to": "uap-linf", "asr": difference, "interval": 0.02}}),
+    }
+
+
+RESULTS = {
+    "about": {
+        "model": "toy",
+        "role": "test",
+        "source": "toys",
+        "norm": "linf",
+        "epsilon": 8 / 255,
+        "queries": 50,
+        "split": "test",
+    },
+    "clean_accuracy": 0.9,
+    "ceiling": {},
+    "rows": [row("uap-linf", 0.7), row("sga", 0.72, difference=0.02), row("sign-patterns", 0.6, difference=-0.1)],
+    "provenance": {"command": "python -m experiments.studies.public", "commit": "abc", "device": "1 x cpu"},
+}
+
+
+@pytest.fixture
+def results():
+    return copy.deepcopy(RESULTS)
+
+
+def test_rows_are_in_order_with_differences(results):
+    text = public.public_section(results, "results/public/toy.json", "../toy")
+    table = [line for line in text.splitlines() if line.startswith("| `")]
+    assert table == [
+        "| `sign-patterns` | 2 | 60.0 ± 1.5 | -10.0 ± 2.0 | 61.0 | 1000 | 1.3 |",
+        "| `uap-linf` | 2 | 70.0 ± 1.5 |  | 71.0 | 1000 | 1.3 |",
+        "| `sga` | 2 | 72.0 ± 1.5 | +2.0 ± 2.0 | 73.0 | 1000 | 1.3 |",
+    ]
+    assert "minus `uap-linf`" in text and "## Attacks on `toy`" in text and "2308.06015" in text
+    assert "- `patterns`" in text and "- `tile`" not in text and ".png" not in text
+
+
+def test_what_is_measured_besides_is_shown(results, tmp_path):
+    results["picture"] = ["sga"]
+    results["rows"] += [row("sga", 0.5, steps=5), row("uap-linf", 0.4, steps=5)]
+    runs = [{"steps": 7}, {"steps": 7}]
+    results["ceiling"] = {
+        "asr": 0.9,
+        "fooling_rate": 0.91,
+        "loss": "hinge",
+        "target": None,
+        "start": "tiles",
+        "evaluations": 2800,
+        "runs": runs,
+    }
+    text = public.public_section(results, "results/public/toy.json", "../toy")
+    assert "Ceiling: 90.0" in text and "2 runs of 7 momentum" in text and "loss hinge, start tiles; 2800" in text
+    assert "![success rate against K](../toy.png)" in text and "(../toy_perturbations.png)" in text
+    figures.public(results, tmp_path / "toy.png")
+    assert (tmp_path / "toy.png").stat().st_size > 5000
+
+
+def test_one_number_of_steps_has_no_curve(results, tmp_path):
+    figures.public(results, tmp_path / "toy.png")
+    assert not (tmp_path / "toy.png").exists()
+
+
+def test_settings_of_a_grid_have_a_page_of_their_own(results):
+    results["rows"] = [row("sga step=0.4 final=1", 0.5)]
+    text = public.public_section(results, "results/public/grid/toy.json", "../toy")
+    assert "## Settings of baselines on `toy`" in text and "- `sga`" in text

@@ -44,7 +44,7 @@ LOSS = AttackLoss("cross_entropy")
 #: Images that the history is measured on, at most.
 HISTORY_IMAGES = 50
 #: Images of a data-free attack.
-SYNTHETIC_IMAGES = 100
+SYNTHETIC_IMAGES = 30
 #: Numbers folded into the key of a run, beyond those of its steps.
 _KEY_SHOWN, _KEY_SYNTHETIC = 2**32 - 1, 2**32 - 2
 
@@ -118,7 +118,7 @@ def universal_perturbation(
       model: a `lft_jax.models.Classifier` (an adapter makes one of a model of any framework), or a function of images
         `[N, H, W, C]` in [0, 1] that returns *logits* (not probabilities) `[N, classes]`, or one column for two
         classes. Its present weights are attacked, also if it was attacked with others before.
-      images: `[N, H, W, C]` uint8, or floating-point in [0, 1]; None for a data-free attack, on 100 images of
+      images: `[N, H, W, C]` uint8, or floating-point in [0, 1]; None for a data-free attack, on 30 images of
         `lft_jax.tasks.synthetic_images`.
       labels: `[N]` integers from 0, the true classes; None for the classes that the model predicts.
       shape: `(H, W, C)` of the images of a data-free attack; None for the model's `input_shape`.

@@ -48,7 +48,7 @@ class UniversalPerturbation:
         In a data-free attack these are synthetic images with the model's predictions as labels. Their `asr` is their
         fooling rate, and tells little of that on real images.
       constraint: the ball or the penalty.
-      oracle: "gradient" or "query".
+      oracle: "gradient", "query" or "decision".
       steps: the planned number of steps.
       queries: evaluations of the model on one image, also those of a step that an error ended.
       seconds: time that the run took.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 from lft_jax import base
 from lft_jax._deprecation import old_keywords
 from lft_jax._present import grey, is_known, present
-from lft_jax.attack import _checks
+from lft_jax.attack import _checks, _patterns
 from lft_jax.attack._run import Counter, Run, reporter
 from lft_jax.attack._steps import Problem, make_step
 from lft_jax.attack.result import Paused, UniversalPerturbation
@@ -23,6 +23,7 @@ from lft_jax.data import unit_range
 from lft_jax.models import Classifier, as_classifier, on_numpy
 from lft_jax.oracles import ZerothOrder
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
+from lft_jax.tasks.pattern_attack import PatternAttack
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, as_constraint
 from lft_jax.tasks.proxies import Proxies
 from lft_jax.tasks.recipe import (
@@ -36,8 +37,8 @@ from lft_jax.tasks.recipe import (
 )
 from lft_jax.tasks.synthetic import synthetic_images
 
-ORACLES = ("auto", "gradient", "query")
-#: The oracle that is named "query".
+ORACLES = ("auto", "gradient", "query", "decision")
+#: The oracle that is named "query" where an optimizer or a recipe is given.
 QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
 #: The default loss.
 LOSS = AttackLoss("cross_entropy")
@@ -97,7 +98,7 @@ def universal_perturbation(
     target: int | None = None,
     steps: int = 20,
     optimizer: str | optax.GradientTransformation = "uap-linf",
-    oracle: str | ZerothOrder = "auto",
+    oracle: str | ZerothOrder | PatternAttack = "auto",
     recipe: AttackRecipe | None = None,
     start: Float[Array | np.ndarray, "H W C"] | UniversalPerturbation | None = None,
     max_queries: int | None = None,
@@ -130,11 +131,14 @@ def universal_perturbation(
       optimizer: the name of a pretrained rule (`lft_jax.list_pretrained()`), the path of a stored one, or any optax
         transformation.
       oracle: "gradient" differentiates the model; a step costs one query per image or proxy for the gradient, one per
-        jigsaw for its label, and those of the history. "query" or a `ZerothOrder` only evaluates it; a step costs the
-        queries of an estimate, and those of the history. "query" is
-        `ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)`: ten antithetic Rademacher directions per
-        image. "auto" is "gradient" where the model has gradients, else "query". The history costs one query per image
-        and step; of more than 50 images it sees 50, the same in each step, which the key chooses.
+        jigsaw for its label, and those of the history. "query" only evaluates it: without an optimizer and a recipe
+        and in a ball, it is a search among patterns, `lft_jax.PatternAttack()`, for `max_queries` evaluations, or for
+        `1 + 21 * steps` of each image. "decision" is the same for a model of which only the predicted class is used,
+        whatever its scores. Else "query" is `ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)`, ten
+        antithetic Rademacher directions per image: a step of a `ZerothOrder` costs the queries of an estimate, and
+        those of the history. "auto" is "gradient" where the model has gradients, else "query". The history costs one
+        query per image and step, and none in a search; of more than 50 images it sees 50, the same in each step, which
+        the key chooses.
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
         `AttackRecipe`; with exact gradients, for `Proxies` and the second loss that a pretrained rule was meta-trained
         with. The rule "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the
@@ -199,13 +203,21 @@ def universal_perturbation(
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     classifier, estimator = _with_oracle(model, oracle, images, batch_size)
     full_recipe = _as_recipe(recipe, optimizer, estimator, target)
+    patterns = _patterns.pattern_attack(oracle, estimator, optimizer, recipe, constraint)
+    if patterns is not None:
+        evaluations = len(images) * (1 + (QUERY.evaluations + 1) * steps) if max_queries is None else max_queries
+        base.check_at_least("max_queries", evaluations, 2)
+        rows = _patterns.chosen_images(patterns, evaluations, len(images), key)
+        images, labels = images[rows], None if labels is None else np.asarray(labels)[rows]
+        classifier = _patterns.decided(classifier, unit_range(jnp.asarray(images))) if patterns.decision else classifier
     counter = Counter()
     classifier = counter.counting(classifier)
     # A step costs the queries of its oracle, and one for each image of the history.
     cost = step_queries(full_recipe, np.shape(images), 1 if estimator is None else estimator.evaluations)
     cost += min(len(images), HISTORY_IMAGES)
     searched = search_queries(full_recipe, np.shape(images)) if start is None else 0
-    _check_max_queries(max_queries, len(images), searched, cost)
+    if patterns is None:
+        _check_max_queries(max_queries, len(images), searched, cost)
 
     began, x = time.monotonic(), unit_range(jnp.asarray(images))
     clean = classifier(x)
@@ -221,15 +233,26 @@ def universal_perturbation(
     _checks.check_clean(clean, labels, images)
     full_recipe.resolved(resolved_loss(full_recipe), clean.shape[-1])
     support = Batch(x, jnp.asarray(labels, jnp.int32))
-    problem = Problem(support, *_shown(support, clean, key), full_recipe, constraint)
+    shown = (support, clean) if patterns is not None else _shown(support, clean, key)
+    problem = Problem(support, *shown, full_recipe, constraint)
     function = classifier
     if classifier.host is None and estimator is None:
         function = present(classifier.traced(), grey(problem.shown.images), problem.shown.images)
     step = make_step(classifier, function, tx, estimator)
     stopped = start if isinstance(start, UniversalPerturbation) and start.paused is not None else None
     queries = len(x) + searched
-    run = Run(constraint, "gradient" if estimator is None else "query", steps, labelled, synthetic, began, counter)
+    kind = "gradient" if estimator is None else "query"
+    kind = "decision" if patterns is not None and patterns.decision else kind
+    run = Run(constraint, kind, steps, labelled, synthetic, began, counter)
     with run.keeping(), reporter(progress, steps) as report:
+        if patterns is not None:
+            if stopped is not None:
+                start = run.resume(stopped, x, _patterns.as_optimizer(patterns, problem))
+            elif start is not None:
+                start, _ = _start(classifier, problem, key, start, run)
+            attacker = _patterns.Attacker(patterns, classifier, problem, evaluations, steps, max_queries)
+            attacker.take_steps(key, run, start, report, callback)
+            return run.result()
         if stopped is None:
             theta, key = _start(classifier, problem, key, start, run)
             state, done = tx.init(theta), 0
@@ -289,7 +312,7 @@ def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothO
 
     if isinstance(oracle, ZerothOrder):
         return sized(on_numpy(model)), oracle
-    if base.check_name("oracle", oracle, ORACLES) == "query":
+    if isinstance(oracle, PatternAttack) or base.check_name("oracle", oracle, ORACLES) in ("query", "decision"):
         return sized(on_numpy(model)), QUERY
     classifier = sized(as_classifier(model))
     try:

@@ -4,6 +4,7 @@ How the modules fit together::
 
     AttackLoss, Constraint                                   the loss and the bound of a perturbation   `perturbation`
     Augmentation or Proxies, PatternSearch or WaveSearch --AttackRecipe--> oracle, start                `recipe`
+    PatternAttack --model, labels--> a perturbation          an attack by queries alone                 `pattern_attack`
     key --synthetic_images--> images                         support images where there are none        `synthetic`
     images, labels, model --uap_family--> UapFamily          few-shot universal perturbations           `uap`
     SingleImageFamily, SineFamily, ClassificationFamily, QuadraticFamily       other problems, one module each
@@ -13,6 +14,7 @@ A family subclasses `lft_jax.TaskFamily` and implements its six abstract methods
 
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.classification import ClassificationFamily, classification_family
+from lft_jax.tasks.pattern_attack import PatternAttack
 from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.proxies import Proxies
@@ -31,6 +33,7 @@ __all__ = [
     "Batch",
     "ClassificationFamily",
     "Constraint",
+    "PatternAttack",
     "PatternSearch",
     "Proxies",
     "QuadraticFamily",

@@ -221,7 +221,11 @@ def _victim(flags):
     return victim.logits_fn, *(Images.of_arrays(part.images, part.labels) for part in (train, test)), name
 
 
-def _parts(flags, model, images, test):
+#: Images `[N, H, W, C]` and their labels, if they have any.
+_Part = tuple[np.ndarray, np.ndarray | None]
+
+
+def _parts(flags, model, images, test) -> tuple[_Part | None, _Part | None]:
     """Images and labels to attack from, and those to measure on; None for either if there are none."""
     free = bool(flags.shape) or images is None
     if free and (flags.shots is not None or flags.num_images is not None):

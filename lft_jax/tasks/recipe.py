@@ -155,11 +155,11 @@ def search_start(
     """
     if recipe.search is None:
         return theta, 0
-    loss, batch = resolved_loss(recipe), support
+    loss = resolved_loss(recipe)
     if isinstance(recipe.augmentation, Proxies):
         batch = _proxies(logits_fn, support, recipe.augmentation, jax.random.fold_in(key, 2), constraint.scale(theta))
-    elif _is_part(recipe, len(support.labels)):
-        batch = _minibatch(support, recipe.batch, jax.random.fold_in(key, 2))
+    else:
+        batch = _minibatch(support, recipe, jax.random.fold_in(key, 2))
 
     def support_loss(theta):
         losses = loss(logits_fn(perturb(batch.images, theta)), batch.labels)
@@ -183,14 +183,18 @@ def _proxies(logits_fn, support, proxies, key, scale) -> Batch:
     return Batch(images, labels)
 
 
-def _is_part(recipe, count) -> bool:
-    """Whether a step sees only some of `count` support images."""
-    return recipe.batch is not None and recipe.batch < count
+def _batch_size(recipe, count) -> int:
+    """How many of `count` support images a step sees."""
+    return count if recipe.batch is None else min(recipe.batch, count)
 
 
-def _minibatch(support, size, key) -> Batch:
-    """`size` of the support images, at random, and their labels."""
-    rows = jax.random.permutation(key, len(support.labels))[:size]
+def _minibatch(support, recipe, key) -> Batch:
+    """Random support images and their labels; all of them, in their order, if the recipe does not limit them."""
+    count = len(support.labels)
+    size = _batch_size(recipe, count)
+    if size == count:
+        return support
+    rows = jax.random.permutation(key, count)[:size]
     return Batch(support.images[rows], support.labels[rows])
 
 
@@ -212,7 +216,7 @@ def attack_oracle(
     """
 
     images, augmentation = support.images, recipe.augmentation
-    minibatches = _is_part(recipe, len(support.labels))
+    minibatches = _batch_size(recipe, len(support.labels)) < len(support.labels)
 
     def losses(loss, batch):
         return lambda theta: loss(logits_fn(perturb(batch.images, theta)), batch.labels)
@@ -235,7 +239,7 @@ def attack_oracle(
         part = support
         if minibatches:
             key, key_rows = jax.random.split(key)
-            part = _minibatch(support, recipe.batch, key_rows)
+            part = _minibatch(support, recipe, key_rows)
         return part if augmentation is None else part._replace(images=augmentation(part.images, key)), 0
 
     return constrained_oracle(
@@ -252,7 +256,7 @@ def search_queries(recipe: AttackRecipe, shape: tuple[int, ...]) -> int:
         return 0
     if isinstance(recipe.augmentation, Proxies):
         return recipe.augmentation.jigsaws(shape[1:]) + recipe.search.evaluations * recipe.augmentation.size
-    return recipe.search.evaluations * (recipe.batch if _is_part(recipe, shape[0]) else shape[0])
+    return recipe.search.evaluations * _batch_size(recipe, shape[0])
 
 
 def step_queries(recipe: AttackRecipe, shape: tuple[int, ...], evaluations: int = 1) -> int:
@@ -265,7 +269,7 @@ def step_queries(recipe: AttackRecipe, shape: tuple[int, ...], evaluations: int 
     """
     if isinstance(recipe.augmentation, Proxies):
         return recipe.augmentation.jigsaws(shape[1:]) + evaluations * recipe.augmentation.size
-    return evaluations * (recipe.batch if _is_part(recipe, shape[0]) else shape[0])
+    return evaluations * _batch_size(recipe, shape[0])
 
 
 def constrained_oracle(

@@ -280,7 +280,7 @@ def drawn(number: int, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
     patterns, known = np.empty((number, *shape), np.float32), set()
     for i in range(number):
         for attempt in range(_REDRAWN):
-            patterns[i] = _random(KINDS[(i + attempt) % len(KINDS)], shape, rng)
+            patterns[i] = random_pattern(KINDS[(i + attempt) % len(KINDS)], shape, rng)
             packed = np.packbits(patterns[i] > 0).tobytes()
             if packed not in known:
                 break
@@ -288,8 +288,10 @@ def drawn(number: int, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
     return patterns
 
 
-def _random(kind, shape, rng):
-    """A random pattern `[H, W, C]` of a kind."""
+def random_pattern(
+    kind: tuple[int, float, bool], shape: tuple[int, ...], rng: np.random.Generator
+) -> Float[np.ndarray, "H W C"]:
+    """A random pattern `[H, W, C]` of a kind, see `KINDS`."""
     cells, size, grey = kind
     height, width, channels = shape
     depth = 1 if grey else channels

@@ -38,7 +38,8 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         f"unseen images of {about['source']} that are right when clean ({100 * results['clean_accuracy']:.1f}%), in an "
         f"{about['norm']} ball of {255 * about['epsilon']:.3g}/255. All methods have the same draws, and settings that "
         f"are the same for all models. Role of the model: {about['role']}. Differences are paired by draw. Evaluations "
-        f"are of the model on one image. {origin(results, path)}",
+        "are of the model on one image. Seconds are medians over draws, with other programs on the same cores. "
+        f"{origin(results, path)}",
         "",
     ]
     for images, steps in sorted({(row["images"], row["steps"]) for row in rows}):

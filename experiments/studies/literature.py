@@ -302,6 +302,33 @@ FAMILIES: dict[str, tuple[Descent, ...]] = {
 }
 
 
+#: `{family: its frozen setting}`, for all models: the best mean success rate over the choosing models, ResNet-20 and
+#: MobileNet, in 20 steps from ten images. Of each grid, a part was measured, on one draw of the first model, and the best
+#: of these on the second one too: `results/public/grid/`, read by `best`.
+FROZEN = {
+    "uap-sgd": "uap-sgd direction=normalized step=0.4 final=0.1 batches=3",
+    "sga": "sga step=0.8 decay=0.9 final=0.1 batches=3",
+    "df-uap": "df-uap step=1.6 decay=0.5 final=0.1 batches=1",
+    "cosine-uap": "cosine-uap step=0.8 decay=0.5 final=0.1 batches=1",
+    "sign": "sign loss=cross_entropy step=0.8 decay=0.9 final=1",
+    "adam": "adam loss=cross_entropy step=1.6 decay=0.5 final=0.1",
+    "periodic-2": "periodic-2 loss=cross_entropy step=0.8 decay=0.9 final=0.1",
+    "periodic-4": "periodic-4 loss=cross_entropy step=0.8 decay=0.9 final=0.1",
+    "periodic-8": "periodic-8 loss=cross_entropy step=1.6 decay=0.9 final=0.1",
+    "periodic-16": "periodic-16 loss=cross_entropy step=1.6 decay=0.9 final=0.1",
+    "tile": "tile loss=cross_entropy search=1:0:1",
+    "wave": "wave loss=hinge:5 search=0:1:1",
+}
+
+
+def frozen() -> dict[str, Descent]:
+    """The frozen setting of each family, and with `-patterns` at the end of its name from the best pattern."""
+    found = {family: settings(family)[name] for family, name in FROZEN.items()}
+    stepping = {family: method for family, method in found.items() if method.direction != "none"}
+    from_patterns = {f"{name}-patterns": dataclasses.replace(m, search=PatternSearch()) for name, m in stepping.items()}
+    return found | from_patterns
+
+
 def name_of(family: str, method: Descent) -> str:
     """The name of a setting, without commas: the family and what its grid varies."""
     words = [family]

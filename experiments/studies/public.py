@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
     "periods": Attack(periodic_descent(), PROXIES),
     "periods-patterns": Attack(periodic_descent(), PATTERNS),
     "patterns": Attack(optax.set_to_zero(), PATTERNS),
+    **literature.frozen(),
 }
 
 _CEILING = "ceiling"  # its name for --again

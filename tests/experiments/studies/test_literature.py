@@ -1,6 +1,8 @@
 """Methods of the literature: their steps against closed forms and plain loops, their budgets, and their grids."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from lft_jax.tasks.perturbation import Batch
 
 pytestmark = pytest.mark.standard_promotion
 
+GRID = Path(__file__).parents[3] / "results" / "public" / "grid"
 EPSILON = 0.1
 MARGIN = AttackLoss("hinge", kappa=1e3)
 RNG = np.random.default_rng(0)
@@ -160,6 +163,16 @@ def test_the_best_setting_has_the_best_mean_over_files():
     files = [results(0.1, 0.5, 0.9), results(0.6, 0.3)]
     assert literature.best(files, "sign") == [(names[1], pytest.approx(0.4)), (names[0], pytest.approx(0.35))]
     assert literature.best(files, "sign", least=2) == []
+
+
+def test_frozen_settings_are_the_best_ones_on_the_choosing_models():
+    files = [json.loads((GRID / f"{model}.json").read_text(encoding="utf-8")) for model in ("resnet20", "mobilenet025")]
+    assert all(results["about"]["role"] == "choosing" for results in files)
+    for family, name in literature.FROZEN.items():
+        means = dict(literature.best(files, family))
+        assert means[name] == max(means.values()) and len(means) > 1
+    assert set(literature.FROZEN) == set(literature.FAMILIES)
+    assert literature.frozen()["sga-patterns"].search == PatternSearch() and "tile-patterns" not in literature.frozen()
 
 
 @pytest.mark.parametrize(

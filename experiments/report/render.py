@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config
-from experiments.report import figures, public, sections, tables, victims
+from experiments.report import figures, public, queries, sections, tables, victims
 
 
 def _draw_comparison(results, path):
@@ -48,6 +48,7 @@ KINDS = {
     "theory_gap": (sections.theory_section, figures.theory_gap),
     "breadth": (sections.breadth_section, _draw_nothing),
     "public": (public.public_section, figures.public),
+    "public_queries": (queries.queries_section, queries.draw_queries),
     "ablation": (sections.ablation_section, _draw_nothing),
     "directions": (sections.directions_section, _draw_nothing),
     "train_victim": (sections.victim_section, _draw_nothing),

@@ -3,10 +3,10 @@ r"""Attacks by queries alone: success on unseen images against the evaluations m
   python -m experiments.studies.public_queries --model=resnet32 --methods=patterns,decision,tiles --draws=20
 
 Models are the public ones of `experiments.studies.public_models`, and stored victims such as `mnist_small_cnn_1000`.
-Settings were chosen on models whose role is "choosing", nothing on those whose role is "test". All methods have the same
-support images in each draw, and all are judged on the same query images. The results file keeps what is finished: a run
-goes on where another one stopped. Methods that do not depend on the budget make one run, whose best perturbation at
-each budget is judged; the others make one for each.
+Settings were chosen on models whose role is "choosing", nothing on those whose role is "test". All methods have the
+same support images in each draw, and all are judged on the same query images. The results file keeps what is finished:
+a run goes on where another one stopped. Methods that do not depend on the budget make one run, whose best perturbation
+at each budget is judged; the others make one for each.
 """
 
 import dataclasses

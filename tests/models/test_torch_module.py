@@ -233,4 +233,4 @@ def test_a_module_whose_output_is_detached_has_no_gradients():
     model = lft_jax.models.from_torch(Detached())
     with pytest.raises(ValueError, match=r"module has no gradients: .* Pass oracle='query'"):
         lft_jax.universal_perturbation(model, images(), epsilon=0.1, steps=1)
-    assert lft_jax.universal_perturbation(model, images(), epsilon=0.1, steps=1, oracle="query").queries == 6 * 22
+    assert lft_jax.universal_perturbation(model, images(), epsilon=0.1, steps=1, oracle="query").queries <= 6 * 22

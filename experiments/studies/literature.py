@@ -303,8 +303,8 @@ FAMILIES: dict[str, tuple[Descent, ...]] = {
 
 
 #: `{family: its frozen setting}`, for all models: the best mean success rate over the choosing models, ResNet-20 and
-#: MobileNet, in 20 steps from ten images. Of each grid, a part was measured, on one draw of the first model, and the best
-#: of these on the second one too: `results/public/grid/`, read by `best`.
+#: MobileNet, in 20 steps from ten images. Of each grid, a part was measured, on one draw of the first model, and the
+#: best of these on the second one too: `results/public/grid/`, read by `best`.
 FROZEN = {
     "uap-sgd": "uap-sgd direction=normalized step=0.4 final=0.1 batches=3",
     "sga": "sga step=0.8 decay=0.9 final=0.1 batches=3",

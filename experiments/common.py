@@ -41,6 +41,10 @@ class TaskConfig:
       waves: evaluations per support image that search for a better start (`lft_jax.tasks.WaveSearch`), a quarter of
         them on new waves; 0 for no search.
       augment: whether the support images are augmented, re-sampled in each step (`lft_jax.Augmentation`).
+      proxies: whether each step has new images made from parts of the support images instead (`lft_jax.Proxies`).
+      patterns: evaluations per proxy or support image that search tiles and waves for a better start
+        (`lft_jax.PatternSearch`); 0 for no search.
+      radius_factor: see `lft_jax.uap_family`.
     """
 
     ways: int = 10
@@ -61,21 +65,29 @@ class TaskConfig:
     start: str = "zeros"
     waves: int = 0
     augment: bool = True
+    proxies: bool = False
+    patterns: int = 0
+    radius_factor: float = 1.0
 
 
-def search_and_estimator(config: TaskConfig) -> tuple[tasks.WaveSearch | None, oracles.ZerothOrder | None]:
+def search_and_estimator(
+    config: TaskConfig,
+) -> tuple[tasks.WaveSearch | tasks.PatternSearch | None, oracles.ZerothOrder | None]:
     """The search for a start and the gradient estimator: how tasks spend their queries."""
-    waves = tasks.WaveSearch.within(config.waves) if config.waves else None
+    search = tasks.WaveSearch.within(config.waves) if config.waves else None
+    if config.patterns:
+        search = tasks.PatternSearch.within(config.patterns)
     if not config.num_directions:
-        return waves, None
-    return waves, oracles.ZerothOrder(**{name: getattr(config, name) for name in _DIRECTIONS})
+        return search, None
+    return search, oracles.ZerothOrder(**{name: getattr(config, name) for name in _DIRECTIONS})
 
 
 def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
     """The UAP tasks of a stored victim, with images of one split of its source."""
     name = victim.card["source"]
     source = load_source(name, split, data_dir=data_dir)
-    waves, estimator = search_and_estimator(config)
+    search, estimator = search_and_estimator(config)
+    augmentation = tasks.Proxies() if config.proxies else tasks.Augmentation() if config.augment else None
 
     def loss(kind):
         return None if kind == "none" else tasks.AttackLoss(kind, kappa=config.kappa)
@@ -92,11 +104,12 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
         recipe=tasks.AttackRecipe(
             loss=loss(config.support_loss),
             second_loss=loss(config.second_loss),
-            augmentation=tasks.Augmentation() if config.augment else None,
+            augmentation=augmentation,
             start=config.start,
-            search=waves,
+            search=search,
         ),
         estimator=estimator,
+        radius_factor=config.radius_factor,
     )
 
 

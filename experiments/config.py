@@ -66,6 +66,7 @@ class LearnerFlags:
     base_step: float = option(0.8, "Step of the base update, in units of epsilon: below 1 along the sign.")
     base_decay: float = option(0.5, "Momentum of the base update.")
     output_scale: float | None = option(None, "Factor on the output of the rule; its default if not given.")
+    tau: float = option(0.3, "Shape of a step of spectral_lstm: along the sign if small, along the gradient if large.")
     inner_step: float = option(
         0.2, "Step of the PGD of maml, sign_maml and reptile, in units of epsilon; first learning rate of meta_sgd."
     )
@@ -109,7 +110,16 @@ class TaskFlags:
     kappa: float = option(0.0, "Hinge margin, in logits (kappa of Carlini & Wagner).")
     task_start: str = option("zeros", "Initial perturbation of a task.", ("zeros", "random"))
     waves: int = option(0, "Evaluations per support image, 2 or more, that search plane waves for a start; 0 for none.")
+    patterns: int = option(
+        0, "Evaluations per image, 2 or more, that search tiles and waves for a start, instead of --waves; 0 for none."
+    )
     augment: bool = option(True, "Augment the support images by shifts, mixing and noise, re-sampled in each step.")
+    proxies: bool = option(
+        False, "In each step use 30 images made from parts of the support images instead of --augment."
+    )
+    radius_factor: float = option(
+        1.0, "Draw the radius of each task, log-uniform between the radius divided by this factor and multiplied by it."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -74,9 +74,11 @@ def learner_of(flags: Config) -> Learner:
     return getattr(learners, flags.learner)(rule_of(flags), second_order=flags.second_order, **options)
 
 
-def rule_of(flags: Config) -> rules.Rule:
+def rule_of(flags: Config) -> rules.UpdateRule:
     """The update rule that the flags describe."""
     check_name("rule", flags.rule, rules.RULES)
+    if flags.rule == "spectral_lstm":
+        return rules.spectral_lstm(flags.hidden, step=flags.base_step, decay=flags.base_decay, tau=flags.tau)
     options: dict[str, Any] = {"features": flags.features} if flags.features else {}
     if flags.output_scale is not None:
         options["output_scale"] = flags.output_scale
@@ -108,9 +110,13 @@ def check(flags: Config) -> None:
 def _check_effect(flags):
     """Raises a ValueError for a flag that differs from its default and has no effect."""
     learned, es = flags.learner in RULE_LEARNERS, flags.meta_gradient != "backprop"
+    spectral = flags.rule == "spectral_lstm"
     windows = flags.meta_gradient in ("pes", "truncated_es")
     idle = {
         ("rule", "features", "hidden", "layers", "base_update", "output_scale"): (not learned, "learns no update rule"),
+        ("features", "layers", "base_update", "output_scale"): (spectral, "has features and layers of its own"),
+        ("tau",): (not spectral, "has no tau, without --rule=spectral_lstm"),
+        ("waves", "patterns"): (flags.waves > 0 and flags.patterns > 0, "searches for one start"),
         ("base_step", "base_decay"): (not learned or flags.base_update == "none", "has no base update"),
         ("adaptation_steps", "adaptation_rate"): (flags.learner != "adaptive_lft", "does not adapt its weights"),
         ("inner_step",): (learned, "fine-tunes by its own rule"),

@@ -44,6 +44,7 @@ from lft_jax.optimizers import (
     fine_tune_step,
     learned_fine_tuner,
     spatial_lstm,
+    spectral_lstm,
 )
 from lft_jax.oracles import ZerothOrder, zeroth_order_value_and_grad
 from lft_jax.pretrained import list_pretrained, load_pretrained
@@ -102,6 +103,7 @@ __all__ = [
     "meta_trainer",
     "models",
     "spatial_lstm",
+    "spectral_lstm",
     "uap_family",
     "universal_perturbation",
     "zeroth_order_value_and_grad",

@@ -106,6 +106,15 @@ class TaskFamily(abc.ABC):
         """
         return self
 
+    def drawn(self, key: PRNGKeyArray) -> "TaskFamily":
+        """The family of one task, if tasks differ in more than their data: in the radius of a ball, for example.
+
+        The default returns itself. Start, oracle and projection of the task are those of the family that is returned;
+        its data and losses are those of the family itself.
+        """
+        del key
+        return self
+
     @abc.abstractmethod
     def sample(self, key: PRNGKeyArray) -> Episode:
         """Draws the data of one task."""

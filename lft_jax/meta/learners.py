@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from lft_jax import base
 from lft_jax.base import Learner, PyTree, TaskFamily
-from lft_jax.optimizers.rules import Rule
+from lft_jax.optimizers.rules import Rule, UpdateRule
 from lft_jax.optimizers.sampling import learned_sampler
 from lft_jax.optimizers.transform import learned_fine_tuner
 
@@ -29,7 +29,7 @@ def _family_start(params: PyTree, family: TaskFamily, key: jax.Array) -> PyTree:
     return family.init(key)
 
 
-def lft(rule: Rule, *, sampler: Rule | None = None, second_order: bool = False) -> Learner:
+def lft(rule: UpdateRule, *, sampler: Rule | None = None, second_order: bool = False) -> Learner:
     """Learned fine-tuner (LFT): an update rule, trained on the *query* set.
 
     With the rule `m` of weights phi, its state `h`, and the gradient `g_k` of the support loss at `theta_(k-1)`::
@@ -60,7 +60,7 @@ def lft(rule: Rule, *, sampler: Rule | None = None, second_order: bool = False) 
     return _learned_rule("lft", rule, "query", second_order, sampler)
 
 
-def l2o(rule: Rule, *, sampler: Rule | None = None, second_order: bool = False) -> Learner:
+def l2o(rule: UpdateRule, *, sampler: Rule | None = None, second_order: bool = False) -> Learner:
     """Learning to optimize (L2O): an update rule, trained on the *support* set.
 
     As `lft`, with another outer loss: minimize over phi `sum_k w_k f(theta_k; support set)`.
@@ -82,7 +82,9 @@ def l2o(rule: Rule, *, sampler: Rule | None = None, second_order: bool = False) 
     return _learned_rule("l2o", rule, "support", second_order, sampler)
 
 
-def adaptive_lft(rule: Rule, *, steps: int = 5, learning_rate: float = 1e-2, second_order: bool = False) -> Learner:
+def adaptive_lft(
+    rule: UpdateRule, *, steps: int = 5, learning_rate: float = 1e-2, second_order: bool = False
+) -> Learner:
     """An LFT whose own weights adapt to a task, by a few gradient steps, before it fine-tunes (M-L2O).
 
     For each adaptation step the rule fine-tunes once for K steps, and its weights phi descend on the mean support loss
@@ -346,7 +348,7 @@ def _descent_at_rates(params):
     return optax.stateless(lambda grads, theta: jax.tree.map(lambda r, g: -r * g, params["rates"], grads))
 
 
-def joint(rule: Rule, *, second_order: bool = False) -> Learner:
+def joint(rule: UpdateRule, *, second_order: bool = False) -> Learner:
     """An update rule and an initialization, learned together on the query set.
 
     Minimizes over phi and theta_0 `sum_k w_k f(theta_k; query set)`, with the steps of `lft`.

@@ -26,6 +26,7 @@ STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 _WARM_START = 1  # folded into the key of the start, which `learner.start` uses itself
+_DRAWN = 1  # folded into the key of the episode, which `family.sample` uses itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,7 @@ def run_task(
     """
     key_sample, key_start, key_tune = jax.random.split(key, 3)
     episode = family.sample(key_sample)
+    family = family.drawn(jax.random.fold_in(key_sample, _DRAWN))
 
     def tuned(params, key, second_order, part, **options):
         start, queries = _start(learner, params, family, episode, key_start, part)

@@ -3,6 +3,7 @@
 How the pieces compose::
 
     gradient --features--> inputs --Rule (a recurrent network)--> update        `features`, `rules`
+    gradient --frequencies that stand out of noise--> update                    `spectral`
     (params, rule) --learned_fine_tuner--> optax transformation                 `transform`
     optax transformation --learned_sampler, guided--> optax transformation
         that also sets the covariance of the next random directions             `sampling`
@@ -20,12 +21,14 @@ from lft_jax.optimizers.periodic import periodic, periodic_descent, shrink_perio
 from lft_jax.optimizers.rules import (
     MomentumUpdate,
     Rule,
+    UpdateRule,
     coordinate_lstm,
     rule_from_dict,
     rule_to_dict,
     spatial_lstm,
 )
 from lft_jax.optimizers.sampling import guided, learned_sampler
+from lft_jax.optimizers.spectral import SpectralRule, spectral_lstm
 from lft_jax.optimizers.transform import LearnedFineTunerState, learned_fine_tuner
 
 __all__ = [
@@ -34,6 +37,8 @@ __all__ = [
     "Part",
     "Paused",
     "Rule",
+    "SpectralRule",
+    "UpdateRule",
     "adam",
     "adamm",
     "coordinate_lstm",
@@ -51,4 +56,5 @@ __all__ = [
     "sgd",
     "shrink_periods",
     "spatial_lstm",
+    "spectral_lstm",
 ]

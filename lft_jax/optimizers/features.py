@@ -33,6 +33,7 @@ class Signal(NamedTuple):
       progress: `[]`, the fraction of the fine-tuning steps that are done, in [0, 1).
       second: like `grad`, the gradient of the second loss alone, if the loss is a sum of two, or None.
       update: like `grad`, the update that followed from this gradient, or None; only for `learned_sampler`.
+      noise: `[Y, X // 2 + 1]`, the variance of the mean gradient at each frequency (`lft_jax._spectrum`), or None.
     """
 
     grad: jax.Array
@@ -43,6 +44,7 @@ class Signal(NamedTuple):
     progress: jax.Array
     second: jax.Array | None = None
     update: jax.Array | None = None
+    noise: jax.Array | None = None
 
 
 class FeatureSet(NamedTuple):

@@ -20,6 +20,7 @@ from lft_jax._deprecation import renamed
 from lft_jax.base import PyTree
 from lft_jax.optimizers._network import affine, convolution, flat, lstm
 from lft_jax.optimizers.features import FEATURES, Signal, root_mean_square
+from lft_jax.optimizers.spectral import SpectralRule, spectral_lstm
 
 #: Directions of a base update.
 ALONG = ("sign", "gradient")
@@ -310,17 +311,19 @@ def spatial_lstm(
     return Rule(hidden, layers, names, output_scale, base_update, tuple(maps))
 
 
-RULES = {"coordinate_lstm": coordinate_lstm, "spatial_lstm": spatial_lstm}
+RULES = {"coordinate_lstm": coordinate_lstm, "spatial_lstm": spatial_lstm, "spectral_lstm": spectral_lstm}
+#: What `lft_jax.learned_fine_tuner` takes.
+UpdateRule = Rule | SpectralRule
 
 
-def rule_to_dict(rule: Rule) -> dict[str, Any]:
+def rule_to_dict(rule: UpdateRule) -> dict[str, Any]:
     """Describes a rule by values that JSON can hold, for configurations and model cards.
 
     Args:
       rule: the rule.
 
     Returns:
-      The fields of `Rule`, and those of its base update.
+      The fields of the rule, with those of its base update. Those of a `SpectralRule` are under "spectral".
 
     Examples:
       >>> description = rule_to_dict(coordinate_lstm(hidden=4))
@@ -329,28 +332,28 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
       >>> rule_from_dict(description) == coordinate_lstm(hidden=4)
       True
     """
-    return dataclasses.asdict(rule)
+    fields = dataclasses.asdict(rule)
+    return {"spectral": fields} if isinstance(rule, SpectralRule) else fields
 
 
-def rule_from_dict(description: dict[str, Any]) -> Rule:
+def rule_from_dict(description: dict[str, Any]) -> UpdateRule:
     """Builds the rule that `rule_to_dict` described.
 
     Args:
-      description: the fields of a `Rule`. Files from before version 0.2 have "start" for "base_update".
+      description: what `rule_to_dict` returns. Files from before version 0.2 have "start" for "base_update".
 
     Returns:
       The rule.
 
     Raises:
-      ValueError: for unknown or missing fields, or values that `Rule` does not accept.
+      ValueError: for unknown or missing fields, or values that the rule does not accept.
     """
+    if description.keys() == {"spectral"}:
+        return SpectralRule(**_known_fields(SpectralRule, description["spectral"]))
     described = dict(description)
     if "start" in described and "base_update" not in described:
         described["base_update"] = described.pop("start")
-    known = {field.name for field in dataclasses.fields(Rule)}
-    if described.keys() != known:
-        raise ValueError(f"the fields of a rule are {sorted(known)}, got {sorted(description)}.")
-    base_update = described["base_update"]
+    base_update = _known_fields(Rule, described)["base_update"]
     if base_update:
         known = {field.name for field in dataclasses.fields(MomentumUpdate)}
         if not base_update.keys() <= known:
@@ -359,3 +362,11 @@ def rule_from_dict(description: dict[str, Any]) -> Rule:
     lists = {name: tuple(described[name]) for name in ("features", "maps")}  # JSON has no tuples
     fields: dict[str, Any] = {**described, **lists, "base_update": base_update}
     return Rule(**fields)
+
+
+def _known_fields(kind, described):
+    """`described`, if its names are those of the fields of a rule."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    if described.keys() != known:
+        raise ValueError(f"the fields of a {kind.__name__} are {sorted(known)}, got {sorted(described)}.")
+    return described

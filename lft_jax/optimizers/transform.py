@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from lft_jax import base
 from lft_jax.base import PyTree
 from lft_jax.optimizers.features import Signal
-from lft_jax.optimizers.rules import Rule
+from lft_jax.optimizers.rules import UpdateRule
 
 #: Dtypes of arrays that are no parameters: they have no gradient.
 _WITHOUT_GRADIENT = (jnp.integer, jnp.bool_, jax.dtypes.prng_key)
@@ -30,7 +30,7 @@ class LearnedFineTunerState(NamedTuple):
 
 
 def learned_fine_tuner(
-    params: PyTree, rule: Rule, *, scale: float | Float[Array, ""] | optax.Schedule = 1.0
+    params: PyTree, rule: UpdateRule, *, scale: float | Float[Array, ""] | optax.Schedule = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     """Turns a meta-learned update rule into an optax transformation, in place of `optax.adam(...)` for example.
 
@@ -117,7 +117,7 @@ def learned_fine_tuner(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def initial_states(rule: Rule, params: PyTree, *, integers: bool = False) -> list[PyTree]:
+def initial_states(rule: UpdateRule, params: PyTree, *, integers: bool = False) -> list[PyTree]:
     """The rule's state for each floating-point leaf of `params`. Raises a ValueError for other leaves.
 
     With `integers`, arrays that have no gradient (integers, booleans, PRNG keys) are left out.
@@ -147,11 +147,12 @@ def leaf_signals(
     second: PyTree = None,
     progress: float | Float[Array, ""] = 0.0,
     update: PyTree = None,
+    noise: PyTree = None,
     **ignored: Any,
 ) -> list[Signal]:
     """The `Signal` of each leaf, from the arguments of an optax `update`. Unknown arguments are ignored."""
     leaves = jax.tree.leaves(grads)
-    trees = {"params": params, "spread": spread, "context": context, "second": second, "update": update}
+    trees = {"params": params, "spread": spread, "context": context, "second": second, "update": update, "noise": noise}
     columns = {name: _leaves_like(name, tree, grads) for name, tree in trees.items()}
     signals = []
     for number, grad in enumerate(leaves):
@@ -174,6 +175,7 @@ def leaf_signals(
                 progress=cast(progress),
                 second=column("second"),
                 update=column("update"),
+                noise=column("noise"),
             )
         )
     return signals

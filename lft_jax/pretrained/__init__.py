@@ -22,7 +22,7 @@ import optax
 
 from lft_jax import base
 from lft_jax._files import read_arrays, save_arrays
-from lft_jax.optimizers.rules import Rule, rule_from_dict, rule_to_dict
+from lft_jax.optimizers.rules import UpdateRule, rule_from_dict, rule_to_dict
 from lft_jax.optimizers.transform import learned_fine_tuner
 
 __all__ = ["list_pretrained", "load_fine_tuner", "load_pretrained", "pretrained_card", "save_rule"]
@@ -41,7 +41,7 @@ def list_pretrained() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.safetensors"))
 
 
-def load_pretrained(name: str) -> tuple[PyTree, Rule]:
+def load_pretrained(name: str) -> tuple[PyTree, UpdateRule]:
     """Loads the parameters of a stored rule, and the rule itself.
 
     Args:
@@ -112,7 +112,7 @@ def pretrained_card(name: str) -> dict[str, Any]:
         raise ValueError(f"name: the card {path} of {name!r} cannot be read ({error}).") from error
 
 
-def save_rule(path: str | os.PathLike[str], params: PyTree, rule: Rule, card: Mapping[str, Any]) -> None:
+def save_rule(path: str | os.PathLike[str], params: PyTree, rule: UpdateRule, card: Mapping[str, Any]) -> None:
     """Stores a rule: its parameters as a `.safetensors` file, and its card as a `.json` file of the same stem.
 
     Args:

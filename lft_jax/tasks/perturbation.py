@@ -235,7 +235,7 @@ class Constraint:
     """
 
     norm: str = dataclasses.field(default="linf", metadata={"static": True})
-    epsilon: float | None = None
+    epsilon: float | jax.Array | None = None
     penalty: float | None = None
 
     def check(self) -> "Constraint":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lft_jax import _periods, base, oracles
+from lft_jax import _periods, _spectrum, base, oracles
 from lft_jax._deprecation import renamed_fields
 from lft_jax.base import Estimate, Oracle
 from lft_jax.tasks.augmentation import Augmentation
@@ -230,7 +230,10 @@ def attack_oracle(
             losses(recipe.loss, batch),
             num_examples=num_examples,
             second_losses=second,
-            summarize=lambda copies: {"periods": _periods.summarized(copies)},
+            summarize=lambda copies: {
+                "periods": _periods.summarized(copies),
+                "noise": _spectrum.noise_of_mean(copies),
+            },
         )
 
     def draw(key, scale):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
+from lft_jax import base
 from lft_jax._deprecation import old_keywords, renamed
 from lft_jax._present import as_partial, refreshed
 from lft_jax.base import Episode, Oracle, TaskFamily
@@ -56,6 +57,8 @@ class UapFamily(TaskFamily):
       size: numbers of classes, support and query images of a task.
       estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`, such as
         `lft_jax.ZerothOrder()`.
+      radius_factor: each task has a radius of its own, log-uniform between that of the ball divided by this factor and
+        multiplied by it; 1 for the same radius.
     """
 
     images: jax.Array
@@ -68,6 +71,7 @@ class UapFamily(TaskFamily):
     recipe: AttackRecipe
     size: TaskSize = dataclasses.field(metadata=_STATIC)
     estimator: Callable[..., Oracle] | None = dataclasses.field(default=None, metadata=_STATIC)
+    radius_factor: float = dataclasses.field(default=1.0, metadata=_STATIC)
 
     @renamed(waves="search")
     def with_recipe(self, **changes: Any) -> "UapFamily":
@@ -89,6 +93,14 @@ class UapFamily(TaskFamily):
     def refreshed(self) -> "UapFamily":
         """The family with the present weights of its victim, if these are no arguments of `logits_fn`."""
         return dataclasses.replace(self, logits_fn=refreshed(self.logits_fn))
+
+    def drawn(self, key: PRNGKeyArray) -> "UapFamily":
+        """The family with a random radius; see `radius_factor`."""
+        if self.radius_factor == 1:
+            return self
+        exponent = jax.random.uniform(key, (), jnp.float32, -1, 1)
+        epsilon = jnp.asarray(self.constraint.epsilon, jnp.float32) * self.radius_factor**exponent
+        return dataclasses.replace(self, constraint=dataclasses.replace(self.constraint, epsilon=epsilon))
 
     def sample(self, key: PRNGKeyArray) -> Episode:
         """Draws classes, then disjoint support and query images of each; both sets are a `Batch`."""
@@ -215,6 +227,7 @@ def uap_family(
     loss: str | AttackLoss = "hinge",
     recipe: AttackRecipe = PLAIN,
     estimator: Callable[..., Oracle] | None = None,
+    radius_factor: float = 1.0,
 ) -> UapFamily:
     """A family of UAP tasks against one victim; see `UapFamily`.
 
@@ -236,6 +249,8 @@ def uap_family(
         the objective, without augmentation, from a start of zeros.
       estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`, such as
         `lft_jax.ZerothOrder()`.
+      radius_factor: each task has a radius of its own, log-uniform between `epsilon / radius_factor` and `epsilon *
+        radius_factor`; at least 1, and 1 without a ball. For meta-training: a rule then serves these radii.
 
     Returns:
       The family, a pytree.
@@ -259,6 +274,9 @@ def uap_family(
     """
     size = TaskSize(ways, shots, query_shots)
     constraint = as_constraint(norm, epsilon, constraint)
+    base.check_at_least("radius_factor", radius_factor, 1)
+    if constraint.epsilon is None and radius_factor != 1:
+        raise ValueError(f"radius_factor: a penalty has no radius; leave it out, got {radius_factor!r}.")
     objective = as_attack_loss(loss)
     if recipe.second_loss is not None and estimator is not None:
         raise ValueError("second_loss: a zeroth-order estimator takes only one loss; leave one of the two out.")
@@ -286,6 +304,7 @@ def uap_family(
         recipe=recipe,
         size=size,
         estimator=estimator,
+        radius_factor=float(radius_factor),
     )
 
 

@@ -285,7 +285,7 @@ def test_initial_weights():
         (lambda: MomentumUpdate(decay=float("nan")), "MomentumUpdate.decay"),
         (
             lambda: rules.rule_from_dict({"hidden": 4}),
-            r"the fields of a rule are \['base_update', 'features', 'hidden'",
+            r"the fields of a Rule are \['base_update', 'features', 'hidden'",
         ),
     ],
 )
@@ -309,7 +309,7 @@ def test_stored_base_updates_without_a_direction_are_along_the_sign():
     description = rules.rule_to_dict(rule)
     del description["base_update"]
     assert rules.rule_from_dict({**description, "start": {"step": 0.4, "decay": 0.7}}) == rule
-    with pytest.raises(ValueError, match="fields of a rule are"):
+    with pytest.raises(ValueError, match="fields of a Rule are"):
         rules.rule_from_dict({**rules.rule_to_dict(rule), "start": None})
     with pytest.raises(ValueError, match=r"fields of a base_update are .* got \['stride'\]"):
         rules.rule_from_dict({**description, "start": {"stride": 0.4}})

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from lft_jax import Augmentation, WaveSearch, oracles
+from lft_jax.meta import learners
+from lft_jax.meta.outer_loss import run_task
+from lft_jax.optimizers import projected_gradient
 from lft_jax.tasks.perturbation import AttackLoss, Constraint, perturb
 from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.uap import attack_metrics, uap_family
@@ -341,3 +344,25 @@ def test_the_recipe_of_a_family_is_changed_with_checks():
         family.with_recipe(loss="hinges")
     with pytest.raises(ValueError, match="second_loss: a zeroth-order estimator takes only one loss"):
         dataclasses.replace(family, estimator=oracles.ZerothOrder(2)).with_recipe(second_loss="dominant")
+
+
+def test_each_task_has_a_radius_of_its_own():
+    family = build(epsilon=0.1, radius_factor=2.0)
+    radii = np.asarray(jax.vmap(lambda key: family.drawn(key).constraint.epsilon)(jax.random.split(KEYS[0], 300)))
+    assert radii.min() >= 0.05 and radii.max() <= 0.2
+    exponents = np.log2(radii / 0.1)  # uniform over [-1, 1]: mean 0, variance 1/3
+    np.testing.assert_allclose((exponents.mean(), exponents.var()), (0, 1 / 3), atol=0.1)
+    assert build(epsilon=0.1).drawn(KEYS[0]).constraint.epsilon == 0.1
+
+    learner, start = learners.maml(projected_gradient(5.0)), jnp.zeros((4, 4, 1))
+    run = jax.jit(lambda key: run_task(learner, start, family, key, num_steps=1)[1].thetas)
+    reached = np.asarray([np.max(np.abs(run(key))) for key in KEYS[:20]])
+    reached = reached[reached > 0]  # where the support images are not all misclassified already
+    assert 0.05 <= reached.min() < 0.08 and 0.12 < reached.max() <= 0.2001
+
+
+def test_a_radius_that_cannot_be_drawn():
+    with pytest.raises(ValueError, match=r"radius_factor must be at least 1, got 0\.5"):
+        build(radius_factor=0.5)
+    with pytest.raises(ValueError, match="radius_factor: a penalty has no radius"):
+        build(norm="l1", penalty=0.1, epsilon=None, radius_factor=2.0)

@@ -177,9 +177,31 @@ _VICTIMS = tuple(
     for name in (*(f"small_cnn_{seed}" for seed in range(4)), "lenet_4", "lenet_5")
 )
 _SHIPPED = {"victims": _VICTIMS, "meta_steps": 150, "validation_tasks": 0}
+# Networks of the kinds that users have, with batch norm and residual connections, from two sources.
+_DEEP_VICTIMS = (
+    *(f"victims/cifar10_{name}" for name in ("resnet14_0", "resnet20_0", "resnet20_adversarial_0")),
+    *(f"victims/cifar10_{name}" for name in ("mobilenet_0", "mobilenet_1", "vit_0", "small_cnn_0")),
+    *(f"victims/mnist_{name}" for name in ("resnet20_0", "mobilenet_0", "small_cnn_0")),
+)
 #: Settings by which the shipped rules were meta-trained (except their seeds): `--preset=uap_linf --workdir=...`.
 PRESETS = {
-    "uap_linf": _SHIPPED,
+    "spatial_linf": _SHIPPED,
+    # Radii from half to twice the customary ones, starts among patterns, and few steps, which are the costly part.
+    "uap_linf": {
+        "victims": _DEEP_VICTIMS,
+        "rule": "spectral_lstm",
+        "hidden": 8,
+        "base_decay": 0.9,
+        "epsilon": ("cifar10=0.0314", "mnist=0.2"),
+        "radius_factor": 2.0,
+        "proxies": True,
+        "patterns": 25,
+        "query_shots": 4,
+        "num_steps": 12,
+        "step_weights": "linear",
+        "meta_steps": 60,
+        "validation_tasks": 0,
+    },
     "uap_l2": {**_SHIPPED, "norm": "l2"},
     # The tasks of arXiv 2009.13714: two classes, two images per class, hinge, a penalty on the l1 norm. Margin, base
     # step and step weights were chosen on meta-validation victims: without a margin the norm outweighs success.

@@ -94,7 +94,7 @@ def _preset(name, *others):
     return {k: v for k, v in config.PRESETS[name].items() if k not in ("victims", *others)}
 
 
-_META = _preset("uap_linf")
+_META = _preset("spatial_linf")
 # A learned initialization replaces the search for a start. Its evaluations go to directions: 400 in total, as
 # for the other methods.
 _NO_SEARCH = {"waves": 0, "num_directions": 10}

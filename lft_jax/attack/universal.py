@@ -24,6 +24,7 @@ from lft_jax.models import Classifier, as_classifier, on_numpy
 from lft_jax.oracles import ZerothOrder
 from lft_jax.pretrained import load_fine_tuner, pretrained_card
 from lft_jax.tasks.pattern_attack import PatternAttack
+from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, as_constraint
 from lft_jax.tasks.proxies import Proxies
 from lft_jax.tasks.recipe import (
@@ -40,6 +41,8 @@ from lft_jax.tasks.synthetic import synthetic_images
 ORACLES = ("auto", "gradient", "query", "decision")
 #: The oracle that is named "query" where an optimizer or a recipe is given.
 QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
+#: The search for a start with exact gradients in a ball: 65 patterns on 12 proxies.
+SEARCH = PatternSearch(tiles=12, waves=12, refinements=40)
 #: The default loss.
 LOSS = AttackLoss("cross_entropy")
 #: Images that the history is measured on, at most.
@@ -140,9 +143,10 @@ def universal_perturbation(
         query per image and step, and none in a search; of more than 50 images it sees 50, the same in each step, which
         the key chooses.
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
-        `AttackRecipe`; with exact gradients, for `Proxies` and the second loss that a pretrained rule was meta-trained
-        with. The rule "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the
-        default loss.
+        `AttackRecipe`; with exact gradients, for `Proxies`, the second loss that a pretrained rule was meta-trained
+        with and, in a ball, a start among `PatternSearch(tiles=12, waves=12, refinements=40)` (788 queries; left out if
+        `max_queries` is too small for it and a step). The rule "uap-l1" was meta-trained with
+        `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
       start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
         it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
         again); `steps` and `max_queries` count those before. A finished one is a start like an array.
@@ -202,7 +206,7 @@ def universal_perturbation(
     constraint = as_constraint(norm, epsilon, constraint)
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     classifier, estimator = _with_oracle(model, oracle, images, batch_size)
-    full_recipe = _as_recipe(recipe, optimizer, estimator, target)
+    full_recipe = _as_recipe(recipe, optimizer, estimator, target, constraint)
     patterns = _patterns.pattern_attack(oracle, estimator, optimizer, recipe, constraint)
     if patterns is not None:
         evaluations = len(images) * (1 + (QUERY.evaluations + 1) * steps) if max_queries is None else max_queries
@@ -216,6 +220,8 @@ def universal_perturbation(
     cost = step_queries(full_recipe, np.shape(images), 1 if estimator is None else estimator.evaluations)
     cost += min(len(images), HISTORY_IMAGES)
     searched = search_queries(full_recipe, np.shape(images)) if start is None else 0
+    if recipe is None and max_queries is not None and max_queries < len(images) + searched + cost:
+        full_recipe, searched = dataclasses.replace(full_recipe, search=None), 0
     if patterns is None:
         _check_max_queries(max_queries, len(images), searched, cost)
 
@@ -334,12 +340,13 @@ def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothO
     return classifier, None
 
 
-def _as_recipe(recipe, optimizer, estimator, target) -> AttackRecipe:
+def _as_recipe(recipe, optimizer, estimator, target, constraint) -> AttackRecipe:
     """The recipe, or the default one, with its losses resolved and checked against the oracle and the target."""
     if recipe is None:
         recipe = AttackRecipe()
         if estimator is None:
-            recipe = AttackRecipe(second_loss=_stored_with(optimizer, target), augmentation=Proxies())
+            second, search = _stored_with(optimizer, target), None if constraint.epsilon is None else SEARCH
+            recipe = AttackRecipe(second_loss=second, augmentation=Proxies(), search=search)
     loss = as_attack_loss(LOSS if recipe.loss is None else recipe.loss, target=target)
     if target is not None:
         if loss.target not in (None, target):

@@ -19,6 +19,7 @@ from lft_jax.tasks.waves import WaveSearch
 
 STARTS = ("zeros", "random")
 _STATIC = {"static": True}
+_SEARCHED = 12  # proxies that a search evaluates patterns on
 
 #: Images `[N, H, W, C]` in [0, 1] -> logits `[N, classes]`.
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -157,7 +158,8 @@ def search_start(
         return theta, 0
     loss = resolved_loss(recipe)
     if isinstance(recipe.augmentation, Proxies):
-        batch = _proxies(logits_fn, support, recipe.augmentation, jax.random.fold_in(key, 2), constraint.scale(theta))
+        few = _searched(recipe.augmentation)
+        batch = _proxies(logits_fn, support, few, jax.random.fold_in(key, 2), constraint.scale(theta))
     else:
         batch = _minibatch(support, recipe, jax.random.fold_in(key, 2))
 
@@ -170,6 +172,11 @@ def search_start(
 
     best = recipe.search(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
     return best, search_queries(recipe, support.images.shape)
+
+
+def _searched(proxies):
+    """The proxies that patterns are tried on: a few, since they only have to rank patterns."""
+    return dataclasses.replace(proxies, size=min(proxies.size, _SEARCHED))
 
 
 def _proxies(logits_fn, support, proxies, key, scale) -> Batch:
@@ -258,7 +265,8 @@ def search_queries(recipe: AttackRecipe, shape: tuple[int, ...]) -> int:
     if recipe.search is None:
         return 0
     if isinstance(recipe.augmentation, Proxies):
-        return recipe.augmentation.jigsaws(shape[1:]) + recipe.search.evaluations * recipe.augmentation.size
+        few = _searched(recipe.augmentation)
+        return few.jigsaws(shape[1:]) + recipe.search.evaluations * few.size
     return recipe.search.evaluations * _batch_size(recipe, shape[0])
 
 

@@ -21,6 +21,7 @@ from lft_jax import (
     universal_perturbation,
 )
 from lft_jax.attack import QUERY, _steps, stored_second_loss
+from lft_jax.attack.universal import SEARCH
 from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.pretrained import save_rule
 from lft_jax.tasks.perturbation import perturb
@@ -262,8 +263,9 @@ def test_a_stored_rule_uses_the_second_loss_of_its_meta_training(tmp_path):
     rule = coordinate_lstm(3, 1, features=("momentum", "second"), base_update=MomentumUpdate(0.3))
     params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
     save_rule(path, params, rule, {"meta_training": {"second_loss": "dominant"}})
-    found, one = run(optimizer=path, recipe=None), run(optimizer=path, recipe=PROXIES)
-    recipe = dataclasses.replace(PROXIES, second_loss=AttackLoss("dominant"))
+    default = dataclasses.replace(PROXIES, search=SEARCH)
+    found, one = run(optimizer=path, recipe=None), run(optimizer=path, recipe=default)
+    recipe = dataclasses.replace(default, second_loss=AttackLoss("dominant"))
     expected = run(optimizer=learned_fine_tuner(params, rule), recipe=recipe)
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
     assert not np.array_equal(found.perturbation, one.perturbation)
@@ -275,6 +277,21 @@ def test_a_stored_rule_uses_the_second_loss_of_its_meta_training(tmp_path):
     save_rule(path, params, rule, {"meta_training": {"second_loss": "hinge", "kappa": 5.0}})
     np.testing.assert_array_equal(run(optimizer=path, **options).perturbation, without)  # a query oracle takes one loss
     assert stored_second_loss(path, 1) == AttackLoss("hinge", 5.0, target=1)
+
+
+def test_the_default_search_is_left_out_where_it_does_not_fit():
+    searching = dataclasses.replace(PROXIES, search=SEARCH)
+    full = run(recipe=None, steps=1)
+    np.testing.assert_array_equal(full.perturbation, run(recipe=searching, steps=1).perturbation)
+    least = full.queries
+    assert run(recipe=None, steps=1, max_queries=least).queries == least
+    without = run(recipe=None, steps=1, max_queries=least - 1)
+    np.testing.assert_array_equal(without.perturbation, run(recipe=PROXIES, steps=1).perturbation)
+    assert without.queries == least - SEARCH.evaluations * 12  # images of this size have no jigsaws
+    with pytest.raises(ValueError, match="for the search of a start"):
+        run(recipe=searching, steps=1, max_queries=least - 1)
+    penalty = {"constraint": Constraint("l1", penalty=0.1), "epsilon": None}
+    assert run(recipe=None, steps=1, **penalty).queries == without.queries
 
 
 def test_the_same_victim_and_optimizer_do_not_compile_again():

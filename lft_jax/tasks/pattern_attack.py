@@ -69,7 +69,7 @@ class PatternAttack:
     of the winner, one at a time. A change is tried on two fifths of the images first, and on the others only if it does
     not raise the loss there; it is kept if it does not raise it on all. First these are the signs of the cells of a 4x4
     tile, wherever it repeats, one after the other, in one channel or in all. When no cell is left whose change lowers
-    the loss, rectangles get one sign, smaller ones with time.
+    the loss, rectangles get one sign, smaller ones with time. Of decisions, changes must lower the loss both times.
 
     The loss of changes is a smooth share of images that are not fooled: the mean of `sigmoid(margin / temperature)`,
     where the margin is the logit of the true class minus the largest other one, or the largest other one minus that of
@@ -235,7 +235,7 @@ class PatternAttack:
         progress: float,
         target: int | None = None,
     ) -> tuple[Found, int]:
-        """Tries one change, and keeps it unless it raises the loss.
+        """Tries one change, and keeps it unless it raises the loss; of decisions, only if it lowers it.
 
         Args:
           found: the best pattern so far.
@@ -263,7 +263,8 @@ class PatternAttack:
             losses[rows] = self.losses(logits[rows], labels[rows], target)
             spent += len(rows)
             tried = order[:spent]
-            if not np.mean(losses[tried]) <= np.mean(old[tried]) + _SAME:  # also if it is NaN
+            allowed = -_SAME if self.decision else _SAME  # of decisions, ties say nothing, and would drift
+            if not np.mean(losses[tried]) <= np.mean(old[tried]) + allowed:  # also if it is NaN
                 return before, spent
         found = before._replace(pattern=pattern, logits=logits, loss=np.float32(np.mean(losses)))
         return found if np.mean(losses) >= np.mean(old) - _SAME else found._replace(idle=np.asarray(0, np.int32)), spent

@@ -35,7 +35,7 @@ def test_the_readme_runs_and_prints_what_it_says():
 
 @pytest.mark.standard_promotion
 def test_attacks_of_the_docs_run():
-    printed, names = run_blocks("docs/attack.md", 3)
+    printed, names = run_blocks("docs/attack.md", 4)
     given, without = (float(line) for line in printed.splitlines()[:2])
     assert 0.1 < given <= 1 and 0.1 < without <= 1
     assert names["result"].history["queries"][-1] <= 2000

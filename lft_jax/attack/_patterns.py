@@ -57,7 +57,10 @@ def as_optimizer(attack: PatternAttack, problem: Problem) -> optax.GradientTrans
     def never(updates, state, params=None):
         raise NotImplementedError
 
-    return optax.GradientTransformation(lambda theta: attack.start(theta.shape, count, classes), never)
+    def init(params: Any) -> Any:
+        return attack.start(params.shape, count, classes)
+
+    return optax.GradientTransformation(init, never)
 
 
 class Attacker:
@@ -95,14 +98,15 @@ class Attacker:
           start: None for a race; a perturbation `[H, W, C]` to change; or the `Paused` of a run that stopped.
           report, callback: called with each entry of the history, and `step`; the run ends if `callback` returns True.
         """
-        count, found, done = len(self.labels), None, 0
+        count, given, done = len(self.labels), None, 0
+        found = self.attack.start(self.size.shape, *self.problem.clean.shape)
         left, repeated = self.evaluations - count, 0
         rounds = [(1, count)]  # of a given start
         if isinstance(start, Paused):
             # The clean images were evaluated again.
             self.size, found, done, repeated = np.abs(np.asarray(start.theta)), start.state, start.done, count
         elif start is not None:
-            found, self.size = np.asarray(start), np.abs(np.asarray(start))
+            given, self.size = np.asarray(start), np.abs(np.asarray(start))
         if start is None or isinstance(start, Paused):
             rounds = self.attack.rounds(left, count)
         before = count + race_evaluations(rounds)
@@ -111,7 +115,7 @@ class Attacker:
         for k in range(done, self.steps):
             rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(key, k))).ravel())
             if k == 0:
-                found = self._first(found, rounds, rng, lambda pattern, loss: run.see(pattern * self.size, 0.0, loss))
+                found = self._first(given, rounds, rng, lambda pattern, loss: run.see(pattern * self.size, 0.0, loss))
             end = before + repeated + changes * (k + 1) // self.steps
             while queries < end and queries + count <= last:
                 progress = (queries - repeated - before) / changes

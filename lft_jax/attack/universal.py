@@ -208,6 +208,7 @@ def universal_perturbation(
     classifier, estimator = _with_oracle(model, oracle, images, batch_size)
     full_recipe = _as_recipe(recipe, optimizer, estimator, target, constraint)
     patterns = _patterns.pattern_attack(oracle, estimator, optimizer, recipe, constraint)
+    evaluations = 0
     if patterns is not None:
         evaluations = len(images) * (1 + (QUERY.evaluations + 1) * steps) if max_queries is None else max_queries
         base.check_at_least("max_queries", evaluations, 2)
@@ -252,12 +253,13 @@ def universal_perturbation(
     run = Run(constraint, kind, steps, labelled, synthetic, began, counter)
     with run.keeping(), reporter(progress, steps) as report:
         if patterns is not None:
+            begin = None
             if stopped is not None:
-                start = run.resume(stopped, x, _patterns.as_optimizer(patterns, problem))
+                begin = run.resume(stopped, x, _patterns.as_optimizer(patterns, problem))
             elif start is not None:
-                start, _ = _start(classifier, problem, key, start, run)
+                begin, _ = _start(classifier, problem, key, start, run)
             attacker = _patterns.Attacker(patterns, classifier, problem, evaluations, steps, max_queries)
-            attacker.take_steps(key, run, start, report, callback)
+            attacker.take_steps(key, run, begin, report, callback)
             return run.result()
         if stopped is None:
             theta, key = _start(classifier, problem, key, start, run)

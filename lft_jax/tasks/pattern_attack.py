@@ -53,7 +53,7 @@ class Found(NamedTuple):
 
     pattern: np.ndarray
     logits: np.ndarray
-    loss: np.ndarray
+    loss: np.ndarray | np.floating
     order: np.ndarray
     turn: np.ndarray
     idle: np.ndarray
@@ -200,12 +200,13 @@ class PatternAttack:
           watch: called after each round with its best pattern and the mean loss of that; or None.
         """
         patterns, order = drawn(rounds[0][0], shape, rng), rng.permutation(len(labels))
-        logits, totals, left, seen = None, np.zeros(len(patterns)), np.arange(len(patterns)), 0
+        totals, left, seen, best = np.zeros(len(patterns)), np.arange(len(patterns)), 0, 0
+        logits = np.zeros((len(patterns), len(labels), 0), np.float32)
         for count, images in rounds:
             left = left[np.argsort(totals[left], kind="stable")][:count]
             rows = order[seen:images]
             new = ask(patterns[left], rows)
-            if logits is None:
+            if not seen:
                 logits = np.zeros((len(patterns), len(labels), new.shape[-1]), new.dtype)
             logits[np.ix_(left, rows)] = new
             totals[left] += self._ranks(new, np.broadcast_to(labels[rows], new.shape[:2]), target).sum(1)
@@ -297,7 +298,7 @@ def random_pattern(
     height, width, channels = shape
     depth = 1 if grey else channels
     if cells:
-        tile = rng.choice(np.float32([-1, 1]), (cells, cells, depth))
+        tile = rng.choice(np.asarray([-1, 1], np.float32), (cells, cells, depth))
         found = tile[np.arange(height) // size % cells][:, np.arange(width) // size % cells]
     else:
         down, across = rng.uniform([0, -size], [size, size])
@@ -319,6 +320,6 @@ def _with_rectangle(pattern, rng, progress):
     largest = max(2.0, height * (0.5 * (1 - progress) ** 1.5 + 0.06))
     tall, wide = np.rint(np.exp(rng.uniform(0, np.log(largest), 2))).astype(int)
     top, left = rng.integers(1 - tall, height), rng.integers(1 - wide, width)
-    sign = rng.choice(np.float32([-1, 1]), 1 if rng.random() < 0.5 else channels)
+    sign = rng.choice(np.asarray([-1, 1], np.float32), 1 if rng.random() < 0.5 else channels)
     pattern[max(top, 0) : top + tall, max(left, 0) : left + wide] = sign
     return pattern

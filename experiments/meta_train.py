@@ -116,6 +116,7 @@ def _check_effect(flags):
         ("rule", "features", "hidden", "layers", "base_update", "output_scale"): (not learned, "learns no update rule"),
         ("features", "layers", "base_update", "output_scale"): (spectral, "has features and layers of its own"),
         ("tau",): (not spectral, "has no tau, without --rule=spectral_lstm"),
+        ("augment",): (flags.proxies, "uses proxies instead"),
         ("waves", "patterns"): (flags.waves > 0 and flags.patterns > 0, "searches for one start"),
         ("base_step", "base_decay"): (not learned or flags.base_update == "none", "has no base update"),
         ("adaptation_steps", "adaptation_rate"): (flags.learner != "adaptive_lft", "does not adapt its weights"),

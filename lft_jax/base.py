@@ -51,6 +51,8 @@ class Estimate(NamedTuple):
         - `second`: like `theta`, the gradient of the second loss alone, if the loss is a sum of two.
         - `context`: like `theta` with a leading axis `[2]`, mean and standard deviation of the support examples at
           each coordinate.
+        - `periods`: means and errors of the per-example gradients over translations (`lft_jax.optimizers.periodic`).
+        - `noise`: the variance of the mean gradient at each frequency (`lft_jax.optimizers.spectral`).
     """
 
     value: jax.Array

@@ -1,6 +1,6 @@
 r"""Tests a pretrained rule outside its meta-training: other image sizes, radii, steps, class counts and shots.
 
-  python -m experiments.studies.breadth --optimizer=uap-linf
+  python -m experiments.studies.breadth --optimizer=spatial-linf
 
 Attacks the unseen victims of the studies. For larger images, a stored victim sees them scaled down to its own size. For
 fewer classes, its other logits are dropped. PGD is tuned for each case.
@@ -80,7 +80,7 @@ CASES = (
 class Config:
     """Command-line flags."""
 
-    optimizer: str = config.option("uap-linf", "Rule for linf balls: a pretrained one or a .safetensors file.")
+    optimizer: str = config.option("spatial-linf", "Rule for linf balls: a pretrained one or a .safetensors file.")
     num_tasks: int = config.option(30, "Test tasks per case.")
     num_validation: int = config.option(10, "Validation tasks per case, on which PGD is tuned.")
     victims: str = config.option("victims", "Folder of the victims that experiments.studies.victims trains.")

@@ -30,6 +30,7 @@ class Config:
     name: str = config.required("Name of the rule in the package.")
     fails: str = config.required("Settings in which the rule fails, in a sentence or two.")
     results: tuple[str, ...] = config.option((), "Results files of experiments.evaluate that include the run.")
+    public: tuple[str, ...] = config.option((), "Results files of experiments.studies.public that include the rule.")
 
 
 def ship(flags: Config) -> None:
@@ -43,10 +44,26 @@ def ship(flags: Config) -> None:
     for path in flags.results:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
         rows += [{"file": path, **{name: row[name] for name in _SHOWN}} for row in found if row["method"] in names]
-    card |= {"meta_test": rows, "check": check(params, rule, card), "where_it_fails": flags.fails}
+    public = [row for path in flags.public for row in _public_rows(path, flags.name)]
+    card |= {"meta_test": rows, "public_models": public, "check": check(params, rule, card)}
+    card |= {"where_it_fails": flags.fails}
     path = Path(pretrained.__file__).parent / f"{flags.name}.safetensors"
     pretrained.save_rule(path, params, rule, card)
     print(f"wrote {path}: {card['check']}")
+
+
+def _public_rows(path, name):
+    """What a results file of public models has of the rule, and of the best of the other methods."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    about = {"file": path, **{key: found["about"][key] for key in ("model", "role", "epsilon")}}
+    shown = ("method", "steps", "images", "asr", "asr_interval", "evaluations")
+    own = [row for row in found["rows"] if row["method"] == name]
+    for row in own:
+        others = [r for r in found["rows"] if r["method"] != name and all(r[k] == row[k] for k in ("steps", "images"))]
+        best = max(others, key=lambda r: r["asr"], default=None)
+        for chosen in (row, best):
+            if chosen is not None:
+                yield {**about, **{key: chosen.get(key) for key in shown}, "draws": len(chosen["draw_asr"])}
 
 
 def check(params: Any, rule: Any, card: dict[str, Any]) -> dict[str, float]:

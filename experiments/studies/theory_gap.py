@@ -30,7 +30,7 @@ class Config:
 
     victim: str = config.required("Folder of the victim (experiments.train_victim).")
     output: str = config.option("results/theory_gap.json", "Results file. The figure is put beside it.")
-    rule: str = config.option("uap-linf", "Meta-trained rule: name of a pretrained one or a .safetensors file.")
+    rule: str = config.option("spatial-linf", "Meta-trained rule: name of a pretrained one or a .safetensors file.")
     shots: tuple[int, ...] = config.option(
         (1, 2, 5, 10, 20, 50, 100), "Numbers of support images per class, and as many query images."
     )

@@ -39,13 +39,13 @@ class SpectralRule:
 
     and subtracts from an image, at the progress `t` in [0, 1)::
 
-        w(f) = exp(b) * (exp(d - 4) + sigmoid(sharpness * (log(|M(f)|^2 / N(f)) - log(c) - a)))
+        w(f) = exp(b) * sigmoid(sharpness * (log(|M(f)|^2 / N(f)) - log(c) - a))
         m    = inverse transform of w M, divided by its root mean square
         scale * step * (1 - (1 - final) * t) * exp(s) * m * sqrt((1 + u^2) / (m^2 + u^2)),    u = tau * exp(r)
 
     `|M|^2` is summed over channels. `c = 1 + 0.55 log(n)` grows with the number `n` of frequencies of the group, as the
-    largest of `n` noise powers does. For each group, `a`, `b` and `d` come from a cell of an LSTM; `s` and `r` from the
-    mean of these cells. All are near 0 before meta-training.
+    largest of `n` noise powers does. For each group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from
+    the mean of these cells. All are near 0 before meta-training.
 
     Attributes:
       hidden: units of the LSTM, at least 1.
@@ -108,7 +108,7 @@ class SpectralRule:
         cell["bias"] = cell["bias"].at[self.hidden : 2 * self.hidden].set(1.0)
         return {
             "cell": cell,
-            "groups": dense(keys[1], 3, self.hidden, 0.1),
+            "groups": dense(keys[1], 2, self.hidden, 0.1),
             "all": dense(keys[2], 2, self.hidden, 0.1),
             "log_sharpness": jnp.asarray(math.log(2.5), jnp.float32),
             "logit_decay": jnp.asarray(math.log(self.decay / (1 - self.decay)), jnp.float32),
@@ -152,14 +152,14 @@ class SpectralRule:
 
         features, there = _features(of, power, momentum_noise, _spectrum.power(gradient), noise, held, signal.progress)
         hidden, cell = lstm(params["cell"], features, state["cell"])
-        threshold, gain, floor = affine(params["groups"], hidden)
+        threshold, gain = affine(params["groups"], hidden)
         mean = jnp.sum(hidden * there[None], 1) / jnp.sum(there)
         longer, bend = affine(params["all"], mean[:, None])[:, 0]
 
         expected = jnp.log(1 + 0.55 * jnp.log(jnp.asarray(np.maximum(of.counts, 1), dtype)))
         evidence = _log(power) - _log(momentum_noise) - (expected + jnp.clip(threshold, -4, 4))[of.group]
-        gate = jax.nn.sigmoid(jnp.exp(params["log_sharpness"].astype(dtype)) * evidence)
-        weight = (jnp.exp(jnp.clip(floor, -4, 4) - 4)[of.group] + gate) * jnp.exp(jnp.clip(gain, -4, 4))[of.group]
+        weight = jax.nn.sigmoid(jnp.exp(params["log_sharpness"].astype(dtype)) * evidence)
+        weight = weight * jnp.exp(jnp.clip(gain, -4, 4))[of.group]
         real, imaginary = momentum * weight[None, ..., None]
         step = _bent(unit_rms(_spectrum.image_of(jax.lax.complex(real, imaginary), shape)), self.tau, bend)
         step = step * self.step * (1 - (1 - self.final) * signal.progress) * jnp.exp(jnp.clip(longer, -3, 1))

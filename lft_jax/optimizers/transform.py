@@ -44,12 +44,13 @@ def learned_fine_tuner(
     Integer and boolean arrays and PRNG keys among the parameters are left alone, as in `equinox.filter(model,
     equinox.is_array)`: they have no state, and their gradients must be None, which stands for any subtree.
 
-    The state holds 44 numbers per coordinate for the shipped rules: 44 times the bytes of float32 parameters, 88 times
-    those of bfloat16 ones. In general these are `2 * hidden * layers`, one for a base update, and those of the
+    The state holds 44 numbers per coordinate for the shipped `spatial_lstm` rules (all but "uap-linf"): 44 times the
+    bytes of float32 parameters, 88 times those of bfloat16 ones; and about 1.5 for a `spectral_lstm` on images. Of a
+    `Rule` these are `2 * hidden * layers`, one for a base update, and those of the
     features (3 for "momentum" and for "second", 2 for "adam"), in float32, or float64 for float64 parameters.
 
     `update` takes these extra arguments, all optional (see `lft_jax.base.Estimate`): `scale`, `progress`, `spread`,
-    `second` and `context`. Features of an absent one are 0, except that `second` then takes the gradient. Others are
+    `second`, `context` and `noise`. Features of an absent one are 0, except that `second` then takes the gradient. Others are
     ignored.
 
     Args:

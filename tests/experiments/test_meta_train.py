@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import config, meta_train
+from experiments import common, config, meta_train
 from lft_jax.evaluation import baselines
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.optimizers import rules
 from lft_jax.pretrained import pretrained_card
+from lft_jax.tasks import PatternSearch, Proxies
+from lft_jax.victims import load_victim
 
 
 def flags(**changes):
@@ -24,6 +26,17 @@ def test_flags_describe_rules():
         rule="coordinate_lstm", features=("adam",), hidden=5, layers=2, base_update="none", output_scale=0.01
     )
     assert meta_train.rule_of(described) == rules.coordinate_lstm(5, 2, features="adam", output_scale=0.01)
+    spectral = flags(rule="spectral_lstm", hidden=5, base_step=0.4, base_decay=0.9, tau=2.0)
+    assert meta_train.rule_of(spectral) == rules.spectral_lstm(5, step=0.4, decay=0.9, tau=2.0)
+
+
+def test_flags_describe_the_images_and_the_start_of_a_step():
+    described = flags(proxies=True, patterns=25, radius_factor=2.0, epsilon=("digits=0.1",), ways=2)
+    victim = Path(__file__).parents[2] / "victims" / "digits_small_cnn_1000"
+    family = common.make_family(load_victim(victim), "test", meta_train.tasks_of(described))
+    assert family.recipe.augmentation == Proxies()
+    assert family.recipe.search == PatternSearch.within(25)
+    assert family.radius_factor == 2
 
 
 def test_flags_describe_tasks():
@@ -56,6 +69,10 @@ def test_unknown_names_are_refused(changes, message):
     [
         ({"learner": "maml", "hidden": 3}, "hidden: maml learns no update rule; leave it out"),
         ({"kappa": 5.0}, "kappa: lft minimises no hinge; leave it out"),
+        ({"rule": "spectral_lstm", "features": ("raw",)}, "features: lft has features and layers of its own"),
+        ({"tau": 2.0}, "tau: lft has no tau, without --rule=spectral_lstm"),
+        ({"waves": 10, "patterns": 10}, "waves: lft searches for one start"),
+        ({"proxies": True, "augment": False}, "augment: lft uses proxies instead"),
         ({"learner": "meta_sgd", "features": ("raw",)}, "features: meta_sgd learns no update rule"),
         ({"base_update": "none", "base_step": 0.1}, "base_step: lft has no base update"),
         ({"learner": "joint", "inner_step": 0.1}, "inner_step: joint fine-tunes by its own rule"),

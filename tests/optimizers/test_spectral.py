@@ -41,7 +41,7 @@ def _reference(rule, gradients, noises, theta, scale, progresses):
         momentum = rule.decay * momentum + np.fft.fft2(gradient, (rows, columns), (0, 1)) / np.sqrt(power)
         noise_of_momentum = rule.decay**2 * noise_of_momentum + noise / power
         ratio = np.sum(np.abs(momentum) ** 2, -1) / noise_of_momentum
-        weight = np.exp(-4) + 1 / (1 + ((1 + 0.55 * np.log(counts)) / ratio) ** 2.5)
+        weight = 1 / (1 + ((1 + 0.55 * np.log(counts)) / ratio) ** 2.5)
         image = np.real(np.fft.ifft2(momentum * weight[..., None], axes=(0, 1)))[:height, :width]
         image /= np.sqrt(np.mean(image**2))
         bent = image * np.sqrt((1 + rule.tau**2) / (image**2 + rule.tau**2))

@@ -9,12 +9,14 @@ import pytest
 
 from lft_jax import pretrained
 from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm, spatial_lstm
+from lft_jax.optimizers.spectral import spectral_lstm
 from lft_jax.optimizers.transform import learned_fine_tuner
 from lft_jax.pretrained import list_pretrained, load_fine_tuner, load_pretrained, pretrained_card, save_rule
 
 RULES = {
     "coordinate": coordinate_lstm(3, 2, features=("log_sign", "constraint"), base_update=MomentumUpdate(0.3, 0.7)),
     "spatial": spatial_lstm(3, 1, maps=(2,), features="raw", base_update=None),
+    "spectral": spectral_lstm(3, step=0.5),
 }
 CARD = {"command": "python -m experiments.meta_train", "seeds": [0]}
 

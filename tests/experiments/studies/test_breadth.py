@@ -29,7 +29,7 @@ def test_results_have_a_row_per_case(tmp_path, monkeypatch):
     breadth.measure(breadth.Config(num_tasks=2, num_validation=1, victims=str(VICTIMS), output=str(output)))
     (row,) = json.loads(output.read_text())["rows"]
     assert (row["victim"], row["image_shape"], row["classes"]) == ("digits_small_cnn_1000", [8, 8, 1], 2)
-    assert list(row["methods"]) == ["pgd (untuned)", "pgd", "the rule's base update, augmented", "uap-linf"]
+    assert list(row["methods"]) == ["pgd (untuned)", "pgd", "the rule's base update, augmented", "spatial-linf"]
     assert all(0 <= method["asr"] <= 1 for method in row["methods"].values())
     assert row["methods"]["pgd"]["difference_to_tuned_pgd"] == [0, 0]
 

@@ -50,8 +50,8 @@ def learned_fine_tuner(
     features (3 for "momentum" and for "second", 2 for "adam"), in float32, or float64 for float64 parameters.
 
     `update` takes these extra arguments, all optional (see `lft_jax.base.Estimate`): `scale`, `progress`, `spread`,
-    `second`, `context` and `noise`. Features of an absent one are 0, except that `second` then takes the gradient. Others are
-    ignored.
+    `second`, `context` and `noise`. Features of an absent one are 0, except that `second` then takes the gradient.
+    Others are ignored.
 
     Args:
       params: the rule's weights, from `rule.init(key)`, meta-training or `load_pretrained`.

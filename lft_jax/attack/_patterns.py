@@ -1,5 +1,6 @@
 """The steps of a `PatternAttack`: a race in the first one, changes of its winner in all."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,15 +116,18 @@ class Attacker:
         for k in range(done, self.steps):
             rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(key, k))).ravel())
             if k == 0:
-                found = self._first(given, rounds, rng, lambda pattern, loss: run.see(pattern * self.size, 0.0, loss))
+                found = self._first(given, rounds, rng, functools.partial(self._see, run))
             end = before + repeated + changes * (k + 1) // self.steps
-            while queries < end and queries + count <= last:
-                progress = (queries - repeated - before) / changes
-                found, spent = self.attack.changed(found, self.ask, self.labels, rng, progress, self.target)
-                queries += spent
-            theta = jnp.asarray(found.pattern * self.size)
-            metrics = jax.device_get(_metrics(self.problem, jnp.asarray(found.logits), theta))
-            entry = {name: float(value) for name, value in metrics.items()}
+            try:
+                while queries < end and queries + count <= last:
+                    progress = (queries - repeated - before) / changes
+                    found, spent = self.attack.changed(found, self.ask, self.labels, rng, progress, self.target)
+                    queries += spent
+            except BaseException:
+                theta, entry = self._measured(found)
+                run.see(theta, entry["asr"], entry["loss"])  # with the changes of this step that were kept
+                raise
+            theta, entry = self._measured(found)
             run.add(Paused(theta, found, k + 1), {**entry, "queries": queries})
             report({"step": k + 1, **run.history[-1]})
             if callback is not None and callback({"step": k + 1, **run.history[-1]}):
@@ -138,6 +142,16 @@ class Attacker:
             parts.append(self.call(np.clip(self.images[of] + self.size[None] * patterns[which], 0, 1)))
         logits = np.concatenate(parts)
         return logits.reshape(len(patterns), len(rows), logits.shape[-1])
+
+    def _see(self, run, pattern, share, loss):
+        """Keeps a pattern of the race: one that was tried on more images is better, and the end of a step is best."""
+        run.see(pattern * self.size, share - 2, loss)
+
+    def _measured(self, found):
+        """The perturbation `[H, W, C]` of a pattern, and its entry of the history without the queries."""
+        theta = jnp.asarray(found.pattern * self.size)
+        metrics = jax.device_get(_metrics(self.problem, jnp.asarray(found.logits), theta))
+        return theta, {name: float(value) for name, value in metrics.items()}
 
     def _first(self, given, rounds, rng, watch) -> Found:
         """The winner of the race, or what is known of a given start."""

@@ -36,6 +36,7 @@ _PERIOD = 4  # side of the tile whose cells changes flip, in pixels
 _FIRST = 0.4  # of the images that a change is tried on first
 _CLAMP = 12.0  # nats
 _SAME = 1e-9  # losses that differ by less are equal
+_TOGETHER = 100  # evaluations of a race between two calls of `watch`
 _REDRAWN = 8  # attempts to draw a pattern that is not there yet
 
 
@@ -186,7 +187,7 @@ class PatternAttack:
         rng: np.random.Generator,
         rounds: list[tuple[int, int]],
         target: int | None = None,
-        watch: Callable[[np.ndarray, float], object] | None = None,
+        watch: Callable[[np.ndarray, float, float], object] | None = None,
     ) -> Found:
         """The winner of a race.
 
@@ -197,22 +198,30 @@ class PatternAttack:
           rng: source of the patterns, and of the order of the images.
           rounds: of `rounds(evaluations, n)`.
           target: as for `losses`.
-          watch: called after each round with its best pattern and the mean loss of that; or None.
+          watch: called every hundred evaluations or so with the best pattern of these, the share of the images that it
+            has been tried on, in (0, 1], and its mean loss on them; or None.
         """
         patterns, order = drawn(rounds[0][0], shape, rng), rng.permutation(len(labels))
         totals, left, seen, best = np.zeros(len(patterns)), np.arange(len(patterns)), 0, 0
         logits = np.zeros((len(patterns), len(labels), 0), np.float32)
+
+        def leader(numbers):
+            return numbers[np.argmin(np.where(np.isnan(totals[numbers]), np.inf, totals[numbers]))]
+
         for count, images in rounds:
             left = left[np.argsort(totals[left], kind="stable")][:count]
             rows = order[seen:images]
-            new = ask(patterns[left], rows)
-            if not seen:
-                logits = np.zeros((len(patterns), len(labels), new.shape[-1]), new.dtype)
-            logits[np.ix_(left, rows)] = new
-            totals[left] += self._ranks(new, np.broadcast_to(labels[rows], new.shape[:2]), target).sum(1)
-            seen, best = images, left[np.argmin(np.where(np.isnan(totals[left]), np.inf, totals[left]))]
-            if watch is not None:
-                watch(patterns[best], float(totals[best] / seen))
+            many = max(1, _TOGETHER // len(rows))
+            for some in np.split(left, range(many, len(left), many)):
+                new = ask(patterns[some], rows)
+                if not logits.size:
+                    logits = np.zeros((len(patterns), len(labels), new.shape[-1]), new.dtype)
+                logits[np.ix_(some, rows)] = new
+                totals[some] += self._ranks(new, np.broadcast_to(labels[rows], new.shape[:2]), target).sum(1)
+                best = leader(some)
+                if watch is not None and np.isfinite(totals[best]):
+                    watch(patterns[best], images / len(labels), float(totals[best] / images))
+            seen, best = images, leader(left)
         found = self.start(shape, len(labels), logits.shape[-1], rng)
         loss = np.float32(np.mean(self.losses(logits[best], labels, target)))
         return found._replace(pattern=patterns[best], logits=logits[best], loss=loss)

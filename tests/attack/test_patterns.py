@@ -188,6 +188,62 @@ def test_an_error_keeps_the_best_pattern():
     np.testing.assert_allclose(np.abs(partial.perturbation), EPSILON, rtol=1e-6)
 
 
+class Noted(Counted):
+    """A victim that ends the run at a number of images, and notes which patterns it has answered for which images."""
+
+    def __init__(self, error, images):
+        super().__init__()
+        self.error, self.last, self.tried = error, images, {}
+
+    def __call__(self, images):
+        if self.images + len(images) > self.last:
+            raise self.error
+        answer = super().__call__(images)
+        for image in images if self.images > len(IMAGES) else ():
+            (row,) = np.flatnonzero(np.isclose(np.abs(image - IMAGES), EPSILON, atol=1e-5).all((1, 2, 3)))
+            self.tried.setdefault(np.sign(image - IMAGES[row]).tobytes(), set()).add(row)
+        return answer
+
+
+def linear_losses(signs):
+    """Of a race and of changes, `[10]`: the cross-entropy (negative), and the sigmoid of half the margin."""
+    pattern = np.frombuffer(signs, np.float32).reshape(8, 8, 1)
+    logits = np.asarray(linear(IMAGES + np.float32(EPSILON) * pattern), np.float64)
+    true = np.take_along_axis(logits, LABELS[:, None], 1)[:, 0]
+    others = np.where(np.arange(3) == LABELS[:, None], -np.inf, logits).max(1)
+    return true - np.log(np.exp(logits).sum(1)), 1 / (1 + np.exp((others - true) / 2))
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), KeyboardInterrupt()])
+@pytest.mark.parametrize("images", [120, 330, 600])
+def test_an_error_in_the_first_step_keeps_the_best_pattern(error, images):
+    """In the first round of the race, after the second one, and among the changes."""
+    victim = Noted(error, images)
+    with pytest.raises(type(error)) as caught:
+        run(victim, max_queries=1000, steps=1)
+    partial = caught.value.partial
+    assert partial.paused is None and not partial.history
+    most = max(map(len, victim.tried.values()))
+    assert most == {120: 2, 330: 5, 600: 10}[images]
+    which = int(images == 600)
+    expected = {
+        signs: linear_losses(signs)[which][list(rows)].mean()
+        for signs, rows in victim.tried.items()
+        if len(rows) == most
+    }
+    found = np.sign(partial.perturbation).tobytes()
+    assert found in expected
+    np.testing.assert_allclose(expected[found], min(expected.values()), rtol=1e-5)
+    on = run(start=partial, max_queries=300)
+    assert linear_losses(np.sign(on.perturbation).tobytes())[1].mean() <= linear_losses(found)[1].mean() + 1e-6
+
+
+def test_an_error_before_any_pattern_is_known_keeps_nothing():
+    with pytest.raises(ConnectionError) as caught:
+        run(Noted(ConnectionError("gone"), 10), max_queries=1000)
+    assert not hasattr(caught.value, "partial")
+
+
 def test_an_optimizer_or_a_recipe_makes_steps_along_estimates():
     for options in ({"optimizer": optax.sgd(0.1)}, {"recipe": AttackRecipe()}, {"oracle": ZerothOrder(2)}):
         result = run(steps=2, **options)

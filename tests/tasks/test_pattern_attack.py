@@ -102,6 +102,24 @@ def test_a_race_finds_the_best_pattern_where_all_images_agree():
     np.testing.assert_allclose(found.loss, 1 / (1 + np.exp(-margins.min() / 2)), rtol=1e-5)
 
 
+def test_a_race_tells_of_its_best_patterns_as_it_goes():
+    """In parts of at most 100 evaluations; each is tried on as many images as all of its round."""
+    ask, told, rounds = linear(), [], PatternAttack().rounds(2000, len(LABELS))
+
+    def watch(pattern, share, loss):
+        told.append((ask.asked, share, loss, pattern))
+
+    rng = np.random.default_rng(0)
+    found = PatternAttack().raced(ask, LABELS, SHAPE, rng, rounds, watch=watch)
+    asked, shares, losses, patterns = zip(*told, strict=True)
+    assert np.all(np.diff([0, *asked]) <= 100) and asked[-1] == race_evaluations(rounds)
+    assert sorted(set(shares)) == [images / len(LABELS) for _, images in rounds] and list(shares) == sorted(shares)
+    for loss, pattern in zip(losses, patterns, strict=True):
+        margin = np.sum(pattern * ask.weights)
+        np.testing.assert_allclose(loss, -np.log1p(np.exp(-margin)), rtol=1e-5)
+    np.testing.assert_array_equal(patterns[int(np.argmin(losses))], found.pattern)
+
+
 def test_a_race_of_decisions_needs_only_the_place_of_the_largest_score():
     attack, rng = PatternAttack(decision=True), np.random.default_rng(5)
     plain = linear(offsets=rng.normal(size=len(LABELS)))

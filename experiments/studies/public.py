@@ -106,7 +106,9 @@ class Config:
     ceiling: bool = config.option(False, "Search for the ceiling too: long runs on all support images.")
     ceiling_steps: int = config.option(300, "Steps of each of these runs.")
     picture: tuple[str, ...] = config.option((), "Methods whose perturbations are drawn, beside the results file.")
-    again: tuple[str, ...] = config.option((), "Methods to measure again if the results file has them; or ceiling.")
+    again: tuple[str, ...] = config.option(
+        (), "Methods or families to measure again if the results file has them; or ceiling."
+    )
     output: str | None = config.option(None, "Results file; results/public/MODEL.json if not given.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
     smoke: bool = config.option(False, "Smoke test: a small victim of our own on the digits of scikit-learn instead.")
@@ -333,7 +335,8 @@ def _results(path: Path, victim: Victim, flags: Config, draws: int) -> dict[str,
     right = victim.clean == victim.images.query_labels
     results |= {"about": victim.about, "clean_accuracy": float(np.mean(right))}
     results["provenance"] = provenance.describe(range(draws))
-    results["rows"] = [row for row in results["rows"] if row["method"] not in flags.again]
+    again = set(flags.again)
+    results["rows"] = [row for row in results["rows"] if again.isdisjoint((row["method"], row["method"].split()[0]))]
     if _CEILING in flags.again:
         results[_CEILING] = {}
     return results

@@ -12,8 +12,9 @@ import pytest
 from experiments.studies import literature
 from experiments.studies.literature import CosineLoss, Descent, Problem
 from lft_jax import models
-from lft_jax.tasks import AttackLoss, PatternSearch
+from lft_jax.tasks import AttackLoss, AttackRecipe, PatternSearch
 from lft_jax.tasks.perturbation import Batch
+from lft_jax.tasks.recipe import search_queries
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -140,10 +141,13 @@ def test_periodic_steps_and_tiles_repeat():
 
 
 def test_shares_of_a_search_fill_the_budget():
-    shares = PatternSearch(tiles=0, waves=1, refinements=3)
-    search = literature.within(shares, 1000, (10, 32, 32, 3))
-    assert (search.tiles, search.waves, search.refinements) == (0, 8, 23)
-    assert search.evaluations * 30 + 20 <= 1000 < (search.evaluations + 1) * 30 + 20
+    shares, shape = PatternSearch(tiles=0, waves=1, refinements=3), (10, 32, 32, 3)
+    search = literature.within(shares, 1000, shape)
+    more = dataclasses.replace(search, refinements=search.refinements + 1)
+    spent, beyond = (
+        search_queries(AttackRecipe(augmentation=literature.PROXIES, search=each), shape) for each in (search, more)
+    )
+    assert spent <= 1000 < beyond and search.tiles == 0 and search.waves == 1 + search.refinements // 3
 
 
 @pytest.mark.parametrize("family", literature.FAMILIES)

@@ -200,6 +200,7 @@ PRESETS = {
         "num_steps": 12,
         "step_weights": "linear",
         "meta_steps": 60,
+        "checkpoint_every": 10,
         "validation_tasks": 0,
     },
     "uap_l2": {**_SHIPPED, "norm": "l2"},

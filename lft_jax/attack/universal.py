@@ -144,8 +144,8 @@ def universal_perturbation(
         the key chooses.
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
         `AttackRecipe`; with exact gradients, for `Proxies`, the second loss that a pretrained rule was meta-trained
-        with and, in a ball, a start among `PatternSearch(tiles=12, waves=12, refinements=40)` (788 queries; left out if
-        `max_queries` is too small for it and a step). The rule "uap-l1" was meta-trained with
+        with and, in a ball, a start among 65 patterns: `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries
+        for ten images, left out if `max_queries` is too small. The rule "uap-l1" was meta-trained with
         `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
       start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
         it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
@@ -188,7 +188,7 @@ def universal_perturbation(
       >>> result.perturbation.shape, bool(np.abs(result.perturbation).max() <= 0.25)
       ((4, 4, 1), True)
       >>> result.history["queries"].tolist()
-      [46, 84, 122, 160, 198]
+      [826, 864, 902, 940, 978]
 
     References:
       Zhao et al. 2021, arXiv 2009.13714; Moosavi-Dezfooli et al. 2017, arXiv 1610.08401.

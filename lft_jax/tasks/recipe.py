@@ -1,6 +1,7 @@
 """What an attack does with its support images: their loss and augmentation, and the start."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from lft_jax.tasks.waves import WaveSearch
 STARTS = ("zeros", "random")
 _STATIC = {"static": True}
 _SEARCHED = 12  # proxies that a search evaluates patterns on
+_GAIN = 0.1  # by how much the best pattern must lower the loss of the support images themselves
 
 #: Images `[N, H, W, C]` in [0, 1] -> logits `[N, classes]`.
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -156,21 +158,25 @@ def search_start(
     """
     if recipe.search is None:
         return theta, 0
-    loss = resolved_loss(recipe)
-    if isinstance(recipe.augmentation, Proxies):
+    loss, proxies = resolved_loss(recipe), isinstance(recipe.augmentation, Proxies)
+    if proxies:
         few = _searched(recipe.augmentation)
         batch = _proxies(logits_fn, support, few, jax.random.fold_in(key, 2), constraint.scale(theta))
     else:
         batch = _minibatch(support, recipe, jax.random.fold_in(key, 2))
 
-    def support_loss(theta):
+    def loss_on(batch, theta):
         losses = loss(logits_fn(perturb(batch.images, theta)), batch.labels)
         value = jnp.mean(losses) + constraint.cost(theta)
         if watch is not None:
             watch(theta, value)
         return value
 
-    best = recipe.search(support_loss, theta, constraint.scale(theta), key, opaque=opaque)
+    best = recipe.search(functools.partial(loss_on, batch), theta, constraint.scale(theta), key, opaque=opaque)
+    if proxies:
+        # Where jigsaws resemble no image, as those of digits, a pattern may fool them alone, and steps keep to it.
+        gain = loss_on(support, jax.lax.stop_gradient(theta)) - loss_on(support, best)
+        best = jnp.where(gain > _GAIN, best, theta)
     return best, search_queries(recipe, support.images.shape)
 
 
@@ -266,7 +272,7 @@ def search_queries(recipe: AttackRecipe, shape: tuple[int, ...]) -> int:
         return 0
     if isinstance(recipe.augmentation, Proxies):
         few = _searched(recipe.augmentation)
-        return few.jigsaws(shape[1:]) + recipe.search.evaluations * few.size
+        return few.jigsaws(shape[1:]) + recipe.search.evaluations * few.size + 2 * shape[0]
     return recipe.search.evaluations * _batch_size(recipe, shape[0])
 
 

@@ -287,7 +287,7 @@ def test_the_default_search_is_left_out_where_it_does_not_fit():
     assert run(recipe=None, steps=1, max_queries=least).queries == least
     without = run(recipe=None, steps=1, max_queries=least - 1)
     np.testing.assert_array_equal(without.perturbation, run(recipe=PROXIES, steps=1).perturbation)
-    assert without.queries == least - SEARCH.evaluations * 12  # images of this size have no jigsaws
+    assert without.queries == least - SEARCH.evaluations * 12 - 2 * len(IMAGES)  # images of this size have no jigsaws
     with pytest.raises(ValueError, match="for the search of a start"):
         run(recipe=searching, steps=1, max_queries=least - 1)
     penalty = {"constraint": Constraint("l1", penalty=0.1), "epsilon": None}

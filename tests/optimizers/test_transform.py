@@ -357,17 +357,30 @@ def test_vmap_over_scales():
 # ---- The size of the state ----
 
 
-@pytest.mark.parametrize("name", list_pretrained())
-def test_the_size_of_the_state_is_that_of_the_documents(name):
-    def size(tree):
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def size(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
+
+@pytest.mark.parametrize("name", [name for name in list_pretrained() if name != "uap-linf"])
+def test_the_size_of_the_state_is_that_of_the_documents(name):
     tx = learned_fine_tuner(*load_pretrained(name))
     for dtype, times in ((jnp.float32, 44), (jnp.bfloat16, 88)):
         theta = jax.ShapeDtypeStruct((32, 32, 3), dtype)
         assert round(size(jax.eval_shape(tx.init, theta)) / size(theta), 2) == times
         for text in (learned_fine_tuner.__doc__, Path(__file__).parents[2].joinpath("docs", "method.md").read_text()):
             assert f"{times} times" in text
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (224, 224, 3), (32, 32, 1)])
+def test_the_size_of_the_state_of_a_rule_on_frequencies(shape):
+    """Half of the frequencies, since images are real: a complex number per channel, and one of noise for all."""
+    params, rule = load_pretrained("uap-linf")
+    theta = jax.ShapeDtypeStruct(shape, jnp.float32)
+    height, width, channels = shape
+    numbers = height * (width // 2 + 1) * (2 * channels + 1)
+    of_cells = size(jax.eval_shape(learned_fine_tuner(params, rule).init, theta)) / 4 - numbers
+    assert 0 < of_cells <= 2 * 8 * 8 + 1  # groups of frequencies, and the count of steps
+    assert 1.1 < numbers / theta.size < 1.6  # "about 1.5"
 
 
 @pytest.mark.parametrize("features", [("momentum",), ("second", "adam"), ("raw", "progress")])

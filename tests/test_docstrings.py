@@ -58,7 +58,7 @@ def test_examples_run_and_keep_to_their_signatures(name, checked):
     module, test = EXAMPLES[name]
     test.globs = dict(vars(module))  # with the checked functions in it
     failed = []
-    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=failed.append)
+    doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=failed.append)
     assert not failed, "".join(failed)
 
 

@@ -7,7 +7,8 @@ from experiments.report.tables import origin
 
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {
-    "uap-linf": "the pretrained rule",
+    "uap-linf": "the pretrained rule, on frequencies",
+    "spatial-linf": "the pretrained rule on pixels",
     "pgd": "momentum sign steps with an untuned step size",
     "periods": "`lft_jax.optimizers.periodic_descent`",
     "uap-sgd": "steps on small batches, clamped cross-entropy (Shafahi et al. 2020, arXiv 1811.11304)",

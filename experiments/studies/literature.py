@@ -203,7 +203,7 @@ class Descent:
 
     def _recipe(self):
         """Of the search, which has no images without perturbation to compare with."""
-        loss = AttackLoss("cross_entropy") if self._is_cosine else self.loss
+        loss = AttackLoss("cross_entropy") if isinstance(self.loss, CosineLoss) else self.loss
         return AttackRecipe(loss=loss, augmentation=PROXIES, search=self.search)
 
     def _optimizer(self):
@@ -212,7 +212,7 @@ class Descent:
         steps = {"sign": hand_designed.projected_gradient, "normalized": hand_designed.normalized_gradient}
         parts = [periodic(self.period)] if self.period else []
         if self.aggregated:  # the momentum of this method is of gradients of equal size
-            parts.append(optax.stateless(lambda grads, _: grads / jnp.maximum(jnp.mean(jnp.abs(grads)), 1e-30)))
+            parts.append(optax.stateless(_of_equal_size))
         return optax.chain(*parts, steps[self.direction](self.step, self.decay, self.final))
 
 
@@ -236,6 +236,12 @@ def within(shares: PatternSearch, evaluations: int, shape: tuple[int, ...]) -> P
     found = parts * count // np.sum(parts)
     found[np.argmax(parts > 0)] += count - np.sum(found)
     return dataclasses.replace(shares, **dict(zip(names, found.tolist(), strict=True)))
+
+
+def _of_equal_size(updates, params=None):
+    """Divides by the mean absolute value."""
+    del params
+    return jax.tree.map(lambda g: g / jnp.maximum(jnp.mean(jnp.abs(g)), 1e-30), updates)
 
 
 @jax.jit

@@ -71,9 +71,9 @@ class Attack:
 #: `{name without commas: method}`. Their settings are the same for all models.
 METHODS: dict[str, Method] = {
     "uap-linf": Attack(),
-    "uap-linf-plain": Attack(recipe=PLAIN),
-    "uap-linf-shifts": Attack(recipe=SHIFTS),
-    "uap-linf-patterns": Attack(recipe=PATTERNS),
+    "spatial-linf-plain": Attack("spatial-linf", PLAIN),
+    "spatial-linf-shifts": Attack("spatial-linf", SHIFTS),
+    "spatial-linf-patterns": Attack("spatial-linf", PATTERNS),
     "pgd-plain": Attack(_SIGN, PLAIN),
     "pgd-shifts": Attack(_SIGN, SHIFTS),
     "periods": Attack(periodic_descent(), PROXIES),

@@ -188,7 +188,7 @@ def universal_perturbation(
       >>> result.perturbation.shape, bool(np.abs(result.perturbation).max() <= 0.25)
       ((4, 4, 1), True)
       >>> result.history["queries"].tolist()
-      [826, 864, 902, 940, 978]
+      [842, 880, 918, 956, 994]
 
     References:
       Zhao et al. 2021, arXiv 2009.13714; Moosavi-Dezfooli et al. 2017, arXiv 1610.08401.

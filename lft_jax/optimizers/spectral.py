@@ -170,7 +170,20 @@ class SpectralRule:
 def spectral_lstm(
     hidden: int = 8, *, step: float = 0.8, decay: float = 0.9, final: float = 0.1, tau: float = 0.3
 ) -> SpectralRule:
-    """A rule for perturbations that works on frequencies; see `SpectralRule`, whose fields are the arguments.
+    """A rule for perturbations that works on frequencies; see `SpectralRule`.
+
+    Args:
+      hidden: units of the LSTM, at least 1.
+      step: step size as a fraction of the feasible set's scale, above 0.
+      decay: decay of the momentum before meta-training, in (0, 1).
+      final: last step size relative to the first, in [0, 1].
+      tau: shape of a step, above 0: along the sign of the direction if it is small, along it if it is large.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: for values outside these ranges.
 
     Examples:
       >>> spectral_lstm(hidden=4).hidden

@@ -57,7 +57,7 @@ def load_pretrained(name: str) -> tuple[PyTree, UpdateRule]:
     Examples:
       >>> params, rule = load_pretrained("uap-linf")
       >>> sorted(params)
-      ['cells', 'convolutions', 'head']
+      ['all', 'cell', 'groups', 'log_sharpness', 'logit_decay']
       >>> tx = learned_fine_tuner(params, rule)
     """
     params, rule, _ = _load(*_contents(name))
@@ -99,8 +99,8 @@ def pretrained_card(name: str) -> dict[str, Any]:
       ValueError: for an unknown name, or a card that is missing or damaged.
 
     Examples:
-      >>> pretrained_card("uap-linf")["rule"]["hidden"] > 0
-      True
+      >>> pretrained_card("uap-linf")["rule"]["spectral"]["hidden"]
+      8
     """
     path = _locate(name).with_suffix(".json")
     try:

@@ -37,7 +37,7 @@ from lft_jax import models
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
 from lft_jax.data import ImageSource, load_source, unit_range
-from lft_jax.optimizers import hand_designed, periodic_descent
+from lft_jax.optimizers import hand_designed, periodic, periodic_descent
 from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies
 from lft_jax.tasks.perturbation import perturb
 from lft_jax.victims import default_epsilon, load_victim
@@ -68,13 +68,22 @@ class Attack:
         return Found(found.perturbation, found.queries, found.seconds)
 
 
+def _of_period(period):
+    """Momentum steps along the gradient's mean over translations, on the proxies of this package."""
+    return optax.chain(periodic(period), hand_designed.projected_gradient(0.8, 0.9, 0.1))
+
+
 #: `{name without commas: method}`. Their settings are the same for all models.
 METHODS: dict[str, Method] = {
     "uap-linf": Attack(),
     "spatial-linf-plain": Attack("spatial-linf", PLAIN),
     "spatial-linf-shifts": Attack("spatial-linf", SHIFTS),
     "spatial-linf-patterns": Attack("spatial-linf", PATTERNS),
+    "spatial-linf-proxies": Attack("spatial-linf", PROXIES),
     "pgd-plain": Attack(_SIGN, PLAIN),
+    "pgd-proxies": Attack(_SIGN, PROXIES),
+    "periodic-4-proxies": Attack(_of_period(4), PROXIES),
+    "periodic-8-proxies": Attack(_of_period(8), PROXIES),
     "pgd-shifts": Attack(_SIGN, SHIFTS),
     "periods": Attack(periodic_descent(), PROXIES),
     "periods-patterns": Attack(periodic_descent(), PATTERNS),

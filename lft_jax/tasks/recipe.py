@@ -197,7 +197,7 @@ def _proxies(logits_fn, support, proxies, key, scale) -> Batch:
 
 
 def _batch_size(recipe, count) -> int:
-    """How many of `count` support images a step sees."""
+    """The number of support images in a step, of `count`."""
     return count if recipe.batch is None else min(recipe.batch, count)
 
 

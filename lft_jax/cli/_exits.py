@@ -21,7 +21,23 @@ WRONG_USAGE, ENDED_EARLY, INTERRUPTED = 2, 3, 130
 
 
 class EndedEarly(Exception):
-    """An error or Ctrl-C ended the run; what it had found is written. The cause says why."""
+    """An error or Ctrl-C ended the run; what it had found is written. The cause says why.
+
+    Attributes:
+      code: exit code.
+    """
+
+    code = ENDED_EARLY
+
+
+class Kept(EndedEarly):
+    """Ctrl-C ended the run; the same command goes on."""
+
+    code = INTERRUPTED
+
+
+class LimitExceeded(EndedEarly):
+    """The run is complete, and what it measured is above a limit that was given."""
 
 
 def main(config_type: type, run: Callable[[Any], Any]) -> None:
@@ -37,7 +53,7 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
         try:
             run(flags)
         except EndedEarly as error:
-            _exit(ENDED_EARLY, str(error))
+            _exit(error.code, str(error))
         except KeyboardInterrupt:
             _exit(INTERRUPTED, "interrupted; nothing was written")
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 #: A sub-folder that is named by the number of a class: `3`, `3_cat`.
-CLASS = re.compile(r"(\d+)(?:[_-].*)?")
+CLASS = re.compile(r"(\d+)(?:[_-](.*))?")
 GREY = {"1", "L", "LA"}
 
 
@@ -22,6 +23,8 @@ class Folder:
       files: the pictures, in order.
       labels: `[N]` int32, or None.
       channels: 1 for grey, 3 for RGB. Transparency is ignored.
+      names: of the classes whose sub-folders have one: `{3: "cat"}` for `3_cat`.
+      flag: the flag that named the folder, for messages.
       size: side of the square that pictures are brought to, or None if all have the same size. The shorter side is
         scaled to it (bilinear, antialiased), then the centre is cropped.
     """
@@ -30,79 +33,84 @@ class Folder:
     labels: np.ndarray | None
     channels: int
     size: int | None
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    flag: str = "--images"
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The images `[len(rows), H, W, channels]`, uint8."""
         return np.stack([self._read(self.files[row]) for row in rows])
 
     def _read(self, file):
-        with _opened(file) as picture:
+        with _opened(file, self.flag) as picture:
             try:
                 found = picture.convert("L" if self.channels == 1 else "RGB")
             except Exception as error:
-                raise _damaged(file, error) from error
+                raise _damaged(file, error, self.flag) from error
         if self.size is not None:
             found = _cropped(found, self.size)
         pixels = np.asarray(found, np.uint8)
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def open_folder(folder: Path, size: int | None = None, channels: int | None = None) -> Folder:
+def open_folder(folder: Path, size: int | None = None, channels: int | None = None, flag: str = "--images") -> Folder:
     """The pictures of a folder; their labels are in `labels.csv`, or the numbers of sub-folders, or there are none.
 
     Args:
       folder: with pictures, or with sub-folders of pictures that are named by the number of their class.
       size: as of `Folder`.
       channels: 1 or 3; None for 1 if all pictures are grey, else 3.
+      flag: as of `Folder`.
 
     Raises:
       ModuleNotFoundError: without Pillow.
       ValueError: for no pictures, other names of sub-folders, wrong lines of `labels.csv`, pictures that cannot be
         read, or of different sizes without a `size`.
     """
-    files, labels = _listed(folder) if (folder / "labels.csv").is_file() else _found(folder)
+    files, labels, names = _listed(folder) if (folder / "labels.csv").is_file() else _found(folder, flag)
     sizes, grey = {}, True
     for file in files:
-        with _opened(file) as picture:  # reads its header only
+        with _opened(file, flag) as picture:  # reads its header only
             if picture.mode[0] in "IF":
-                raise ValueError(f"--images: pictures must have 8 bits per channel, got mode {picture.mode} in {file}.")
+                raise ValueError(f"{flag}: pictures must have 8 bits per channel, got mode {picture.mode} in {file}.")
             sizes.setdefault(picture.size, file)
             grey = grey and picture.mode in GREY
     if size is None and len(sizes) > 1:
         shown = " and ".join(f"{width}x{height} ({file.name})" for (width, height), file in list(sizes.items())[:2])
         raise ValueError(
-            f"--images: pictures must have one size, got {shown}; pass --image_size=224, say: it scales the shorter "
+            f"{flag}: pictures must have one size, got {shown}; pass --image_size=224, say: it scales the shorter "
             "side and crops the centre."
         )
-    return Folder(tuple(files), labels, channels or (1 if grey else 3), size)
+    return Folder(tuple(files), labels, channels or (1 if grey else 3), size, names, flag)
 
 
-def _found(folder):
+def _found(folder, flag):
     """The pictures in a folder, without labels, or those in its sub-folders, labelled by the names of these."""
     top = _pictures(folder)
     inside = {child: _pictures(child) for child in sorted(folder.iterdir()) if child.is_dir()}
     inside = {child: files for child, files in inside.items() if files and not child.name.startswith(".")}
     if top and inside:
         raise ValueError(
-            f"--images={folder}: expected pictures in the folder or in its sub-folders, got both; move one part, or "
+            f"{flag}={folder}: expected pictures in the folder or in its sub-folders, got both; move one part, or "
             "list all in labels.csv."
         )
     if not (top or inside):
         kinds = ", ".join(SUFFIXES)
-        raise ValueError(f"--images={folder}: there are no pictures ({kinds}) in it or in its sub-folders.")
+        raise ValueError(f"{flag}={folder}: there are no pictures ({kinds}) in it or in its sub-folders.")
     if top:
-        return top, None
-    files, labels = [], []
+        return top, None, {}
+    files, labels, names = [], [], {}
     for child, found in inside.items():
         match = CLASS.fullmatch(child.name)
         if match is None:
             raise ValueError(
-                f"--images={folder}: sub-folders must be named by the number of their class, such as 3 or 3_cat, got "
+                f"{flag}={folder}: sub-folders must be named by the number of their class, such as 3 or 3_cat, got "
                 f"{child.name!r}; rename it, or write labels.csv with the columns file,label."
             )
         files += found
         labels += [int(match[1])] * len(found)
-    return files, np.asarray(labels, np.int32)
+        if match[2]:
+            names[int(match[1])] = match[2]
+    return files, np.asarray(labels, np.int32), names
 
 
 def _pictures(folder):
@@ -130,24 +138,24 @@ def _listed(folder):
             labels.append(int(label))
     if not files:
         raise ValueError(f"{path}: expected a line for each picture, got none.")
-    return files, np.asarray(labels, np.int32)
+    return files, np.asarray(labels, np.int32), {}
 
 
-def _opened(file) -> Any:
+def _opened(file, flag) -> Any:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "--images: a folder of pictures needs Pillow: pip install 'lft_jax[images]'."
+            f"{flag}: a folder of pictures needs Pillow: pip install 'lft_jax[images]'."
         ) from error
     try:
         return Image.open(file)
     except Exception as error:
-        raise _damaged(file, error) from error
+        raise _damaged(file, error, flag) from error
 
 
-def _damaged(file, error):
-    return ValueError(f"--images: {file} is no picture that can be read ({error}).")
+def _damaged(file, error, flag):
+    return ValueError(f"{flag}: {file} is no picture that can be read ({error}).")
 
 
 def _cropped(picture, size):

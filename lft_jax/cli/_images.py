@@ -1,7 +1,7 @@
 """The images of `--images`, and the choice of those that are attacked from."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,15 @@ class Images:
       count: number of images.
       labels: `[N]` integers, or None.
       read: row numbers -> images `[rows, H, W, C]`, uint8 or floating-point in [0, 1].
+      class_names: names of classes, of those that have one.
+      files: names of the images' files, or None.
     """
 
     count: int
     labels: np.ndarray | None
     read: Callable[[np.ndarray], np.ndarray]
+    class_names: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    files: tuple[str, ...] | None = None
 
     @classmethod
     def of_arrays(cls, images: np.ndarray, labels: np.ndarray | None) -> "Images":
@@ -38,13 +42,17 @@ class Images:
         return self.read(rows), None if self.labels is None else self.labels[rows]
 
 
-def load_images(path: str, size: int | None = None, channels: int | None = None) -> tuple[Images, Images | None]:
+def load_images(
+    path: str, size: int | None = None, channels: int | None = None, flag: str = "--images"
+) -> tuple[Images, Images | None]:
     """Images of an .npz file or of a folder, and the test images, if they are given apart.
 
     Args:
-      path: an .npz file with `images`, and perhaps `labels`, `test_images` and `test_labels`; or a folder of pictures.
+      path: an .npz file with `images`, and perhaps `labels`, `test_images`, `test_labels` and `class_names` (strings);
+        or a folder of pictures.
       size: as of `open_folder`.
       channels: as of `open_folder`.
+      flag: that named it, for messages.
 
     Raises:
       ValueError: for neither, a file without valid arrays, or an invalid folder.
@@ -52,36 +60,45 @@ def load_images(path: str, size: int | None = None, channels: int | None = None)
     if Path(path).is_dir():
         if size is not None:
             check_at_least("--image_size", size, 1)
-        folder = open_folder(Path(path), size, channels)
-        return Images(len(folder.files), folder.labels, folder.read), None
+        folder = open_folder(Path(path), size, channels, flag)
+        names = tuple(str(file.relative_to(path)) for file in folder.files)
+        return Images(len(folder.files), folder.labels, folder.read, folder.names, names), None
     if not (path.endswith(".npz") and Path(path).is_file()):
-        raise ValueError(f"--images: expected a folder of pictures or an .npz file, got {path!r}, which is neither.")
+        raise ValueError(f"{flag}: expected a folder of pictures or an .npz file, got {path!r}, which is neither.")
     if size is not None or channels is not None:
         raise ValueError("--image_size and --image_channels are for a folder of pictures; bring the arrays to shape.")
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except Exception as error:  # numpy raises many kinds of exceptions for a damaged file
-        raise ValueError(f"--images: {path} cannot be read as an .npz file ({error}).") from error
+        raise ValueError(f"{flag}: {path} cannot be read as an .npz file ({error}).") from error
     if "images" not in arrays:
-        raise ValueError(f"--images: {path} must have an array 'images', got {', '.join(arrays) or 'none'}.")
-    images = _checked(path, arrays, "images", "labels")
+        raise ValueError(f"{flag}: {path} must have an array 'images', got {', '.join(arrays) or 'none'}.")
+    images = _checked(flag, path, arrays, "images", "labels")
     if "test_images" not in arrays:
         return images, None
-    return images, _checked(path, arrays, "test_images", "test_labels", images.read(np.arange(1)).shape[1:])
+    return images, _checked(flag, path, arrays, "test_images", "test_labels", images.read(np.arange(1)).shape[1:])
 
 
-def _checked(path, arrays, name, labels_name, shape=None):
+def _checked(flag, path, arrays, name, labels_name, shape=None):
     images, labels = arrays[name], arrays.get(labels_name)
     images = images[..., None] if images.ndim == 3 else images
     images = images.astype(np.float32) if images.dtype in (np.float16, np.float64) else images
     try:
         check_images_labels(images, np.zeros(len(images), np.int32) if labels is None else labels)
     except ValueError as error:
-        raise ValueError(f"--images: {path}, arrays {name!r} and {labels_name!r}: {error}") from error
+        raise ValueError(f"{flag}: {path}, arrays {name!r} and {labels_name!r}: {error}") from error
     if shape is not None and images.shape[1:] != shape:
-        raise ValueError(f"--images: {path}: test_images must be [N, {shape}] as images, got {images.shape[1:]}.")
-    return Images.of_arrays(images, None if labels is None else labels.astype(np.int32))
+        raise ValueError(f"{flag}: {path}: test_images must be [N, {shape}] as images, got {images.shape[1:]}.")
+    labels = None if labels is None else labels.astype(np.int32)
+    return dataclasses.replace(Images.of_arrays(images, labels), class_names=_names(flag, path, arrays))
+
+
+def _names(flag, path, arrays):
+    names = arrays.get("class_names", np.zeros(0, str))
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise ValueError(f"{flag}: {path}: class_names must be [classes] strings, got {names.dtype} {names.shape}.")
+    return dict(enumerate(names.tolist()))
 
 
 def choose(images: Images, shots: int | None, num_images: int | None, seed: int) -> np.ndarray:

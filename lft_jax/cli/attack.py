@@ -23,8 +23,6 @@ the run and the best perturbation so far is written, with "complete": false; 130
 """
 
 import dataclasses
-import fractions
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ from lft_jax.base import check_name
 from lft_jax.cli import _exits, config, provenance
 from lft_jax.cli._images import Images, choose, load_images, unseen
 from lft_jax.cli._measure import Remembered, predictions, rates
-from lft_jax.cli._model import load_model
+from lft_jax.cli._own import OwnFlags, check_own, own_model, radius
 from lft_jax.data import load_source
 from lft_jax.evaluation import make_baselines
 from lft_jax.pretrained import list_pretrained
@@ -48,7 +46,7 @@ from lft_jax.victims import default_epsilon, load_victim
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(OwnFlags):
     """Command-line flags."""
 
     output: str = config.required("Where to write, without suffix: OUTPUT.npy, OUTPUT.png and OUTPUT.json.")
@@ -58,26 +56,6 @@ class Config:
         (), "Attack without images: H,W,C of the model's images. Default: that of the model, if known and no --images."
     )
     victim: str | None = config.option(None, "Instead of --model: folder of a victim (experiments.train_victim).")
-    mean: tuple[float, ...] = config.option((), "Of the model: mean of each channel, in units of --input_range.")
-    std: tuple[float, ...] = config.option((), "Of the model: standard deviation of each channel, likewise.")
-    channels: str | None = config.option(
-        None,
-        "Of the model: it takes [N, C, H, W] (first) or [N, H, W, C] (last). Default: first for a torch.nn.Module, "
-        "else last.",
-        ("first", "last"),
-    )
-    input_range: tuple[float, ...] = config.option(
-        (), "Of the model: what 0 and 1 are for it before mean and std: 0,255 say. Default: 0,1."
-    )
-    model_output: str | None = config.option(
-        None, "Of the model: logits (default), probabilities, or the key or index of the logits in what it returns."
-    )
-    image_size: int | None = config.option(
-        None, "For a folder: the shorter side of pictures is scaled to it (bilinear), then the centre is cropped."
-    )
-    image_channels: int | None = config.option(
-        None, "For a folder: 1 for grey, 3 for RGB. Default: 1 if all pictures are grey, else 3."
-    )
     shots: int | None = config.option(None, "Images to attack from: so many of each class, at random. Default: 1.")
     num_images: int | None = config.option(
         None, "Images to attack from, at random, instead of --shots. Default without labels: 10."
@@ -191,10 +169,7 @@ def _check(flags):
         raise ValueError("--data_dir is for --victim only; leave it out with --model.")
     if flags.epsilon is None and flags.penalty is None:
         raise ValueError("--epsilon: expected a radius for --model, such as 8/255, got none.")
-    if flags.input_range and len(flags.input_range) != 2:
-        raise ValueError(f"--input_range: expected two numbers, such as 0,255, got {flags.input_range}.")
-    if flags.image_channels not in (None, 1, 3):
-        raise ValueError(f"--image_channels: expected 1 or 3, got {flags.image_channels}.")
+    check_own(flags)
 
 
 def _own(flags):
@@ -202,16 +177,7 @@ def _own(flags):
     images, test = None, None
     if flags.images is not None:
         images, test = load_images(flags.images, flags.image_size, flags.image_channels)
-    output = flags.model_output
-    options = {
-        "mean": flags.mean or None,
-        "std": flags.std or None,
-        "channels": flags.channels,
-        "input_range": flags.input_range or None,
-        "output": int(output) if output is not None and output.removeprefix("-").isdecimal() else output,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    return load_model(flags.model, given), images, test, None
+    return own_model(flags.model, flags), images, test, None
 
 
 def _victim(flags):
@@ -310,20 +276,10 @@ def _draw(model, part, result, output):
 
 
 def _constraint(flags, source):
-    epsilon = None if flags.epsilon is None else _radius(flags.epsilon)
+    epsilon = None if flags.epsilon is None else radius("--epsilon", flags.epsilon)
     if flags.penalty is None and epsilon is None:
         epsilon = default_epsilon(flags.norm, source)
     return Constraint(flags.norm, epsilon, flags.penalty)
-
-
-def _radius(text):
-    try:
-        radius = float(fractions.Fraction(str(text).replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
-        radius = math.nan
-    if not 0 < radius < math.inf:
-        raise ValueError(f"--epsilon: expected a number above 0 or a fraction such as 8/255, got {text!r}.")
-    return radius
 
 
 def _recipe(flags):

@@ -1,0 +1,162 @@
+"""Finished runs on disk, so that an audit that was interrupted goes on."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lft_jax.auditing._plan import Cell
+
+#: Changes when runs of an earlier version are no longer what this one would find.
+VERSION = 1
+#: Logits of a model on the same images differ by rounding from process to process.
+TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What an attack found.
+
+    Attributes:
+      cell: what was run.
+      perturbation: `[H, W, C]` float32.
+      predicted: `[C + Q]`, the classes of the perturbed choice and query images.
+      confidence: `[C + Q]`, the model's softmax for these classes.
+      history: after each step: `loss`, `asr` on the support images, `queries`.
+      evaluations: evaluations of the model on one image.
+      seconds: wall time.
+      compiled: whether the time includes compilation, as that of the first run of its kind in a process does.
+    """
+
+    cell: Cell
+    perturbation: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    history: dict[str, list[float]]
+    evaluations: int
+    seconds: float
+    compiled: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the perturbation, for JSON."""
+        found = dataclasses.asdict(dataclasses.replace(self, perturbation=np.zeros(0)))
+        del found["perturbation"]
+        return found | {
+            "predicted": self.predicted.tolist(),
+            "confidence": [round(float(value), 4) for value in self.confidence],
+        }
+
+
+def digest(*parts: Any) -> str:
+    """A name for arrays and for anything that JSON can hold."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            total.update(f"{part.dtype}{part.shape}".encode())
+            total.update(np.ascontiguousarray(part).tobytes())
+        else:
+            total.update(json.dumps(part, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically, in a folder that it makes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    with open(scratch, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an .npy file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    with open(scratch, "wb") as file:
+        np.save(file, array)
+    scratch.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file atomically; NaN is refused."""
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+class Store:
+    """The folder `runs` of an audit.
+
+    A run is a `.json` file, written last, and an `.npy` file with its perturbation. It is used again by an audit of
+    the same images, labels, split and settings, of a model that answers the clean images as it did.
+    """
+
+    def __init__(self, folder: Path, data: str, clean: np.ndarray):
+        """Opens the folder.
+
+        Args:
+          folder: need not exist.
+          data: digest of images, labels and split.
+          clean: `[N, classes]`, the logits of the clean images.
+        """
+        self.folder, self.keys = folder, {}
+        path = folder / f"clean-{data[:12]}.npy"
+        known = _array(path)
+        if known is None or not _alike(known, clean):
+            write_array(path, clean)
+            known = clean
+        self.data = digest(VERSION, data, known)
+
+    def load(self, cell: Cell) -> Run | None:
+        """The stored run of a cell; None if there is none, or one of other data, of another model, or damaged."""
+        path = self.path(cell)
+        try:
+            found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        perturbation = _array(path)
+        if perturbation is None or found.pop("key", None) != self.key(cell):
+            return None
+        if found.pop("perturbation") != digest(perturbation):
+            return None
+        arrays = {"predicted": np.asarray(found.pop("predicted")), "confidence": np.asarray(found.pop("confidence"))}
+        return Run(**{**found, "cell": cell, "perturbation": perturbation, **arrays})
+
+    def save(self, run: Run) -> None:
+        """Stores a finished run."""
+        path = self.path(run.cell)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        write_array(path, run.perturbation)
+        write_json(path.with_suffix(".json"), {**run.as_dict(), **self._marks(run)})
+
+    def _marks(self, run):
+        return {"key": self.key(run.cell), "perturbation": digest(run.perturbation)}
+
+    def key(self, cell: Cell) -> str:
+        """The digest of all that a run depends on."""
+        return digest(self.data, dataclasses.asdict(cell))
+
+    def path(self, cell: Cell) -> Path:
+        """Of the .npy file."""
+        return self.folder / f"{cell.name}.npy"
+
+
+def _array(path):
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _alike(known, clean):
+    """Whether two arrays of logits differ by rounding only."""
+    if known.shape != clean.shape:
+        return False
+    scale = max(float(np.std(clean)), 1e-6)
+    return bool(np.array_equal(known.argmax(-1), clean.argmax(-1))) and bool(
+        np.allclose(known, clean, rtol=TOLERANCE, atol=TOLERANCE * scale)
+    )

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.studies import public_models
 from lft_jax import evaluation, meta, oracles, tasks
-from lft_jax.base import Learner, PyTree, TaskFamily
-from lft_jax.data import load_source
+from lft_jax.base import Learner, PyTree, TaskFamily, check_name
+from lft_jax.data import ImageSource, load_source
 from lft_jax.evaluation import comparison
 from lft_jax.meta import checkpoints
 from lft_jax.victims import Victim, default_epsilon, load_victim
@@ -37,6 +39,7 @@ class TaskConfig:
       support_loss: loss on the support images.
       second_loss: loss that is added to `support_loss` (exact gradients only); "none" for none.
       kappa: hinge margin of all losses, in logits.
+      beta: bound on the cross-entropy of a query image, in nats.
       start: initial perturbation, "zeros" or "random".
       waves: evaluations per support image that search for a better start (`lft_jax.tasks.WaveSearch`), a quarter of
         them on new waves; 0 for no search.
@@ -45,6 +48,7 @@ class TaskConfig:
       patterns: evaluations per proxy or support image that search tiles and waves for a better start
         (`lft_jax.PatternSearch`); 0 for no search.
       radius_factor: see `lft_jax.uap_family`.
+      images: the first images of each source, of which tasks are drawn; None for all.
     """
 
     ways: int = 10
@@ -62,12 +66,14 @@ class TaskConfig:
     support_loss: str = "cross_entropy"
     second_loss: str = "none"
     kappa: float = 0.0
+    beta: float = 12.0
     start: str = "zeros"
     waves: int = 0
     augment: bool = True
     proxies: bool = False
     patterns: int = 0
     radius_factor: float = 1.0
+    images: int | None = None
 
 
 def search_and_estimator(
@@ -82,10 +88,32 @@ def search_and_estimator(
     return search, oracles.ZerothOrder(**{name: getattr(config, name) for name in _DIRECTIONS})
 
 
+#: What the paths of victims begin with that are a public model: `public/efficientnet_lite2`.
+PUBLIC = "public/"
+_GROUPED = 10  # ImageNet images of a group, which takes the place of a class: there is one image of each class
+
+
+def family_of(path: str, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
+    """The UAP tasks of a stored victim, by its folder, or of a public model on its images for meta-training."""
+    if not path.startswith(PUBLIC):
+        return make_family(load_victim(path), split, config, data_dir)
+    name = path.removeprefix(PUBLIC)
+    check_name("victims: public", name, public_models.MODELS)
+    source = public_models.MODELS[name].source
+    if split != "train":
+        raise ValueError(f"victims: {path} has images for meta-training only, got split {split!r}.")
+    images, labels, *_ = public_models.load_images(source, "training", data_dir=data_dir)
+    groups = np.arange(len(labels)) // _GROUPED
+    family = _family(public_models.load(name), ImageSource(source, images, groups, int(groups.max()) + 1), config)
+    return dataclasses.replace(family, labels=jnp.asarray(labels, jnp.int32))
+
+
 def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | None = None) -> tasks.UapFamily:
     """The UAP tasks of a stored victim, with images of one split of its source."""
-    name = victim.card["source"]
-    source = load_source(name, split, data_dir=data_dir)
+    return _family(victim.logits_fn, load_source(victim.card["source"], split, data_dir=data_dir), config)
+
+
+def _family(model, source, config):
     search, estimator = search_and_estimator(config)
     augmentation = tasks.Proxies() if config.proxies else tasks.Augmentation() if config.augment else None
 
@@ -93,14 +121,14 @@ def make_family(victim: Victim, split: str, config: TaskConfig, data_dir: str | 
         return None if kind == "none" else tasks.AttackLoss(kind, kappa=config.kappa)
 
     return tasks.uap_family(
-        source.images,
-        source.labels,
-        victim.logits_fn,
+        source.images[: config.images],
+        source.labels[: config.images],
+        model,
         ways=config.ways,
         shots=config.shots,
         query_shots=config.query_shots,
-        constraint=_constraint(config, name),
-        loss=loss(config.loss),
+        constraint=_constraint(config, source.name),
+        loss=dataclasses.replace(loss(config.loss), beta=config.beta),
         recipe=tasks.AttackRecipe(
             loss=loss(config.support_loss),
             second_loss=loss(config.second_loss),

@@ -108,6 +108,7 @@ class TaskFlags:
         ("dominant", "hinge", "cross_entropy", "none"),
     )
     kappa: float = option(0.0, "Hinge margin, in logits (kappa of Carlini & Wagner).")
+    beta: float = option(12.0, "Bound on the cross-entropy of a query image, in nats.")
     task_start: str = option("zeros", "Initial perturbation of a task.", ("zeros", "random"))
     waves: int = option(0, "Evaluations per support image, 2 or more, that search plane waves for a start; 0 for none.")
     patterns: int = option(
@@ -120,6 +121,7 @@ class TaskFlags:
     radius_factor: float = option(
         1.0, "Draw the radius of each task, log-uniform between the radius divided by this factor and multiplied by it."
     )
+    images: int | None = option(None, "First images of each source, of which tasks are drawn; all if not given.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,10 @@ class MetaStepFlags:
     num_steps: int = option(20, "Fine-tuning steps of a task (K).")
     step_weights: str = option("uniform", "Weights of the steps in the outer loss.", tuple(STEP_WEIGHTS))
     tasks_per_family: int = option(1, "Tasks per victim and meta-step.")
+    families_per_step: int | None = option(None, "Victims of a meta-step, which take turns; all if not given.")
+    max_family_norm: float | None = option(
+        None, "l2 norm that the meta-gradient of each victim is clipped to; no limit if not given."
+    )
     meta_steps: int = option(1000, "Number of meta-steps.")
     meta_learning_rate: float = option(1e-2, "Peak learning rate of the meta-optimizer, Adam.")
     window: int | None = option(None, "Steps of truncated backpropagation; the whole unroll if not given.")
@@ -177,11 +183,13 @@ _VICTIMS = tuple(
     for name in (*(f"small_cnn_{seed}" for seed in range(4)), "lenet_4", "lenet_5")
 )
 _SHIPPED = {"victims": _VICTIMS, "meta_steps": 150, "validation_tasks": 0}
-# Networks of the kinds that users have, with batch norm and residual connections, from two sources.
+# Networks of the kinds that users have, with batch norm and residual connections, from three sources.
 _DEEP_VICTIMS = (
-    *(f"victims/cifar10_{name}" for name in ("resnet14_0", "resnet20_0", "resnet20_adversarial_0")),
-    *(f"victims/cifar10_{name}" for name in ("mobilenet_0", "mobilenet_1", "vit_0", "small_cnn_0")),
-    *(f"victims/mnist_{name}" for name in ("resnet20_0", "mobilenet_0", "small_cnn_0")),
+    "public/efficientnet_lite2",
+    *(f"victims/{name}" for name in ("cifar10_resnet20_0", "mnist_resnet20_0", "cifar10_mobilenet_0")),
+    *(f"victims/{name}" for name in ("cifar10_resnet14_0", "mnist_mobilenet_0", "cifar10_vit_0")),
+    *(f"victims/{name}" for name in ("cifar10_resnet20_adversarial_0", "mnist_small_cnn_0")),
+    *(f"victims/{name}" for name in ("cifar10_mobilenet_1", "cifar10_small_cnn_0")),
 )
 #: Settings by which the shipped rules were meta-trained (except their seeds): `--preset=uap_linf --workdir=...`.
 PRESETS = {
@@ -192,14 +200,18 @@ PRESETS = {
         "rule": "spectral_lstm",
         "hidden": 8,
         "base_decay": 0.9,
-        "epsilon": ("cifar10=0.0314", "mnist=0.2"),
+        "epsilon": ("cifar10=0.0314", "mnist=0.2", "imagenet_sample=0.0392"),
         "radius_factor": 2.0,
+        "images": 5000,
         "proxies": True,
         "patterns": 25,
         "query_shots": 4,
+        "beta": 5.0,
         "num_steps": 12,
-        "step_weights": "linear",
-        "meta_steps": 60,
+        "step_weights": "few",
+        "families_per_step": 2,
+        "max_family_norm": 1.0,
+        "meta_steps": 165,
         "checkpoint_every": 10,
         "validation_tasks": 0,
     },

@@ -27,7 +27,6 @@ from lft_jax.meta import run
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta.imitation import Imitation
 from lft_jax.optimizers import rules, sampling
-from lft_jax.victims import load_victim
 
 #: Learners of an initialization, which need victims of one image shape.
 CONGRUOUS = ("maml", "sign_maml", "reptile", "meta_sgd", "joint")
@@ -92,7 +91,7 @@ def rule_of(flags: Config) -> rules.UpdateRule:
 
 def families_of(flags: Config, split: str) -> list[tasks.UapFamily]:
     """One family of tasks for each victim."""
-    return [common.make_family(load_victim(path), split, tasks_of(flags), flags.data_dir) for path in flags.victims]
+    return [common.family_of(path, split, tasks_of(flags), flags.data_dir) for path in flags.victims]
 
 
 def meta_optimizer_of(flags: Config) -> optax.GradientTransformation:
@@ -138,6 +137,7 @@ def _check_effect(flags):
         ),
         ("basis",): (flags.resolution is None, "has no subspace of directions, without --resolution"),
         ("second_loss",): (flags.num_directions > 0, "estimates the gradient of one loss only, with --num_directions"),
+        ("beta",): (flags.loss != "cross_entropy", "minimises no cross-entropy of query images"),
         ("kappa",): ("hinge" not in (flags.loss, flags.support_loss, flags.second_loss), "minimises no hinge"),
         ("epsilon",): (flags.penalty is not None, "has a penalty instead of a ball"),
     }
@@ -321,6 +321,8 @@ def trainer_of(flags: Config, learner: Learner) -> meta.MetaTrainer:
         families_of(flags, "train"),
         num_steps=flags.num_steps,
         tasks_per_family=flags.tasks_per_family,
+        families_per_step=flags.families_per_step,
+        max_family_norm=flags.max_family_norm,
         meta_optimizer=meta_optimizer_of(flags),
         unroll=meta.Unroll(flags.step_weights, flags.window, remat, flags.memory),
         meta_gradient=meta_gradient_of(flags),

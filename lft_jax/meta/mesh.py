@@ -34,7 +34,7 @@ def share_tasks(gradient, mesh, tasks_per_family):
             f"{dict(mesh.shape)}."
         )
     everywhere, by_task = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, TASK_AXIS)
-    specs = (everywhere, everywhere, by_task, everywhere, everywhere)
+    specs = (everywhere, everywhere, everywhere, by_task, everywhere, everywhere)
 
     def on_each_device(*inputs):
         return jax.lax.pmean(gradient(*inputs), TASK_AXIS)

@@ -19,9 +19,18 @@ from lft_jax import _memory, base
 from lft_jax.base import Episode, Learner, PyTree, TaskFamily, Trajectory
 from lft_jax.optimizers.fine_tuning import Part, Paused, fine_tune
 
+
+def _few(k):
+    """A quarter of the way, half of it, and the end, which counts for three."""
+    last = k[-1]
+    parts = ((last // 4, 1), (last // 2, 1), (last, 3))
+    return sum((weight * (k == max(step, 1)) for step, weight in parts), np.zeros_like(k))
+
+
 STEP_WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "uniform": np.ones_like,
     "linear": lambda k: k,
+    "few": _few,
     "final": lambda k: (k == k[-1]).astype(k.dtype),
 }
 
@@ -73,7 +82,8 @@ def step_weights(name: str, num_steps: int) -> Float[np.ndarray, " K"]:
     """Returns the weights w_k of the fine-tuning steps in the outer loss, which sum to 1.
 
     Args:
-      name: "uniform" (w_k = 1/K), "linear" (w_k ~ k) or "final" (w_K = 1, the others 0).
+      name: "uniform" (w_k = 1/K), "linear" (w_k ~ k), "few" (steps K/4, K/2 and K in the ratio 1:1:3, which takes a
+        fraction of the time) or "final" (w_K = 1, the others 0).
       num_steps: K, at least 1.
 
     Raises:
@@ -82,6 +92,8 @@ def step_weights(name: str, num_steps: int) -> Float[np.ndarray, " K"]:
     Examples:
       >>> step_weights("linear", 3).round(3).tolist()
       [0.167, 0.333, 0.5]
+      >>> step_weights("few", 5).round(3).tolist()
+      [0.2, 0.2, 0.0, 0.0, 0.6]
     """
     base.check_at_least("num_steps", num_steps, 1)
     weights = STEP_WEIGHTS[base.check_name("step_weights", name, STEP_WEIGHTS)](np.arange(1.0, num_steps + 1))

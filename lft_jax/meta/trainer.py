@@ -139,6 +139,8 @@ def meta_trainer(
     *,
     num_steps: int = 20,
     tasks_per_family: int = 8,
+    families_per_step: int | None = None,
+    max_family_norm: float | None = None,
     meta_optimizer: optax.GradientTransformation,
     unroll: Unroll = UNROLL,
     meta_gradient: EvolutionStrategies | PersistentEvolutionStrategies | None = None,
@@ -159,6 +161,10 @@ def meta_trainer(
         arrays of the family.
       num_steps: fine-tuning steps K per task, at least 1.
       tasks_per_family: tasks of each family per meta-step, at least 1. They are sampled again in every meta-step.
+      families_per_step: families of a meta-step, which take turns in their order; None for all of them. Few of them
+        make more meta-steps in the same time. The losses of the others are NaN in the metrics.
+      max_family_norm: l2 norm that the meta-gradient of each family is clipped to, so that no family outweighs the
+        others; None for no limit.
       meta_optimizer: optax transformation that updates the meta-parameters; see `clipped_adam`.
       unroll: weights w_k of the steps, and how the steps are differentiated.
       meta_gradient: evolution strategies, or None for backpropagation through the steps. With
@@ -173,7 +179,8 @@ def meta_trainer(
     Raises:
       ValueError: for
 
-        - no families, or numbers below 1;
+        - no families, numbers below 1, a norm that is not above 0 or with several devices, or more families in a
+          meta-step than there are;
         - tasks that cannot be divided evenly among the devices of the mesh;
         - evolution strategies together with a truncation window, a second-order learner, Reptile or several devices;
         - Reptile together with a truncation window or imitation;
@@ -202,26 +209,41 @@ def meta_trainer(
     _check_families(families)
     families = tuple(family.refreshed() for family in families)
     base.check_at_least("tasks_per_family", tasks_per_family, 1)
+    if max_family_norm is not None:
+        base.check_positive("max_family_norm", max_family_norm)
+        if mesh is not None and mesh.size > 1:
+            raise ValueError(f"max_family_norm: gradients of a family on {mesh.size} devices are not clipped together.")
+    if families_per_step is not None:
+        base.check_at_least("families_per_step", families_per_step, 1)
+        if families_per_step > len(families):
+            raise ValueError(
+                f"families_per_step must be at most {len(families)}, the families, got {families_per_step}."
+            )
     _check_meta_gradient(meta_gradient, learner, unroll, mesh)
     if isinstance(meta_gradient, PersistentEvolutionStrategies):
         _check_windows(meta_gradient.window, num_steps, unroll, stages)
     groups, order = group_families(families)
     every_stage = stages_of(num_steps, stages, meta_gradient)
-    gradients = [_stage_gradient(s, learner, unroll, meta_gradient, tasks_per_family, mesh) for s in every_stage]
+    options = {"max_norm": max_family_norm, "tasks_per_family": tasks_per_family, "mesh": mesh}
+    gradients = [_stage_gradient(s, learner, unroll, meta_gradient, **options) for s in every_stage]
     optimizer = _skipping(meta_optimizer)
 
     @jax.jit
     def step(state, groups):
         """One meta-step: sample tasks, fine-tune, outer loss, its gradient, update."""
-        stage, keys, window = _task_keys(state, every_stage, [group.size for group in groups], tasks_per_family)
+        sizes = [group.size for group in groups]
+        stage, keys, window, episode = _task_keys(state, every_stage, sizes, tasks_per_family)
+        turns = _turns(episode, order, sizes, families_per_step)
         carried = state.particles or ((),) * len(groups)
         # For each family: a task per key, fine-tuned; the outer loss and its gradient (`_gradients.family_gradient`).
-        (losses, last), grads, carried = jax.lax.switch(stage, gradients, state.params, groups, keys, carried, window)
+        inputs = state.params, groups, turns, keys, carried, window
+        (losses, last), grads, carried = jax.lax.switch(stage, gradients, *inputs)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         particles = carried if state.particles else ()
         after = MetaState(params, optimizer_state, state.key, state.step + 1, particles)
-        return after, _metrics(losses[order], last[order], grads, after.optimizer_state)
+        took = None if turns[0] is None else jnp.concatenate(turns)[order]
+        return after, _metrics(losses[order], last[order], took, grads, after.optimizer_state)
 
     def init(key):
         state = init_state(learner, families, meta_optimizer, key)
@@ -236,7 +258,7 @@ def meta_trainer(
 
 
 def _task_keys(state, stages, group_sizes, tasks_per_family):
-    """The stage of a meta-step, the keys `[families, tasks]` of each group's tasks, and the window of their episode."""
+    """Of a meta-step: its stage, the keys `[families, tasks]` of each group's tasks, their window and their episode."""
     firsts, windows = (jnp.asarray([getattr(s, name) for s in stages], jnp.int32) for name in ("first", "windows"))
     stage = jnp.sum(state.step >= firsts[1:])
     episode, window = jnp.divmod(state.step - firsts[stage], windows[stage])
@@ -246,13 +268,28 @@ def _task_keys(state, stages, group_sizes, tasks_per_family):
         jax.random.split(jax.random.fold_in(key, number), (size, tasks_per_family))
         for number, size in enumerate(group_sizes)
     ]
-    return stage, keys, window
+    return stage, keys, window, firsts[stage] + episode
 
 
-def _metrics(family_loss, final_loss, grads, optimizer_state):
+def _turns(episode, order, sizes, families_per_step):
+    """Whether it is a family's turn, `[families]` bool for each group; None if all take part.
+
+    Episode i has the families i * m, ..., i * m + m - 1, modulo their number, with m = `families_per_step`.
+    """
+    count = len(order)
+    if families_per_step is None or families_per_step == count:
+        return (None,) * len(sizes)
+    first = episode * families_per_step % count
+    turn = (jnp.arange(count, dtype=jnp.int32) - first) % count < families_per_step
+    # `order[i]` is the place of family i in the groups.
+    turn = turn[np.argsort(order)]
+    return tuple(jnp.split(turn, np.cumsum(sizes)[:-1]))
+
+
+def _metrics(family_loss, final_loss, turns, grads, optimizer_state):
     """The metrics that `MetaTrainer` describes."""
     return {
-        "loss": jnp.mean(family_loss),
+        "loss": jnp.mean(family_loss, where=turns),
         "family_loss": family_loss,
         "final_loss": final_loss,
         "grad_norm": optax.tree.norm(grads),
@@ -307,7 +344,7 @@ def _particles(learner, params, groups, tasks_per_family, meta_gradient):
     )
 
 
-def _stage_gradient(stage, learner, unroll, meta_gradient, tasks_per_family, mesh):
+def _stage_gradient(stage, learner, unroll, meta_gradient, *, max_norm, tasks_per_family, mesh):
     """The meta-gradient of one stage, with the signature of `_mean_gradient` without `of_family`."""
     if stage.imitation is not None:
         # Backpropagation differentiates the rule alone here, not the model, so evolution strategies are not needed.
@@ -315,17 +352,19 @@ def _stage_gradient(stage, learner, unroll, meta_gradient, tasks_per_family, mes
         unroll = dataclasses.replace(unroll, step_weights="uniform")
         meta_gradient = None
     of_family = family_gradient(learner, num_steps=stage.num_steps, unroll=unroll, meta_gradient=meta_gradient)
-    gradient = functools.partial(_mean_gradient, of_family)
+    gradient = functools.partial(_mean_gradient, of_family, max_norm)
     return gradient if mesh is None else share_tasks(gradient, mesh, tasks_per_family)
 
 
-def _mean_gradient(of_family, params, groups, keys, particles, window):
-    """The mean of the meta-gradients `of_family` over all families.
+def _mean_gradient(of_family, max_norm, params, groups, turns, keys, particles, window):
+    """The mean of the meta-gradients `of_family` over the families whose turn it is.
 
     Args:
       of_family: a `FamilyGradient`.
+      max_norm: norm that the meta-gradient of a family is clipped to, or None.
       params: the meta-parameters.
       groups: stacked families.
+      turns: of each group, `[families]` bool, or None for all.
       keys: `[families, tasks]` PRNG keys, for each group.
       particles: of each group, with a leading axis `[families]`; `()` without persistent evolution strategies.
       window: `[]` int32, index of the window in its episode.
@@ -334,20 +373,39 @@ def _mean_gradient(of_family, params, groups, keys, particles, window):
       `(losses, losses after the last step)` `[families]`, in the order of the groups; the meta-gradient; particles.
     """
     losses, last, after, total = [], [], [], jax.tree.map(jnp.zeros_like, params)
-    for group, *inputs in zip(groups, keys, particles, strict=True):
+    for group, *inputs in zip(groups, turns, keys, particles, strict=True):
 
-        def member_gradient(inputs, group=group):
-            member, member_keys, member_particles = inputs
-            return of_family(params, group.member(member), member_keys, member_particles, window)
+        def taken(member, keys, particles, group=group):
+            (of_member, grads), carried = of_family(params, group.member(member), keys, particles, window)
+            return (of_member, grads if max_norm is None else _clipped(grads, max_norm)), carried
+
+        def member_gradient(inputs, taken=taken):
+            member, turn, *inputs = inputs
+            if turn is None:
+                return taken(member, *inputs)
+            return jax.lax.cond(turn, taken, functools.partial(_left_out, taken), member, *inputs)
 
         ((group_losses, group_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
         total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
         losses.append(group_losses)
         last.append(group_last)
         after.append(carried)
-    num_families = sum(group.size for group in groups)
-    mean = jax.tree.map(lambda t: t / num_families, total)
+    counts = [group.size if turn is None else jnp.sum(turn) for group, turn in zip(groups, turns, strict=True)]
+    mean = jax.tree.map(lambda t: t / jnp.asarray(sum(counts), t.dtype), total)
     return (jnp.concatenate(losses), jnp.concatenate(last)), mean, tuple(after)
+
+
+def _clipped(grads, max_norm):
+    """The gradients, or what has the same direction and this norm if theirs is larger."""
+    norm = optax.tree.norm(grads)
+    return jax.tree.map(lambda g: g * (max_norm / jnp.maximum(norm, max_norm)), grads)
+
+
+def _left_out(taken, member, keys, particles):
+    """What `taken` returns, for a family whose turn it is not: losses of NaN, no gradient, its particles."""
+    (of_member, grads), _ = jax.eval_shape(taken, member, keys, particles)
+    losses = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), of_member)
+    return (losses, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grads)), particles
 
 
 def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float = 1.0) -> optax.GradientTransformation:

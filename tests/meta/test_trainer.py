@@ -87,7 +87,13 @@ def maml_closed_form(family, params, second_order):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("uniform", [0.25] * 4), ("linear", [0.1, 0.2, 0.3, 0.4]), ("final", [0, 0, 0, 1])]
+    ("name", "expected"),
+    [
+        ("uniform", [0.25] * 4),
+        ("linear", [0.1, 0.2, 0.3, 0.4]),
+        ("few", [0.2, 0.2, 0, 0.6]),
+        ("final", [0, 0, 0, 1]),
+    ],
 )
 def test_step_weights(name, expected):
     np.testing.assert_allclose(step_weights(name, 4), expected, rtol=1e-12)

@@ -3,10 +3,11 @@ r"""Measures universal attacks on public models, from few images: success on uns
   python -m experiments.studies.public --model=resnet20 --methods=uap-linf,pgd-plain --steps=5,20 --images=1,10,50
 
 Settings are chosen on the models of `experiments.studies.public_models.MODELS` whose role is "choosing"; nothing is
-chosen on those whose role is "test". A cell is one method with one number of steps and of support images, on several
-draws of the support images. All methods have the same draws, a larger number of images has the smaller ones among it,
-and all cells are judged on the same query images. The results file keeps what is finished: a run goes on where another
-one stopped, and adds methods, steps, images or draws. `--again` repeats methods after a change of their code.
+chosen on those whose role is "test", nor on stored victims with seeds from 1000. A cell is one method with one number
+of steps and of support images, on several draws of the support images. All methods have the same draws, a larger number
+of images has the smaller ones among it, and all cells are judged on the same query images. The results file keeps what
+is finished: a run goes on where another one stopped, and adds methods, steps, images or draws. `--again` repeats
+methods after a change of their code.
 
 `--grid=sga` measures all settings of a family of `experiments.studies.literature`, which `--methods=` also takes one by
 one, by their names. The frozen setting of a family is the one with the best mean over the choosing models; the tuned
@@ -21,7 +22,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,15 @@ from scipy import stats
 
 import lft_jax
 from experiments import config
-from experiments.studies import literature, public_models
+from experiments.studies import attacked, literature
+from experiments.studies.attacked import Victim, classes
 from experiments.studies.literature import Found, Problem
-from lft_jax import models
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
-from lft_jax.data import ImageSource, load_source, unit_range
+from lft_jax.data import ImageSource, unit_range
 from lft_jax.optimizers import hand_designed, periodic, periodic_descent
 from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies
 from lft_jax.tasks.perturbation import perturb
-from lft_jax.victims import default_epsilon, load_victim
 
 #: What runs a method.
 Method = Callable[[Problem], Found]
@@ -99,12 +99,12 @@ _TARGETS, _BATCH = 10, 100  # of the runs for the ceiling: target classes, image
 class Config:
     """Command-line flags."""
 
-    model: str = config.option("resnet20", "Public model to attack.", tuple(public_models.MODELS))
+    model: str = config.option("resnet20", "Public model to attack, or a stored victim, by its folder in victims/.")
     methods: tuple[str, ...] = config.option(tuple(METHODS), "Methods; may be empty.")
     grid: tuple[str, ...] = config.option((), "Families of which all settings are measured.")
     steps: tuple[int, ...] = config.option((20,), "Numbers of steps (K).")
     images: tuple[int, ...] = config.option((10,), "Numbers of support images.")
-    draws: int = config.option(0, "Draws of the support images; 0 for 20 on CIFAR-10 and 10 on ImageNet.")
+    draws: int = config.option(0, "Draws of the support images; 0 for 10 on ImageNet and 20 on others.")
     queries: int = config.option(0, "Query images; 0 for all.")
     split: str = config.option(
         "own",
@@ -120,32 +120,7 @@ class Config:
     )
     output: str | None = config.option(None, "Results file; results/public/MODEL.json if not given.")
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
-    smoke: bool = config.option(False, "Smoke test: a small victim of our own on the digits of scikit-learn instead.")
-
-
-class Victim(NamedTuple):
-    """What is attacked.
-
-    Attributes:
-      about: model, role, source, epsilon, split and number of queries: what a results file is of.
-      model: the classifier.
-      images: support and query images.
-      clean: `[N]`, the classes that the model predicts for the query images.
-    """
-
-    about: dict[str, Any]
-    model: models.Classifier
-    images: public_models.PublicImages
-    clean: np.ndarray
-
-    def rates(self, theta: np.ndarray) -> dict[str, float]:
-        """Success rate (of the query images that are right when clean) and fooling rate of a perturbation."""
-        attacked, labels = classes(self.model, self.images.query, theta), self.images.query_labels
-        right = self.clean == labels
-        return {
-            "asr": float(np.mean(attacked[right] != labels[right])),
-            "fooling_rate": float(np.mean(attacked != self.clean)),
-        }
+    smoke: bool = config.option(False, "Smoke test: digits_small_cnn_1000 instead of --model.")
 
 
 def measure(flags: Config) -> None:
@@ -155,11 +130,12 @@ def measure(flags: Config) -> None:
     for name in (*flags.steps, *flags.images):
         check_at_least("steps and images", name, 1)
     check_at_least("ceiling_steps", flags.ceiling_steps, 1)
-    victim = _victim(flags)
+    name = "digits_small_cnn_1000" if flags.smoke else flags.model
+    victim = attacked.victim(name, split=flags.split, queries=flags.queries, data_dir=flags.data_dir)
     for count in flags.images:
         if count > len(victim.images.support):
             raise ValueError(f"images must be at most {len(victim.images.support)}, the support images, got {count}.")
-    draws = flags.draws or (20 if victim.about["source"] == "cifar10" else 10)
+    draws = flags.draws or (10 if victim.about["source"] == "imagenet_sample" else 20)
     path = Path(flags.output or f"results/public/{victim.about['model']}.json")
     results = _results(path, victim, flags, draws)
 
@@ -227,18 +203,6 @@ def support_order(labels: np.ndarray, draw: int) -> np.ndarray:
     return order[np.lexsort((classes[shuffled], ranks))]
 
 
-def classes(model: models.Classifier, images: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """The classes `[N]` that the model predicts for perturbed images."""
-    size, function = 250 if images.shape[1] <= 64 else 50, model.traced()
-    parts = [images[first : first + size] for first in range(0, len(images), size)]
-    return np.concatenate([np.asarray(_predicted(function, part, theta)) for part in parts])
-
-
-@jax.jit
-def _predicted(function, images, theta):
-    return jnp.argmax(function(perturb(unit_range(images), theta)), -1)
-
-
 def ceiling(victim: Victim, found: dict[str, Any], num_steps: int, write: Callable[[], None]) -> None:
     """The best of several runs of momentum sign steps on minibatches of all support images; the query images judge it.
 
@@ -297,28 +261,6 @@ def _long_step(function, loss, images, labels, theta, state, epsilon, progress):
 
     updates, state = _LONG_STEPS.update(jax.grad(objective)(theta), state, theta, scale=epsilon, progress=progress)
     return jnp.clip(theta + updates, -epsilon, epsilon), state
-
-
-def _victim(flags):
-    if flags.smoke:
-        name, role, source, data = "digits_small_cnn_1000", "choosing", "digits", load_source("digits", "test")
-        epsilon = float(default_epsilon("linf", source))
-        model = models.from_function(load_victim(Path(__file__).parents[2] / "victims" / name).logits_fn)
-        images = public_models.PublicImages(data.images[100:], data.labels[100:], data.images[:100], data.labels[:100])
-    else:
-        public = public_models.MODELS[check_name("model", flags.model, public_models.MODELS)]
-        name, role, source, epsilon = flags.model, public.role, public.source, public.epsilon
-        split = role if flags.split == "own" else flags.split
-        images = public_models.load_images(source, split, data_dir=flags.data_dir)
-        model = public_models.load(name)
-    check_at_least("queries", flags.queries, 0)
-    count = min(flags.queries or len(images.query), len(images.query))
-    images = images._replace(query=images.query[:count], query_labels=images.query_labels[:count])
-    about = {"model": name, "role": role, "source": source, "norm": "linf", "epsilon": epsilon, "queries": count}
-    about["support"] = len(images.support)
-    about["split"] = role if flags.split == "own" else flags.split
-    clean = classes(model, images.query, np.zeros(images.query.shape[1:], np.float32))
-    return Victim(about, model, images, clean)
 
 
 def _chosen_methods(flags: Config) -> dict[str, Method]:

@@ -20,17 +20,13 @@ import numpy as np
 
 import lft_jax
 from experiments import config
-from experiments.studies import _procedural, public, public_models
+from experiments.studies import _procedural, attacked, public
 from lft_jax import models
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
-from lft_jax.data import load_source
 from lft_jax.optimizers import hand_designed
 from lft_jax.tasks import AttackRecipe, WaveSearch, pattern_attack
-from lft_jax.victims import load_victim
 
-#: Radii of the stored victims, as in the studies of `experiments.studies.study`.
-EPSILON = {"mnist": 0.2, "cifar10": 0.06, "digits": 0.25}
 _CLAMP = 12.0  # nats, as the loss of an attack
 _ESTIMATOR = lft_jax.ZerothOrder(num_directions=6, resolution=16, smoothing=0.05, per_example=True)
 _STEP = 2 * _ESTIMATOR.num_directions + 1  # evaluations of each image
@@ -230,7 +226,7 @@ def measure(flags: Config) -> None:
     for name, value in (("draws", flags.draws), ("images", flags.images), ("budgets", min(flags.budgets, default=0))):
         check_at_least(name, value, 1)
     names = [check_name("methods", name, METHODS) for name in flags.methods] or list(METHODS)
-    victim = _victim(flags)
+    victim = attacked.victim(flags.model, queries=flags.queries, data_dir=flags.data_dir)
     path = Path(flags.output or f"results/public/queries_{victim.about['model']}.json")
     results = _results(path, victim, flags)
     rows, support = results["rows"], victim.images
@@ -280,34 +276,6 @@ def summarise(rows: list[dict[str, Any]]) -> None:
             pairs = [a - b for a, b in zip(row["draw_asr"], rival, strict=False)]
             mean, width = public.mean_interval(pairs)
             row["difference"] = {"to": REFERENCE, "asr": mean, "interval": width, "draws": len(pairs)}
-
-
-def _victim(flags: Config) -> public.Victim:
-    if flags.model in public_models.MODELS:
-        public_model = public_models.MODELS[flags.model]
-        role, source, epsilon = public_model.role, public_model.source, public_model.epsilon
-        images, model = (
-            public_models.load_images(source, role, data_dir=flags.data_dir),
-            public_models.load(flags.model),
-        )
-        split = role
-    else:
-        stored = load_victim(Path(__file__).parents[2] / "victims" / flags.model)
-        source, role = stored.card["source"], "test" if stored.card["seed"] >= 1000 else "choosing"
-        split, epsilon = ("test" if role == "test" else "validation"), EPSILON[source]
-        if source == "digits":
-            split = "test"
-        data, model = load_source(source, split, data_dir=flags.data_dir), models.from_function(stored.logits_fn)
-        half = len(data.labels) // 2
-        images = public_models.PublicImages(
-            data.images[half:], data.labels[half:], data.images[:half], data.labels[:half]
-        )
-    count = min(flags.queries or len(images.query), len(images.query))
-    images = images._replace(query=images.query[:count], query_labels=images.query_labels[:count])
-    about = {"model": flags.model, "role": role, "source": source, "norm": "linf", "epsilon": epsilon}
-    about |= {"queries": count, "split": split}
-    clean = public.classes(model, images.query, np.zeros(images.query.shape[1:], np.float32))
-    return public.Victim(about, model, images, clean)
 
 
 if __name__ == "__main__":

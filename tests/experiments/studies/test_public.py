@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments.studies import literature, public
+from experiments.studies import attacked, literature, public
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -63,8 +63,8 @@ def test_cells_are_kept_and_extended(tmp_path, monkeypatch):
 
 def test_rates_count_images_that_are_right_when_clean(monkeypatch):
     images = types.SimpleNamespace(query=None, query_labels=np.array([0, 1, 2, 3]))
-    victim = public.Victim({}, None, images, np.array([0, 1, 2, 0]))
-    monkeypatch.setattr(public, "classes", lambda *_: np.array([0, 0, 0, 3]))
+    victim = attacked.Victim({}, None, images, np.array([0, 1, 2, 0]))
+    monkeypatch.setattr(attacked, "classes", lambda *_: np.array([0, 0, 0, 3]))
     assert victim.rates(np.zeros(1)) == {"asr": pytest.approx(2 / 3), "fooling_rate": 0.75}
 
 
@@ -115,7 +115,7 @@ def test_the_ceiling_is_chosen_on_support_images_and_kept(tmp_path, monkeypatch)
         ({"picture": ("newton",)}, "picture: unknown"),
         ({"grid": ("newton",)}, "grid: unknown"),
         ({"steps": (0,)}, "steps and images must be"),
-        ({"images": (1000,)}, "images must be at most 259"),
+        ({"images": (1000,)}, "images must be at most 180"),
         ({"queries": -1}, "queries must be"),
     ],
 )
@@ -126,7 +126,7 @@ def test_wrong_flags_are_refused(tmp_path, changes, message):
 
 def test_a_file_of_another_study_is_refused(tmp_path):
     measured(flags(tmp_path, methods=()))
-    with pytest.raises(ValueError, match=r"output: .*has results of .*'queries': 100.*expected .*'queries': 50"):
+    with pytest.raises(ValueError, match=r"output: .*has results of .*'queries': 179.*expected .*'queries': 50"):
         public.measure(flags(tmp_path, methods=(), queries=50))
 
 

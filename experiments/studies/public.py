@@ -35,11 +35,12 @@ from experiments import config
 from experiments.studies import attacked, literature
 from experiments.studies.attacked import Victim, classes
 from experiments.studies.literature import Found, Problem
+from lft_jax.attack.universal import SYNTHETIC_IMAGES
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
 from lft_jax.data import ImageSource, unit_range
 from lft_jax.optimizers import hand_designed, periodic, periodic_descent
-from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies
+from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies, synthetic_images
 from lft_jax.tasks.perturbation import perturb
 
 #: What runs a method.
@@ -64,7 +65,10 @@ class Attack:
         """Runs the attack. Its evaluations include those of its history: clean images, and perturbed ones a step."""
         options = {"optimizer": self.optimizer, "recipe": self.recipe, "steps": problem.steps, "progress": False}
         ball = {"norm": "linf", "epsilon": problem.epsilon, "key": jax.random.key(problem.draw)}
-        found = lft_jax.universal_perturbation(problem.model, problem.images, problem.labels, **ball, **options)
+        data = (problem.images, problem.labels)
+        if problem.synthetic:  # it makes its own
+            data, options["shape"] = (None,), problem.images.shape[1:]
+        found = lft_jax.universal_perturbation(problem.model, *data, **ball, **options)
         return Found(found.perturbation, found.queries, found.seconds)
 
 
@@ -91,6 +95,7 @@ METHODS: dict[str, Method] = {
     **literature.frozen(),
 }
 
+_SYNTHETIC = 7  # folded into the key of a draw, for synthetic images
 _CEILING = "ceiling"  # its name for --again
 _TARGETS, _BATCH = 10, 100  # of the runs for the ceiling: target classes, images in a step
 
@@ -103,7 +108,7 @@ class Config:
     methods: tuple[str, ...] = config.option(tuple(METHODS), "Methods; may be empty.")
     grid: tuple[str, ...] = config.option((), "Families of which all settings are measured.")
     steps: tuple[int, ...] = config.option((20,), "Numbers of steps (K).")
-    images: tuple[int, ...] = config.option((10,), "Numbers of support images.")
+    images: tuple[int, ...] = config.option((10,), "Numbers of support images; 0 for synthetic images only.")
     draws: int = config.option(0, "Draws of the support images; 0 for 10 on ImageNet and 20 on others.")
     queries: int = config.option(0, "Query images; 0 for all.")
     split: str = config.option(
@@ -127,8 +132,9 @@ def measure(flags: Config) -> None:
     """Measures what the results file lacks, and writes it after each draw."""
     methods = _chosen_methods(flags)
     pictured = {name: _method(name, "picture") for name in flags.picture}
-    for name in (*flags.steps, *flags.images):
-        check_at_least("steps and images", name, 1)
+    for numbers, least in ((flags.steps, 1), (flags.images, 0)):
+        for number in numbers:
+            check_at_least("steps and images", number, least)
     check_at_least("ceiling_steps", flags.ceiling_steps, 1)
     name = "digits_small_cnn_1000" if flags.smoke else flags.model
     victim = attacked.victim(name, split=flags.split, queries=flags.queries, data_dir=flags.data_dir)
@@ -175,10 +181,16 @@ def attack(victim: Victim, method: Method, steps: int, count: int, draw: int) ->
 
 
 def run(victim: Victim, method: Method, steps: int, count: int, draw: int) -> Found:
-    """One run of a method on one draw of the support images."""
+    """One run of a method on one draw of the support images, or on as many synthetic ones as a data-free attack has."""
+    epsilon = victim.about["epsilon"]
+    if not count:
+        key, shape = jax.random.fold_in(jax.random.key(draw), _SYNTHETIC), victim.images.query.shape[1:]
+        images = np.uint8(255 * synthetic_images(key, SYNTHETIC_IMAGES, shape) + 0.5)
+        labels = classes(victim.model, images, np.zeros(shape, np.float32)).astype(np.int32)
+        return method(Problem(victim.model, images, labels, epsilon, steps, draw, synthetic=True))
     rows = support_order(victim.images.support_labels, draw)[:count]
     images, labels = victim.images.support[rows], victim.images.support_labels[rows]
-    return method(Problem(victim.model, images, labels, victim.about["epsilon"], steps, draw))
+    return method(Problem(victim.model, images, labels, epsilon, steps, draw))
 
 
 def draw_picture(victim: Victim, methods: dict[str, Method], steps: int, count: int, path: Path) -> None:

@@ -68,6 +68,33 @@ def test_rates_count_images_that_are_right_when_clean(monkeypatch):
     assert victim.rates(np.zeros(1)) == {"asr": pytest.approx(2 / 3), "fooling_rate": 0.75}
 
 
+def test_without_images_all_methods_have_synthetic_ones(tmp_path, monkeypatch):
+    problems = []
+
+    def method(problem):
+        problems.append(problem)
+        return literature.Found(np.zeros((8, 8, 1), np.float32), 1, 0.0)
+
+    monkeypatch.setitem(public.METHODS, "none", method)
+    (row,) = measured(flags(tmp_path, methods=("none",), images=(0,)))["rows"]
+    assert (row["images"], row["asr"]) == (0, 0)
+    first, second = problems
+    assert first.synthetic and first.images.shape == (30, 8, 8, 1) and first.images.dtype == np.uint8
+    assert not np.array_equal(first.images, second.images)
+    predicted = first.model(np.float32(first.images) / 255)
+    np.testing.assert_array_equal(first.labels, np.argmax(predicted, -1))
+
+    given = {}
+
+    def attack(model, images, labels=None, **options):
+        given.update(images=images, labels=labels, shape=options["shape"])
+        return types.SimpleNamespace(perturbation=np.zeros((8, 8, 1)), queries=1, seconds=0.0)
+
+    monkeypatch.setattr(public.lft_jax, "universal_perturbation", attack)
+    public.Attack()(first)
+    assert given == {"images": None, "labels": None, "shape": (8, 8, 1)}
+
+
 def test_intervals_are_those_of_few_draws():
     mean, width = public.mean_interval([0.4, 0.5, 0.6])
     assert mean == pytest.approx(0.5) and width == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)

@@ -93,7 +93,7 @@ def audit(
 
       >>> weights = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
       >>> images = np.random.default_rng(1).uniform(0.3, 0.7, (40, 4, 4, 1)).astype(np.float32)
-      >>> model = lambda x: np.reshape(x, (len(x), -1)) @ weights  # NumPy: no gradients
+      >>> model = lambda x: np.reshape(x, (len(x), -1)) @ weights
       >>> budget = AuditBudget(support_images=(5,), queries=(50,), draws=1, methods=("patterns",))
       >>> report = audit(model, images, epsilons=(0.25,), budget=budget, progress=False)
       >>> report.results["split"], 0 <= report.asr <= 1
@@ -224,6 +224,7 @@ class _Problem:
         def report(entry):
             self.tracker.say(cell.title, entry["step"] / steps)
 
+        began = time.process_time()
         result = universal_perturbation(
             self.asked.classifier,
             self.images[rows],
@@ -237,7 +238,7 @@ class _Problem:
             **sizes,
             **options(cell.method),
         )
-        theta = np.asarray(result.perturbation, np.float32)
+        spent, theta = time.process_time() - began, np.asarray(result.perturbation, np.float32)
         judged = np.concatenate([self.split.choice, self.split.query])
         logits = self.asked.logits(self.images[judged], theta)
         if np.isnan(logits).any():
@@ -250,6 +251,7 @@ class _Problem:
             {name: [round(float(v), 5) for v in result.history[name]] for name in ("loss", "asr", "queries")},
             int(result.queries),
             round(result.seconds, 3),
+            round(spent, 3),
             compiled,
         )
 

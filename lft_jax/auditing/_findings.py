@@ -235,6 +235,7 @@ def _cells(runs, judge):
                         "support_success": run.history["asr"][-1] if run.history["asr"] else None,
                         "evaluations": run.evaluations,
                         "seconds": run.seconds,
+                        "cpu_seconds": run.cpu_seconds,
                         "compiled": run.compiled,
                     }
                     for run, rate_ in zip(draws, rates, strict=True)

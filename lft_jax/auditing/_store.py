@@ -29,7 +29,8 @@ class Run:
       history: after each step: `loss`, `asr` on the support images, `queries`.
       evaluations: evaluations of the model on one image.
       seconds: wall time.
-      compiled: whether the time includes compilation, as that of the first run of its kind in a process does.
+      cpu_seconds: time of all processor cores, that of other threads of the process included.
+      compiled: whether the times include compilation, as that of the first run of its kind in a process does.
     """
 
     cell: Cell
@@ -39,6 +40,7 @@ class Run:
     history: dict[str, list[float]]
     evaluations: int
     seconds: float
+    cpu_seconds: float
     compiled: bool
 
     def as_dict(self) -> dict[str, Any]:

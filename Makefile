@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-frameworks lint types package victims results results-render bench clean .venv
+.PHONY: quickstart test test-slow test-frameworks lint types docs package victims results results-render bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -22,7 +22,7 @@ test-slow: $(INSTALLED)
 # Adapters against the frameworks themselves, which are large: they are installed here only.
 test-frameworks: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r .ci/requirements-frameworks.txt
-	$(RUN) -m pytest -m frameworks tests/models tests/experiments/studies/test_public_models.py $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m frameworks tests/models tests/docs tests/experiments/studies/test_public_models.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -30,6 +30,12 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(RUN) -m pyrefly check
+
+# The site, in docs/_build/html. Warnings are errors; links to other sites are checked for their form only.
+docs: $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-input --no-compile -r .ci/requirements-docs.txt
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going --quiet --fresh-env --jobs 2 docs docs/_build/html
+	$(RUN) .ci/check_links.py docs/_build/html
 
 # Builds the distribution, checks it, installs it into an empty environment and tests it there.
 package:
@@ -123,5 +129,5 @@ $(INSTALLED): requirements.txt setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-package build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-package build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find lft_jax experiments benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -73,6 +73,8 @@ setuptools.setup(
         "keras": ["keras>=3.12"],
         "onnx": ["onnxruntime>=1.20"],
         "sklearn": ["scikit-learn>=1.5"],
+        "art": ["adversarial-robustness-toolbox>=1.20"],
+        "foolbox": ["foolbox>=3.3.4", "eagerpy>=0.30"],
         "dev": [
             "beartype>=0.22",
             "h5py>=3.11",

@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "pretrained": {"optimizers"},
     "evaluation": {"optimizers", "oracles", "data", "tasks", "meta"},
     "attack": {"optimizers", "oracles", "data", "tasks", "pretrained", "models"},
+    "defence": {"optimizers", "oracles", "data", "tasks", "pretrained"},
+    "interop": {"data", "tasks", "attack", "models"},
     "auditing": {"optimizers", "oracles", "data", "tasks", "attack", "models"},
     "cli": {
         "optimizers",

@@ -175,6 +175,7 @@ def _threat(run: Run, judge: _Judge) -> dict[str, Any]:
     return {
         "run": cell.name,
         "title": cell.title,
+        "short": f"{METHODS[cell.method].title}, {cell.effort}",
         **_settings(cell),
         "draw": cell.draw,
         "radius": radius(cell.epsilon, cell.norm),

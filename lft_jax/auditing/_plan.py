@@ -181,11 +181,16 @@ class Cell:
     @property
     def title(self) -> str:
         """For people."""
+        ball = f"{self.norm} {radius(self.epsilon, self.norm)}"
+        return f"{METHODS[self.method].title}, {ball}, {self.effort}"
+
+    @property
+    def effort(self) -> str:
+        """Numbers of images and of steps or evaluations, and the target, for people."""
         unit = "steps" if self.gradients else "evaluations"
         of = "1 image" if self.images == 1 else f"{self.images} images"
         goal = "" if self.target is None else f", towards class {self.target}"
-        ball = f"{self.norm} {radius(self.epsilon, self.norm)}"
-        return f"{METHODS[self.method].title}, {ball}, {of}, {self.size} {unit}{goal}"
+        return f"{of}, {self.size} {unit}{goal}"
 
 
 def radius(epsilon: float, norm: str = "linf") -> str:

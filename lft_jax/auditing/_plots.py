@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,6 +44,8 @@ _STYLE = {
 LOSSLESS = 96
 #: The longest side of an image in the page.
 LONGEST = 224
+#: The largest number of bytes of a JPEG, and the qualities that are tried for it; then it is halved.
+MOST_BYTES, QUALITIES = 24_000, (90, 75, 55, 35)
 
 
 def drawn(name: str, alt: str, draw: Callable[[Any], None], size: tuple[float, float] = (3.9, 2.9)) -> str:
@@ -100,7 +103,7 @@ def accuracy(results: Mapping[str, Any]) -> str:
         axis.set_axisbelow(True)
 
     said = "; ".join(f"{name} {100 * rate['rate']:.0f}%" for name, rate, _ in bars)
-    return drawn("accuracy", f"Accuracy: {said}", draw, (6.4, 0.7 + 0.33 * len(bars)))
+    return drawn("accuracy", f"Accuracy: {said}", draw, (4.6, 0.7 + 0.3 * len(bars)))
 
 
 def against(
@@ -124,7 +127,7 @@ def against(
       chosen: whether a cell is shown.
       label: of the quantity.
       log: whether its axis is logarithmic.
-      ticks: `{place: label}` on its axis; None for matplotlib's.
+      ticks: `{place: label}` on its axis; None for round numbers on a logarithmic one.
     """
     curves: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
     for cell in results["cells"]:
@@ -148,12 +151,10 @@ def against(
             axis.plot(*zip(*dots, strict=True), ".", color=colour, markersize=3, alpha=0.6)
         if log:
             axis.set_xscale("log")
-        if ticks is not None:
-            axis.set_xticks(list(ticks), list(ticks.values()))
-            axis.set_xticks([], minor=True)
-        elif log:
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("")
+        places = [place for points in curves.values() for place, _ in points]
+        shown = ticks if ticks is not None else {place: f"{place:g}" for place in _ticks(min(places), max(places))}
+        axis.set_xticks(list(shown), list(shown.values()))
+        axis.set_xticks([], minor=True)
         axis.set(ylim=(-2, 102), xlabel=label, ylabel="success (ASR), %")
         axis.grid()
 
@@ -162,6 +163,17 @@ def against(
         for method, points in curves.items()
     )
     return drawn(name, f"Success rate against {label}. {said}", draw)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers around a range, on a logarithmic axis: 1, 2 and 5 times powers of ten, or fewer of them."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        places = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+        places = [place for place in places if 0.8 * low <= place <= 1.25 * high]
+        if len(places) <= 6:
+            break
+    return places
 
 
 def panels(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,9 +264,23 @@ def picture(image: np.ndarray, lossless: bool | None = None) -> dict[str, Any]:
     if lossless:
         shown.save(content, "PNG", optimize=True)
     else:
-        shown.save(content, "JPEG", quality=88, subsampling=0)
+        content, size = _jpeg(shown), shown.size
+        while content.tell() > MOST_BYTES:
+            size = size[0] // 2, size[1] // 2
+            content = _jpeg(shown.resize(size, Image.Resampling.BILINEAR))
     kind, data = "png" if lossless else "jpeg", base64.b64encode(content.getvalue()).decode()
     return {"uri": f"data:image/{kind};base64,{data}", "width": shown.width, "height": shown.height}
+
+
+def _jpeg(image):
+    """The file of the best quality that is small enough, or else of the worst."""
+    content = io.BytesIO()
+    for quality in QUALITIES:
+        content = io.BytesIO()
+        image.save(content, "JPEG", quality=quality, subsampling=0)
+        if content.tell() <= MOST_BYTES:
+            break
+    return content
 
 
 def magnified(width: int, height: int, wanted: int = 240) -> tuple[int, int]:

@@ -91,11 +91,9 @@ class Terminal:
     def __call__(self, entry: dict[str, Any]) -> None:
         if not self.shown:
             return
-        if not entry["runs"]:
-            return
-        ended = entry["done"] == entry["runs"]
-        text = f"{entry['done']}/{entry['runs']} runs, {clock(entry['seconds'])} gone, "
-        text += f"{'done' if ended else 'about ' + clock(entry['left']) + ' left'}: {entry['now']}"
+        ended = 0 < entry["runs"] == entry["done"]
+        left = "done" if ended else f"about {clock(entry['left'])} left" if entry["runs"] else "planning"
+        text = f"{entry['done']}/{entry['runs']} runs, {clock(entry['seconds'])} gone, {left}: {entry['now']}"
         if self.overwrites:
             print(f"\r\033[K{text[:118]}", end="\n" if ended else "", file=sys.stderr, flush=True)
         elif ended or entry["seconds"] - self.last >= PAUSE:

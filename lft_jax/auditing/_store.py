@@ -118,15 +118,13 @@ class Store:
         path = self.path(cell)
         try:
             found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            perturbation = np.load(path, allow_pickle=False)
+            if found.pop("key") != self.key(cell) or found.pop("perturbation") != digest(perturbation):
+                return None
+            arrays = {name: np.asarray(found.pop(name)) for name in ("predicted", "confidence")}
+            return Run(**{**found, "cell": cell, "perturbation": perturbation, **arrays})
+        except (OSError, ValueError, EOFError, KeyError, TypeError):  # damaged, or of another version
             return None
-        perturbation = _array(path)
-        if perturbation is None or found.pop("key", None) != self.key(cell):
-            return None
-        if found.pop("perturbation") != digest(perturbation):
-            return None
-        arrays = {"predicted": np.asarray(found.pop("predicted")), "confidence": np.asarray(found.pop("confidence"))}
-        return Run(**{**found, "cell": cell, "perturbation": perturbation, **arrays})
 
     def save(self, run: Run) -> None:
         """Stores a finished run."""

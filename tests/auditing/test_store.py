@@ -46,7 +46,7 @@ def test_other_data_and_other_models_have_other_runs(store):
     assert again(store, clean=CLEAN[:, ::-1]).load(CELL) is None
 
 
-@pytest.mark.parametrize("damage", ["json", "npy", "other", "missing"])
+@pytest.mark.parametrize("damage", ["json", "npy", "other", "missing", "field"])
 def test_damaged_runs_are_made_again(store, damage):
     path = store.path(CELL)
     if damage == "json":
@@ -55,6 +55,9 @@ def test_damaged_runs_are_made_again(store, damage):
         path.write_bytes(path.read_bytes()[:-4])
     elif damage == "other":  # the array of another run
         np.save(path, make().perturbation + np.float32(0.01))
+    elif damage == "field":  # of an earlier version
+        content = json.loads(path.with_suffix(".json").read_text())
+        write_json(path.with_suffix(".json"), {name: content[name] for name in content if name != "cpu_seconds"})
     else:
         path.unlink()
     assert again(store).load(CELL) is None

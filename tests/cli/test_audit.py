@@ -82,7 +82,7 @@ def test_a_model_and_images_of_ones_own(folder, capsys):
     assert results == json.loads(json.dumps(report.results))
     assert results["about"]["model"] == "linear:load" and results["about"]["data"] == "images.npz"
     assert results["settings"]["epsilons"] == {"linf": [26 / 255, 0.2], "l2": []}
-    assert results["headline"]["success"]["images"] == 60 and report.verdict in printed.out
+    assert results["headline"]["success"]["images"] == 75 and report.verdict in printed.out
     assert "written: out/index.html, report.json, perturbation.npy, junit.xml, runs/" in printed.out
     assert "5/5 runs" in printed.err and "done" in printed.err
     page = (folder / "out/index.html").read_text()

@@ -45,8 +45,10 @@ class Hardening:
       batch_size: images in a minibatch, at least 1; the incomplete one at the end of an epoch is dropped.
       attack: what steps the perturbation: the name of a stored rule, the path of your own, or an optax transformation
         that takes the extra arguments of `lft_jax.base.Estimate`.
-      attack_steps: minibatches after which the perturbation begins again from a new start, at least 1.
-      search: what is searched for that start, on the minibatch; None for zeros.
+      attack_steps: minibatches after which a perturbation begins again from a new start, at least 1.
+      search: what is searched for that start, on the images that it perturbs; None for zeros.
+      perturbations: how many there are at a time, at least 1; each for an equal part of the perturbed images. They
+        begin again one after another, so that some are strong at any time.
 
     Examples:
       >>> Hardening(epsilon=8 / 255, epochs=3).check().fraction
@@ -59,9 +61,9 @@ class Hardening:
     epochs: int = 5
     batch_size: int = 128
     attack: str | optax.GradientTransformation = "uap-linf"
-    attack_steps: int = 20
+    attack_steps: int = 5
     search: PatternSearch | None = SEARCH
-    perturbations: int = 1
+    perturbations: int = 4
 
     def check(self) -> "Hardening":
         """Returns itself.
@@ -72,7 +74,7 @@ class Hardening:
         Constraint(self.norm, self.epsilon).check()
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction!r}.")
-        for name in ("epochs", "batch_size", "attack_steps"):
+        for name in ("epochs", "batch_size", "attack_steps", "perturbations"):
             base.check_at_least(name, getattr(self, name), 1)
         if self.search is not None:
             self.search.check()
@@ -87,12 +89,12 @@ class Hardened(NamedTuple):
       history: `{name: NumPy [epochs]}`, means over the minibatches of an epoch, in training mode: `loss`, in nats;
         `clean_accuracy` and `perturbed_accuracy`, of the images without and with the perturbation of their step. The
         first is NaN where all images are perturbed.
-      perturbation: NumPy `[H, W, C]`, the last one.
+      perturbations: NumPy `[perturbations, H, W, C]`, the last ones.
     """
 
     variables: PyTree
     history: dict[str, np.ndarray]
-    perturbation: np.ndarray
+    perturbations: np.ndarray
 
 
 class _Carry(NamedTuple):
@@ -123,9 +125,9 @@ def harden(
         min over w of  E max over theta in B of  sum over M of  CE(f(x + theta [x in S]; w), y)
 
     take turns: on each minibatch the attack's optimizer moves `theta` one step on `S`, then `optimizer` moves `w` one
-    step on `M`. Where `theta` was one and the same throughout, the weights would learn to withstand it alone. So it
-    begins again every `settings.attack_steps` minibatches as an attack does: with the best of a few patterns on the
-    minibatch, from where the learned rule goes on. An epoch is one `lax.scan` under `jit`.
+    step on `M`. Against a single `theta` the weights learn to withstand that one, and forget others. So there are
+    several, each for a part of `S`, and each begins again after `settings.attack_steps` minibatches as an attack does:
+    with the best of a few patterns, from where the learned rule goes on. An epoch is one `lax.scan` under `jit`.
 
     Args:
       model: a function `(variables, images) -> logits`, of images `[N, H, W, C]`, floating-point in [0, 1], all of
@@ -141,7 +143,7 @@ def harden(
       key: PRNG key of the minibatches, the attack and dropout; `jax.random.key(0)` if None.
 
     Returns:
-      The variables, the history of training, and the last perturbation.
+      The variables, the history of training, and the last perturbations.
 
     Raises:
       TypeError: for a model of another kind.
@@ -156,8 +158,8 @@ def harden(
       >>> labels = np.arange(16) % 2
       >>> settings = Hardening(epsilon=0.1, epochs=1, batch_size=8)
       >>> found = harden(model, jnp.zeros((16, 2)), images, labels, settings, optimizer=optax.sgd(0.1))
-      >>> found.variables.shape, found.perturbation.shape, found.history["loss"].shape
-      ((16, 2), (4, 4, 1), (1,))
+      >>> found.variables.shape, found.perturbations.shape, found.history["loss"].shape
+      ((16, 2), (4, 4, 4, 1), (1,))
 
     References:
       Shafahi et al. 2020, Universal adversarial training, arXiv 1811.11304, section 5 and Algorithm 3: one perturbation
@@ -179,6 +181,10 @@ def harden(
     check_images_labels(images, labels, logits.shape[1])
     images, labels = jnp.asarray(images), jnp.asarray(np.asarray(labels), jnp.int32)
     size = min(settings.batch_size, len(images))
+    if settings.perturbations > size:
+        raise ValueError(
+            f"perturbations must be at most the {size} images of a minibatch, got {settings.perturbations}."
+        )
     epoch = _program(train, evaluate, settings, tx, weights_tx)
     theta = jnp.zeros((settings.perturbations, *images.shape[1:]), jnp.float32)
     carry = _Carry(params, rest, weights_tx.init(params), theta, jax.vmap(tx.init)(theta))

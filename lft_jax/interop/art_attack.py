@@ -58,6 +58,7 @@ def from_art(
       2018, arXiv 1802.00420, section 4.1.
     """
     with required("art", "art"):
+        import art  # noqa: F401
         from art.estimators.classification import PyTorchClassifier
         from art.estimators.classification.classifier import ClassGradientsMixin, ClassifierMixin
 
@@ -163,7 +164,7 @@ def art_attack(
       Nicolae et al. 2018, Adversarial Robustness Toolbox, arXiv 1807.01069.
     """
     with required("art", "art"):
-        import art.attacks  # noqa: F401
+        import art  # noqa: F401
 
     return _art_class()(
         estimator,

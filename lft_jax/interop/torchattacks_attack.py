@@ -112,7 +112,7 @@ def _torchattacks_class():
                 batch_size=self._batch_size,
                 **{"progress": False, **self._settings},
             )
-            noise = torch.from_numpy(np.ascontiguousarray(self.result.perturbation.transpose(2, 0, 1)))
+            noise = torch.from_numpy(np.array(self.result.perturbation.transpose(2, 0, 1), order="C"))
             return torch.clamp(images + noise.to(images), 0, 1).detach()
 
     return LearnedUniversalPerturbation

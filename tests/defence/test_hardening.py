@@ -17,7 +17,7 @@ from lft_jax.victims import VictimConfig, build_model, clean_accuracy, train_vic
 
 SIGN = hand_designed.projected_gradient(0.5)
 NONE = optax.set_to_zero()
-PLAIN = Hardening(epsilon=0.25, epochs=1, batch_size=8, attack=SIGN, search=None)
+PLAIN = Hardening(epsilon=0.25, epochs=1, batch_size=8, attack=SIGN, attack_steps=20, search=None, perturbations=1)
 
 
 def linear(variables, images):
@@ -36,7 +36,7 @@ def test_one_step_is_the_one_of_the_formula():
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)), jnp.float32)
     settings = dataclasses.replace(PLAIN, fraction=0.5)
     found = harden(linear, weights, images, labels, settings, optimizer=optax.sgd(0.1), key=jax.random.key(3))
-    theta = found.perturbation
+    (theta,) = found.perturbations
     assert np.unique(np.abs(theta)).tolist() == [0.125]  # one step of half the radius, along the sign
     rows = find_rows(jax.random.key(3), 8)
     x, y = images[rows].reshape(8, -1), labels[rows]
@@ -87,7 +87,7 @@ def test_the_perturbation_begins_again_and_stays_in_its_ball():
 
     def run(epochs, attack_steps, **changes):
         settings = dataclasses.replace(PLAIN, epochs=epochs, attack_steps=attack_steps, **changes)
-        return np.abs(harden(linear, weights, images, labels, settings, optimizer=NONE).perturbation)
+        return np.abs(harden(linear, weights, images, labels, settings, optimizer=NONE).perturbations)
 
     assert run(1, 2).max() == 0.25  # two steps of 0.125, along the same signs
     assert run(2, 3).max() == 0.125  # the fourth minibatch is the first of a new perturbation

@@ -9,6 +9,7 @@ import pytest
 import lft_jax
 from lft_jax import AttackRecipe, Proxies
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, perturb
+from lft_jax.tasks.proxies import _alike_by_place
 from lft_jax.tasks.recipe import attack_oracle, step_queries
 
 RNG = np.random.default_rng(0)
@@ -41,6 +42,55 @@ def test_each_cell_is_a_part_of_a_support_image(grid):
                 found_sources.append([number for number, whole in enumerate(IMAGES) if found_in(cell, whole)])
     assert all(found_sources)
     assert {number for found in found_sources for number in found} == set(range(4))
+
+
+def correlation(images):
+    """The mean over pairs of the covariance of two images, over the mean of their variances, by loops."""
+    changes = np.asarray(images, np.float64) - np.mean(images, (1, 2), keepdims=True, dtype=np.float64)
+    pairs = [np.sum(a * b) for i, a in enumerate(changes) for j, b in enumerate(changes) if i != j]
+    return np.mean(pairs) / np.mean(np.sum(changes**2, (1, 2, 3)))
+
+
+@pytest.mark.parametrize("count", [2, 5, 40])
+def test_images_are_alike_by_place_from_a_correlation_on(count):
+    shared, own = RNG.normal(size=(1, 12, 10, 2)), RNG.normal(size=(count, 12, 10, 2))
+    brightness = RNG.uniform(size=(count, 1, 1, 2))  # makes no difference
+    found = {}
+    for weight in np.linspace(0, 3, 25):
+        images = (weight * shared + own + brightness).astype(np.float32)
+        found[correlation(images)] = bool(jax.jit(_alike_by_place)(jnp.asarray(images)))
+    assert found == {value: value > 0.1 + 0.7 / count for value in found} and set(found.values()) == {False, True}
+
+
+def test_what_counts_as_alike_by_place():
+    assert not _alike_by_place(jnp.asarray(IMAGES))
+    assert not _alike_by_place(jnp.zeros((4, 8, 8, 1)))
+    assert not _alike_by_place(jnp.asarray(IMAGES[:1]))
+    many = np.repeat(IMAGES, 30, axis=0)  # copies of four images: pairs of equal ones are a quarter
+    assert _alike_by_place(jnp.asarray(many, jnp.bfloat16)) and correlation(many) > 0.2
+    digits = lft_jax.data.load_source("digits", "train")
+    assert _alike_by_place(lft_jax.data.unit_range(jnp.asarray(digits.images[:10])))
+
+
+@pytest.mark.parametrize("grid", [2, 3, 4])
+def test_parts_of_images_that_are_alike_keep_their_places(grid):
+    alike = np.clip(IMAGES * 0.2 + IMAGES[:1], 0, 1)
+    proxies = Proxies(size=12, grids=(1, grid), noise=0.0)
+    made = jax.vmap(lambda images: proxies(images, jax.random.key(1), scale=0.1)[0])
+    both = np.asarray(made(jnp.stack([alike, IMAGES])))  # both kinds in one program
+    np.testing.assert_array_equal(both[1], proxies(IMAGES, jax.random.key(1), scale=0.1)[0])
+    rows, columns = (np.arange(side) * grid // side for side in (31, 29))
+    used = set()
+    for number, image in enumerate(both[0, 6:]):
+        for i in range(grid):
+            for j in range(grid):
+                at = np.ix_(rows == i, columns == j)
+                sources = [source for source, whole in enumerate(alike) if np.array_equal(whole[at], image[at])]
+                assert len(sources) == 1, number
+                used.update(sources)
+    assert used == set(range(4))
+    moved = both[1, 6:]
+    assert not any(np.array_equal(whole[:7, :7], image[:7, :7]) for image in moved for whole in IMAGES)
 
 
 def test_whole_images_are_shifted_and_all_different():

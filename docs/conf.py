@@ -21,7 +21,8 @@ PARTS = {
     "Reference": ["api/README", "method", "layout", "contributing", "changelog"],
 }
 FRAMEWORKS = ["jax", "pytorch", "keras", "onnx", "sklearn", "http"]
-API = ["attack", "audit", "recipe", "models", "optimizers", "oracles", "tasks", "meta", "data", "evaluation"]
+API = ["attack", "recipe", "models", "optimizers", "oracles", "tasks", "meta", "data", "evaluation"]
+API += ["auditing", "defence", "interop"]
 BELOW = {  # pages below a page; a `*` stands for all
     "frameworks/README": [f"/frameworks/{name}" for name in FRAMEWORKS],
     "results": ["/results/*"],
@@ -80,8 +81,10 @@ def _read(app, page, source):
 
 
 def _skip(app, what, name, thing, skip, options):
-    """Leaves out the fields of classes, which their docstrings list."""
-    methods = property, functools.cached_property, classmethod, staticmethod
+    """Leaves out the fields of classes, which their docstrings list, and fields under a former name."""
+    if isinstance(thing, property):
+        return None if inspect.isfunction(thing.fget) else True
+    methods = functools.cached_property, classmethod, staticmethod
     return True if what == "class" and not (inspect.isroutine(thing) or isinstance(thing, methods)) else None
 
 

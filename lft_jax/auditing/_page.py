@@ -33,16 +33,12 @@ def page(results: Mapping[str, Any], examples: Examples, class_names: Sequence[s
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": _words.percent, "interval": _words.interval, "radius": radius}
-    safe = environment.filters["safe"]
-    panels = _plots.panels(results)
-    for part in ("epsilon", "steps", "images"):
-        panels[part] = [safe(panel) for panel in panels[part]]
     names = _Names(class_names)
     return environment.get_template("page.html").render(
         results=results,
-        style=safe((folder / "page.css").read_text(encoding="utf-8")),
-        panels=panels,
-        accuracy=safe(_plots.accuracy(results)),
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        panels=_plots.panels(results),
+        accuracy=_plots.accuracy(results),
         matrix=matrix(results, names),
         perturbation=_perturbation(examples.perturbation),
         examples=_examples(examples, names, results["settings"]["labelled"]),
@@ -106,12 +102,10 @@ def _perturbation(theta):
     plain = _plots.picture(0.5 + cut, lossless=True)
     amplified = _plots.picture(0.5 + cut / (2 * largest))
     frequencies = _plots.picture(_plots.heat(spectrum(theta)[0]), lossless=min(theta.shape[:2]) <= _plots.LOSSLESS)
-    for shown in (amplified, frequencies):
-        shown["width"], shown["height"] = _plots.magnified(shown["width"], shown["height"])
     return {
         "plain": plain,
-        "amplified": amplified,
-        "spectrum": frequencies,
+        "amplified": _plots.magnified(amplified, 240),
+        "spectrum": _plots.magnified(frequencies, 240),
         "factor": 0.5 / largest,
         "cut": cut.shape != theta.shape,
         "grey": theta.shape[-1] not in (1, 3),
@@ -125,9 +119,7 @@ def _examples(examples, names, labelled):
     after = np.clip(before + examples.perturbation[None], 0, 1)
     found = []
     for place, name in enumerate(examples.names):
-        pictures = [_plots.picture(part[place]) for part in (before, after)]
-        for shown in pictures:
-            shown["width"], shown["height"] = _plots.magnified(shown["width"], shown["height"], 112)
+        pictures = [_plots.magnified(_plots.picture(part[place]), 112) for part in (before, after)]
         first, then = int(examples.before[place]), int(examples.after[place])
         found.append(
             {

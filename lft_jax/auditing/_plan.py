@@ -22,6 +22,7 @@ class Method:
       gradients: whether it differentiates the model; else it only evaluates it.
       learned: whether it is a shipped rule.
       about: one sentence on the page.
+      counted: whether it is part of the series of numbers of support images, each of which compiles a step.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Method:
     gradients: bool
     learned: bool
     about: str
+    counted: bool = True
 
 
 _RULE = "Shipped rule, learned on other models."
@@ -39,7 +41,7 @@ METHODS: dict[str, Method] = {
     "uap-linf": Method("uap-linf", "linf", True, True, _RULE),
     "periodic": Method("periodic descent", "linf", True, False, _DESCENT),
     "momentum": Method(
-        "momentum signs", "linf", True, False, "Hand-designed: momentum sign steps, on the default proxies."
+        "momentum signs", "linf", True, False, "Hand-designed: momentum sign steps, on the default proxies.", False
     ),
     "patterns": Method("patterns, by queries", "linf", False, False, _PATTERNS),
     "uap-l2": Method("uap-l2", "l2", True, True, _RULE),
@@ -230,7 +232,7 @@ def make_plan(
         wanted = [(epsilon, images, size) for epsilon in reversed(radii)]
         if METHODS[name].norm == main:
             wanted += [(radii[-1], images, other) for other in series]
-            wanted += [(radii[-1], other, size) for other in counts]
+            wanted += [(radii[-1], other, size) for other in counts if METHODS[name].counted]
         for epsilon, count, number in wanted:
             # All support images are one draw.
             for draw in range(budget.draws if count < support else 1):

@@ -173,7 +173,7 @@ def _ticks(low: float, high: float) -> list[float]:
         places = [place for place in places if 0.8 * low <= place <= 1.25 * high]
         if len(places) <= 6:
             break
-    return places
+    return places or [low]
 
 
 def panels(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,11 +283,12 @@ def _jpeg(image):
     return content
 
 
-def magnified(width: int, height: int, wanted: int = 240) -> tuple[int, int]:
-    """The size at which an image is shown: a whole multiple of its own, near the wanted one, or smaller."""
-    side = max(width, height)
+def magnified(shown: dict[str, Any], wanted: int) -> dict[str, Any]:
+    """A picture at a whole multiple of its size that is near the wanted one, or smaller: `smooth` says whether."""
+    side = max(shown["width"], shown["height"])
     times = max(1, wanted // side) if side <= wanted else wanted / side
-    return round(width * times), round(height * times)
+    size = {name: round(shown[name] * times) for name in ("width", "height")}
+    return {**shown, **size, "smooth": times < 1}
 
 
 def heat(values: np.ndarray) -> np.ndarray:

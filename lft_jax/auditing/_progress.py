@@ -1,5 +1,6 @@
 """How far an audit is, and how long the rest will take."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,8 @@ PAUSE = 10.0
 class Progress:
     """Predicts the time of runs from those that were made, and reports.
 
-    A run takes the time of its evaluations and, the first of its kind, that of a compilation. Both are means over the
-    runs so far of the same method, or else of all.
+    A run takes the time of its evaluations and, the first of its kind, that of a compilation. The time of an evaluation
+    is the median over the runs so far of the same method, or else of all; that of a compilation the mean.
     """
 
     def __init__(self, report: bool | Callable[[dict[str, Any]], object], clock: Callable[[], float] = time.monotonic):
@@ -26,7 +27,7 @@ class Progress:
         self.runs = self.stored = 0
         self.remaining: list[Cell] = []
         self.programs: set[Any] = set()
-        self.spent: dict[str, tuple[float, float]] = {}
+        self.paces: dict[str, list[float]] = {}
         self.compilations: list[float] = []
         self.speed = 1e-3
 
@@ -50,8 +51,7 @@ class Progress:
             self.compilations.append(max(0.0, seconds - self._evaluating(cell)))
             self.programs.add(cell.program)
         else:
-            total, evaluations = self.spent.get(cell.method, (0.0, 0.0))
-            self.spent[cell.method] = total + seconds, evaluations + cell.evaluations
+            self.paces.setdefault(cell.method, []).append(seconds / cell.evaluations)
         self.remaining.remove(cell)
 
     def left(self, share: float = 0.0) -> float:
@@ -72,13 +72,8 @@ class Progress:
         self.report({**entry, "seconds": self.clock() - self.began, "left": self.left(share)})
 
     def _evaluating(self, cell):
-        if cell.method in self.spent:
-            total, evaluations = self.spent[cell.method]
-        elif self.spent:
-            total, evaluations = (sum(part) for part in zip(*self.spent.values(), strict=True))
-        else:
-            total, evaluations = self.speed, 1.0
-        return total / evaluations * cell.evaluations
+        paces = self.paces.get(cell.method) or [pace for found in self.paces.values() for pace in found]
+        return (statistics.median(paces) if paces else self.speed) * cell.evaluations
 
 
 class Terminal:

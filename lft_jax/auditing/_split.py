@@ -87,4 +87,5 @@ def support_order(labels: np.ndarray, seed: int, draw: int) -> np.ndarray:
     for label in classes:
         at = shuffled == label
         ranks[at] = np.arange(np.sum(at))
-    return order[np.lexsort(([classes[label] for label in shuffled.tolist()], ranks))]
+    turns = np.asarray([classes[label] for label in shuffled.tolist()])
+    return order[np.lexsort((turns, ranks))]

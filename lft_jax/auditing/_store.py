@@ -121,8 +121,9 @@ class Store:
             perturbation = np.load(path, allow_pickle=False)
             if found.pop("key") != self.key(cell) or found.pop("perturbation") != digest(perturbation):
                 return None
-            arrays = {name: np.asarray(found.pop(name)) for name in ("predicted", "confidence")}
-            return Run(**{**found, "cell": cell, "perturbation": perturbation, **arrays})
+            fields: dict[str, Any] = {**found, "cell": cell, "perturbation": perturbation}
+            fields |= {name: np.asarray(found[name]) for name in ("predicted", "confidence")}
+            return Run(**fields)
         except (OSError, ValueError, EOFError, KeyError, TypeError):  # damaged, or of another version
             return None
 

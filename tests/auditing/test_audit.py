@@ -63,8 +63,8 @@ def test_every_rate_is_that_of_its_perturbation(report):
         successes = [draw["success"] for draw in cell["draws"]]
         assert cell["mean"] == pytest.approx(np.mean(successes)) and cell["low"] <= cell["mean"] <= cell["high"]
         assert (cell["least"], cell["most"]) == (min(successes), max(successes))
-    # Momentum and patterns: (2 radii + 1 other size + 1 other number of images) x 2 draws + all images; l2: 2 x 2.
-    assert measured == len(runs) == 2 * (4 * 2 + 1) + 4 + 1
+    # (2 radii + 1 other size) x 2 draws; 1 other number of images x 2 draws, and all images; l2: 2 x 2; targeted.
+    assert measured == len(runs) == (6 + 6) + (2 + 1) + 4 + 1
     head = results["headline"]
     theta = runs[head["run"]].perturbation
     np.testing.assert_array_equal(theta, report.perturbation)

@@ -31,7 +31,7 @@ def report_of(side, channels, classes, count=60):
 def test_pages_of_images_of_all_sizes_are_small(side, channels):
     page = report_of(side, channels, 30).html()
     assert len(page.encode()) < 2e6
-    assert page.count("<img ") == 3 + 2 * 12
+    assert page.count("<img") == 3 + 2 * 12
     rows = re.search(r"<tbody>((?:(?!</tbody>).)*)</tbody>\s*</table></div>\s*<p class=\"note\">Rows", page, re.DOTALL)
     assert rows is not None and rows[1].count("<tr>") <= 12 and "others" in page
 
@@ -72,7 +72,16 @@ def test_pictures_have_the_pixels_of_their_image():
     np.testing.assert_array_equal(pixels, np.rint(255 * image))
     large = _plots.picture(np.zeros((300, 150, 1)))
     assert large["uri"].startswith("data:image/jpeg") and (large["width"], large["height"]) == (112, 224)
-    assert _plots.magnified(32, 32, 112) == (96, 96) and _plots.magnified(224, 112, 112) == (112, 56)
+    assert _plots.magnified(found, 112) == {**found, "width": 6 * 14, "height": 8 * 14, "smooth": False}
+    assert _plots.magnified(large, 112) == {**large, "width": 56, "height": 112, "smooth": True}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "places"),
+    [(100, 2000, [100, 200, 500, 1000, 2000]), (0.01, 50, [0.01, 0.1, 1, 10]), (3, 3, [3]), (0.4, 3, [0.5, 1, 2])],
+)
+def test_ticks_are_round_and_few(low, high, places):
+    assert _plots._ticks(low, high) == places
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ def test_the_plan_has_each_radius_and_each_series_once():
         (0.2, 5, 20): 3,
         (0.2, 50, 20): 1,  # all support images are one draw
     }
+    assert {c.images for c in cells if c.method == "momentum"} == {10}
     kinds = {(c.epsilon, c.images, c.size) for c in cells if c.method == "patterns-l2"}
     assert kinds == {(1.0, 10, 500), (2.0, 10, 500)}  # series are in linf balls
 

@@ -22,7 +22,7 @@ test-slow: $(INSTALLED)
 # Adapters against the frameworks themselves, which are large: they are installed here only.
 test-frameworks: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r .ci/requirements-frameworks.txt
-	$(RUN) -m pytest -m frameworks tests/models tests/docs tests/experiments/studies/test_public_models.py $(PYTEST_FLAGS)
+	$(RUN) -m pytest -m frameworks tests/models tests/interop tests/docs tests/experiments/studies/test_public_models.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -15,8 +15,8 @@ import lft_jax  # noqa: E402
 # The navigation. Pages have no `toctree` of their own, since they are read on GitHub too.
 PARTS = {
     "Start": ["get_started", "concepts", "faq"],
-    "Attack your model": ["frameworks/README", "attack", "queries", "audit", "models"],
-    "Beyond attacks": ["own_tasks", "meta_training", "quickstart", "scaling"],
+    "Attack your model": ["frameworks/README", "attack", "queries", "audit", "models", "interop"],
+    "Beyond attacks": ["defence", "own_tasks", "meta_training", "quickstart", "scaling"],
     "Evidence": ["results", "protocol", "reliability", "performance", "victims", "decisions/README"],
     "Reference": ["api/README", "method", "layout", "contributing", "changelog"],
 }

@@ -12,6 +12,8 @@ How the packages compose::
     pretrained   shipped rules
     attack       `universal_perturbation` of your own model
     auditing     `audit`: many such attacks, and a page that says what they found
+    defence      training against such perturbations
+    interop      attacks of other libraries, perturbations in files
     cli          the console scripts `lft-attack` and `lft-audit`
 
 What is listed in an `__all__` is public, all else is private.
@@ -20,11 +22,12 @@ What is listed in an `__all__` is public, all else is private.
 import warnings
 from typing import Any
 
-from lft_jax import models
+from lft_jax import defence, interop, models
 from lft_jax._version import __version__
 from lft_jax.attack import UniversalPerturbation, attack_success_rate, fooling_rate, universal_perturbation
 from lft_jax.auditing import AuditBudget, AuditReport, audit
 from lft_jax.base import Episode, Estimate, Learner, Oracle, TaskFamily, Trajectory
+from lft_jax.interop import load_perturbation, save_perturbation
 from lft_jax.meta import (
     EvolutionStrategies,
     Imitation,
@@ -98,15 +101,19 @@ __all__ = [
     "audit",
     "clipped_adam",
     "coordinate_lstm",
+    "defence",
     "fine_tune",
     "fine_tune_step",
     "fooling_rate",
+    "interop",
     "learned_fine_tuner",
     "learners",
     "list_pretrained",
+    "load_perturbation",
     "load_pretrained",
     "meta_trainer",
     "models",
+    "save_perturbation",
     "spatial_lstm",
     "spectral_lstm",
     "uap_family",

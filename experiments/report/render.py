@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config
-from experiments.report import figures, public, queries, sections, tables, victims
+from experiments.report import defence, figures, public, queries, sections, tables, victims
 
 
 def _draw_comparison(results, path):
@@ -49,6 +49,7 @@ KINDS = {
     "breadth": (sections.breadth_section, _draw_nothing),
     "public": (public.public_section, figures.public),
     "public_queries": (queries.queries_section, queries.draw_queries),
+    "defence": (defence.defence_section, _draw_nothing),
     "ablation": (sections.ablation_section, _draw_nothing),
     "directions": (sections.directions_section, _draw_nothing),
     "train_victim": (sections.victim_section, _draw_nothing),
@@ -72,6 +73,7 @@ GROUPS = (
     ("A penalty instead of a ball (the paper's tasks)", ("paper",)),
     ("Other image sizes, radii, classes and steps", ("breadth",)),
     ("Public models", ("public",)),
+    ("Defences", ("defence",)),
     ("Ablations, on validation victims", ("ablation_",)),
     ("Gap between the meta-gradients of LFT and L2O", ("theory_gap",)),
     ("Problems other than universal attacks", ("sine", "classification", "zo_l2l")),

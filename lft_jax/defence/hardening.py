@@ -234,7 +234,7 @@ def _program(train, evaluate, settings, tx, weights_tx):
         def step(carry, inputs):
             rows, count = inputs
             x, y = unit_range(images[rows]), labels[rows]
-            each = max(1, round(settings.fraction * len(rows) / pool))
+            each = max(1, min(round(settings.fraction * len(rows) / pool), len(rows) // pool))
             number = pool * each
             key_step = jax.random.fold_in(key, count)
             logits_fn = functools.partial(evaluate, carry.params, carry.rest)

@@ -80,7 +80,7 @@ def reader(monkeypatch, tmp_path):
 
 @pytest.mark.standard_promotion
 @pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning")
-@pytest.mark.parametrize("name", pages())
+@pytest.mark.parametrize("name", list(pages()))
 def test_the_blocks_run_and_print_what_the_page_says(name, reader):
     names, said, printed = run((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), name)
     left = iter(printed)
@@ -104,7 +104,18 @@ def check_own_tasks(names, printed):
     assert 0.9 < sgd <= 1 and 0.9 < lft <= 1  # guessing is right half the time
 
 
-CHECKS = {"attack": check_attack, "meta_training": check_meta_training, "own_tasks": check_own_tasks}
+def check_defence(names, printed):
+    trained, before, after = ([float(number) for number in re.findall(r"\d+\.\d+", line)] for line in printed)
+    assert min(trained) > 0.7 and after[0] > before[0] - 0.03
+    assert after[1] < before[1] and after[2] < before[2]  # fresh attacks, with gradients and with queries
+
+
+CHECKS = {
+    "defence": check_defence,
+    "attack": check_attack,
+    "meta_training": check_meta_training,
+    "own_tasks": check_own_tasks,
+}
 
 
 def test_numbers_may_differ_as_rounding_makes_them():

@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "evaluation",
         "attack",
         "auditing",
+        "interop",
         "models",
     },
 }

@@ -46,7 +46,7 @@ HARDENINGS: dict[str, dict[str, Any] | None] = {
     "learned": {},
     "one perturbation": {
         "attack": hand_designed.projected_gradient(0.1),
-        "attack_steps": 10**9,
+        "attack_steps": 2**29,
         "perturbations": 1,
         "search": None,
     },

@@ -39,6 +39,7 @@ from lft_jax.cli._measure import Remembered, predictions, rates
 from lft_jax.cli._own import OwnFlags, check_own, own_model, radius
 from lft_jax.data import load_source
 from lft_jax.evaluation import make_baselines
+from lft_jax.interop import load_perturbation
 from lft_jax.pretrained import list_pretrained
 from lft_jax.tasks import AttackLoss, AttackRecipe, Constraint, WaveSearch
 from lft_jax.tasks.perturbation import LOSSES
@@ -82,7 +83,7 @@ class Config(OwnFlags):
     )
     waves: int = config.option(0, "Evaluations per image, 2 or more, that search plane waves for a start; 0 for none.")
     start: str | None = config.option(
-        None, "Perturbation to begin with, such as the OUTPUT.npy of a run that ended early."
+        None, "Perturbation to begin with (.npy, .pt, .png), such as the OUTPUT.npy of a run that ended early."
     )
     max_queries: int | None = config.option(None, "Maximum number of image evaluations of the attack.")
     batch_size: int | None = config.option(None, "Largest number of images in one call of the model.")
@@ -300,9 +301,10 @@ def _start(flags):
     if flags.start is None:
         return None
     try:
-        return np.load(flags.start, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--start: expected an .npy file of a perturbation, got {flags.start!r} ({error}).") from error
+        return load_perturbation(flags.start).astype(np.float32)
+    except (OSError, ValueError) as error:
+        expected = "an .npy, .pt or .png file of a perturbation"
+        raise ValueError(f"--start: expected {expected}, got {flags.start!r} ({error}).") from error
 
 
 def _optimizer(flags: Config) -> str | optax.GradientTransformation:

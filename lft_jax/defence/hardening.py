@@ -76,6 +76,8 @@ class Hardening:
             raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction!r}.")
         for name in ("epochs", "batch_size", "attack_steps", "perturbations"):
             base.check_at_least(name, getattr(self, name), 1)
+        if self.attack_steps >= 2**30:
+            raise ValueError(f"attack_steps must be below 2**30, got {self.attack_steps!r}.")
         if self.search is not None:
             self.search.check()
         return self
@@ -162,8 +164,8 @@ def harden(
       ((16, 2), (4, 4, 4, 1), (1,))
 
     References:
-      Shafahi et al. 2020, Universal adversarial training, arXiv 1811.11304, section 5 and Algorithm 3: one perturbation
-      throughout, moved by gradient steps. A perturbation for each minibatch: Mummadi et al. 2019, Defending against
+      Shafahi et al. 2020, Universal adversarial training, arXiv 1811.11304, Algorithm 3: one perturbation throughout,
+      moved by gradient steps. A perturbation for each minibatch: Mummadi et al. 2019, Defending against
       universal perturbations with shared adversarial training, arXiv 1812.03705.
     """
     settings.check()
@@ -208,6 +210,8 @@ def _program(train, evaluate, settings, tx, weights_tx):
     recipe = AttackRecipe(loss=AttackLoss("cross_entropy"), augmentation=None, search=settings.search)
     recipe = recipe.resolved(AttackLoss("cross_entropy"))
 
+    offsets = np.asarray([i * settings.attack_steps // pool for i in range(pool)], np.int32)
+
     def attacked(logits_fn, theta, state, images, labels, k, key):
         """One perturbation and its state, one step further on its images; `k` steps of it are done."""
         batch, (key_start, key_step) = Batch(images, labels), jax.random.split(key)
@@ -238,8 +242,7 @@ def _program(train, evaluate, settings, tx, weights_tx):
             number = pool * each
             key_step = jax.random.fold_in(key, count)
             logits_fn = functools.partial(evaluate, carry.params, carry.rest)
-            numbers = jnp.arange(pool, dtype=jnp.int32)
-            phases = (count + numbers * settings.attack_steps // pool) % settings.attack_steps
+            phases = (count + jnp.asarray(offsets)) % settings.attack_steps
             parts = jax.tree.map(lambda leaf: leaf[:number].reshape(pool, each, *leaf.shape[1:]), (x, y))
             keys = jax.random.split(jax.random.fold_in(key_step, _ATTACK), pool)
             inputs = (carry.theta, carry.attack_state, *parts, jnp.where(count == 0, 0, phases), keys)

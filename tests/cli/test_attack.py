@@ -171,8 +171,8 @@ def test_queries_targets_starts_and_budgets(folder):
         ({"input_range": (0.0,)}, r"--input_range: expected two numbers, such as 0,255, got \(0.0,\)"),
         ({"image_channels": 2}, r"--image_channels: expected 1 or 3, got 2"),
         ({"optimizer": "momentun_pgd"}, r"optimizer: unknown name 'momentun_pgd'"),
-        ({"start": "images.npz"}, r"--start: expected an .npy file of a perturbation, got 'images.npz'"),
-        ({"start": "nowhere.npy"}, r"--start: expected an .npy file of a perturbation, got 'nowhere.npy'"),
+        ({"start": "images.npz"}, r"--start: expected an .npy, .pt or .png file of a perturbation, got 'images.npz'"),
+        ({"start": "nowhere.npy"}, r"--start: expected an .npy, .pt or .png file of a perturbation, got 'nowhere.npy'"),
     ],
 )
 def test_wrong_flags_are_refused(folder, changes, said):

@@ -152,6 +152,7 @@ def test_several_perturbations_begin_again_one_after_another():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"perturbations": 0}, "perturbations must be at least 1"),
         ({"perturbations": 9}, "perturbations must be at most the 8 images of a minibatch, got 9"),
+        ({"attack_steps": 2**30}, "attack_steps must be below"),
         ({"attack_steps": 0}, "attack_steps must be at least 1"),
         ({"attack": "uap-linff"}, "Did you mean 'uap-linf'"),
     ],

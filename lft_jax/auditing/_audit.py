@@ -97,7 +97,7 @@ def audit(
       >>> budget = AuditBudget(support_images=(5,), queries=(50,), draws=1, methods=("patterns",))
       >>> report = audit(model, images, epsilons=(0.25,), budget=budget, progress=False)
       >>> report.results["split"], 0 <= report.asr <= 1
-      ({'support': 5, 'choice': 6, 'query': 29}, True)
+      ({'support': 10, 'choice': 6, 'query': 24}, True)
 
     References:
       Moosavi-Dezfooli et al. 2017, arXiv 1610.08401; Zhao et al. 2021, arXiv 2009.13714; on what an evaluation should

@@ -17,8 +17,8 @@ import pytest
 import lft_jax.victims
 
 ROOT = Path(__file__).parents[2]
-#: Pages of frameworks that `make test` does not install.
-FRAMEWORKS = ("frameworks/pytorch", "frameworks/keras", "frameworks/onnx")
+#: Pages of frameworks that `make test` does not install, or whose adapters it tests in tests/models in less time.
+FRAMEWORKS = ("frameworks/pytorch", "frameworks/keras", "frameworks/onnx", "frameworks/jax")
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
 SAID = re.compile(r"^\s*print\(.*\)  # (.*)$", re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
@@ -28,7 +28,8 @@ def pages():
     found = [path for path in sorted((ROOT / "docs").rglob("*.md")) if "```python" in path.read_text(encoding="utf-8")]
     for path in found:
         name = path.relative_to(ROOT / "docs").with_suffix("").as_posix()
-        yield pytest.param(name, marks=[pytest.mark.frameworks] if name in FRAMEWORKS else [], id=name)
+        marks = pytest.mark.frameworks, pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the frameworks
+        yield pytest.param(name, marks=marks if name in FRAMEWORKS else (), id=name)
 
 
 def agree(said, printed):
@@ -79,7 +80,6 @@ def reader(monkeypatch, tmp_path):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning")
 @pytest.mark.parametrize("name", list(pages()))
 def test_the_blocks_run_and_print_what_the_page_says(name, reader):
     names, said, printed = run((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"), name)

@@ -217,8 +217,6 @@ class _Problem:
         support = self.split.support
         rows = support[support_order(self.labels[support], self.seed, cell.draw)[: cell.images]]
         sizes: dict[str, Any] = {"steps": cell.size} if cell.gradients else {"max_queries": cell.size}
-        if cell.method == "uap-linf-query":
-            sizes["steps"] = max(1, cell.size)
         compiled, steps = self.tracker.compiles(cell), cell.size if cell.gradients else 20
 
         def report(entry):

@@ -8,8 +8,7 @@ from typing import Any
 
 from lft_jax.base import check_at_least, check_name
 from lft_jax.optimizers import periodic_descent, projected_gradient
-from lft_jax.oracles import ZerothOrder
-from lft_jax.tasks import AttackRecipe, Proxies, WaveSearch
+from lft_jax.tasks import AttackRecipe, Proxies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,6 @@ METHODS: dict[str, Method] = {
     "periodic-l2": Method("periodic descent", "l2", True, False, _DESCENT),
     "patterns-l2": Method("patterns, by queries", "l2", False, False, _PATTERNS),
     "spatial-linf": Method("spatial-linf", "linf", True, True, "Shipped rule on pixels, learned on other models."),
-    "uap-linf-query": Method("uap-linf-query", "linf", False, True, "Shipped rule on estimates of the gradient."),
 }
 #: Methods of an audit, unless others are asked for.
 DEFAULT = ("uap-linf", "periodic", "momentum", "patterns", "uap-l2", "periodic-l2", "patterns-l2")
@@ -64,9 +62,6 @@ def options(name: str) -> dict[str, Any]:
         return {"optimizer": projected_gradient(0.4, 0.9, 0.1), "recipe": proxies, "oracle": "gradient"}
     if name in ("patterns", "patterns-l2"):
         return {"oracle": "query"}
-    if name == "uap-linf-query":
-        estimate = ZerothOrder(num_directions=6, resolution=16, smoothing=0.05, per_example=True)
-        return {"optimizer": name, "oracle": estimate, "recipe": AttackRecipe(search=WaveSearch.within(160))}
     return {"optimizer": name, "oracle": "gradient"}
 
 

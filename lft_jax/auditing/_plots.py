@@ -21,7 +21,6 @@ STYLES = {
     "patterns": ("#2a9d6f", "D"),
     "patterns-l2": ("#2a9d6f", "D"),
     "spatial-linf": ("#c98a1b", "v"),
-    "uap-linf-query": ("#7d8590", "P"),
 }
 _INK, _LINE = "#0a0b0c", "#0d0e0f"  # become the colours of the page
 _STYLE = {

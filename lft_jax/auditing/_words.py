@@ -81,8 +81,8 @@ def not_tried(results: Mapping[str, Any]) -> list[str]:
         )
     left = [method.title for name, method in METHODS.items() if name not in used]
     left = [title for title in dict.fromkeys(left) if title not in {METHODS[name].title for name in used}]
-    if left:
-        found.append(f"Attacks of this package that were left out: {', '.join(left)}.")
+    left += ["estimates of the gradient by queries (uap-linf-query)", "queries for the class alone (decision)"]
+    found.append(f"Attacks of this package that were left out: {', '.join(left)}.")
     radii = settings["epsilons"]
     known = [f"{norm} {', '.join(radius(value, norm) for value in values)}" for norm, values in radii.items() if values]
     found += [

@@ -76,6 +76,9 @@ def _read(app, page, source):
     trees = [(f":caption: {title}", pages) for title, pages in PARTS.items()] if page == "index" else []
     if page in BELOW:
         trees = [(":glob:", BELOW[page])]
+    if page == "results":  # whose titles are long
+        names = sorted(path.stem for path in (ROOT / "docs" / "results").glob("*.md"))
+        trees = [("", [f"{name} </results/{name}>" for name in names])]
     for option, pages in trees:
         source[0] += "\n\n```{toctree}\n:hidden:\n" + "\n".join([option, "", *pages]) + "\n```\n"
 

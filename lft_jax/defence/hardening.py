@@ -284,8 +284,8 @@ def _parts(model, variables):
             None,
         )
     names = inspect.signature(model.__call__).parameters.keys() & TRAINING.keys()
-    training = {name: TRAINING[name] for name in names}
-    evaluation = {name: not value for name, value in training.items()}
+    training: dict[str, Any] = {name: TRAINING[name] for name in names}
+    evaluation: dict[str, Any] = {name: not value for name, value in training.items()}
     if "params" not in variables:
         raise ValueError(f"variables must have the collection 'params', got {sorted(variables)}.")
     rest = {name: value for name, value in variables.items() if name != "params"}

@@ -64,14 +64,14 @@ def from_art(
 
     if not isinstance(estimator, ClassifierMixin):
         raise TypeError(f"estimator must be a classifier of ART, got {type(estimator).__name__}.")
-    layout = _layout(estimator, channels, image_shape)
+    layout, predict = _layout(estimator, channels, image_shape), getattr(estimator, "predict")  # noqa: B009
     if output is None:
         network = isinstance(estimator, ClassGradientsMixin) and hasattr(estimator, "channels_first")
         output = "logits" if network else "probabilities"
     base.check_name("output", output, ("logits", "probabilities"))
 
     def values(images):
-        return estimator.predict(layout.theirs(images), batch_size=max(len(images), 1))
+        return predict(layout.theirs(images), batch_size=max(len(images), 1))
 
     pull_back = functools.partial(_pulled, estimator, layout) if isinstance(estimator, PyTorchClassifier) else None
     classes = int(estimator.nb_classes)
@@ -196,6 +196,18 @@ def _art_class():
             *("eps", "norm", "max_iter", "batch_size", "verbose", "channels", "image_shape", "output", "settings"),
         ]
         _estimator_requirements = (BaseEstimator, ClassifierMixin)
+        eps: float
+        norm: float | str
+        max_iter: int
+        batch_size: int
+        verbose: bool
+        channels: str | None
+        image_shape: tuple[int, int, int] | None
+        output: str | None
+        settings: Mapping[str, Any] | None
+        result: Any
+        _noise: Any
+        _fooling_rate: float | None
 
         def __init__(self, estimator, **parameters):
             super().__init__(estimator=estimator)

@@ -102,7 +102,7 @@ def _torchattacks_class():
             given = {} if self._normalization_applied is None else self.normalization_used
             channels = {name: value.flatten().tolist() for name, value in given.items()}
             x = images.float().cpu().numpy().transpose(0, 2, 3, 1)
-            self._result = universal_perturbation(
+            found = universal_perturbation(
                 from_torch(self.model, **channels),
                 np.ascontiguousarray(x),
                 None if labels is None else labels.detach().cpu().numpy(),
@@ -112,7 +112,8 @@ def _torchattacks_class():
                 batch_size=self._batch_size,
                 **{"progress": False, **self._settings},
             )
-            noise = torch.from_numpy(np.array(self.result.perturbation.transpose(2, 0, 1), order="C"))
+            self._result = found
+            noise = torch.from_numpy(np.array(found.perturbation.transpose(2, 0, 1), order="C"))
             return torch.clamp(images + noise.to(images), 0, 1).detach()
 
     return LearnedUniversalPerturbation

@@ -17,6 +17,7 @@ PARTS = {
     "Start": ["get_started", "concepts", "faq"],
     "Attack your model": ["frameworks/README", "attack", "queries", "audit", "models", "interop"],
     "Beyond attacks": ["defence", "own_tasks", "meta_training", "quickstart", "scaling"],
+    "Notebooks": ["notebooks/README"],
     "Evidence": ["results", "protocol", "reliability", "performance", "victims", "decisions/README"],
     "Reference": ["api/README", "method", "layout", "contributing", "changelog"],
 }
@@ -25,6 +26,7 @@ API = ["attack", "recipe", "models", "optimizers", "oracles", "tasks", "meta", "
 API += ["auditing", "defence", "interop"]
 BELOW = {  # pages below a page; a `*` stands for all
     "frameworks/README": [f"/frameworks/{name}" for name in FRAMEWORKS],
+    "notebooks/README": ["/notebooks/0*"],
     "results": ["/results/*"],
     "decisions/README": ["/decisions/0*"],
     "api/README": [f"/api/{name}" for name in API],

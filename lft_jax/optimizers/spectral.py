@@ -1,14 +1,15 @@
 r"""An update rule for perturbations that works on frequencies instead of pixels.
 
-A universal perturbation of a convolutional network is nearly a periodic texture: few frequencies matter, and the
-gradients of a few images tell which, since these agree on them. The rule keeps, for each frequency, a momentum of the
-mean gradient and of its noise. Each step takes the frequencies whose momentum stands out of its noise:
+A universal perturbation of a convolutional network is nearly a periodic texture, and averages over translations tell it
+from what single images add. The rule keeps, for each frequency, a momentum of the mean gradient and of its noise, and
+weighs the groups of frequencies that each period of `lft_jax._spectrum.GROUPS` adds to the shorter ones:
 
-    gradients --transform--> momentum M(f), noise N(f) --gate--> w(f) M(f) --inverse--> direction of a bounded step
+    gradients --transform--> momentum M(f), noise N(f) --weights of periods--> w M(f) --inverse--> direction of a step
 
-What stands out depends on how many frequencies there are, on the model and on the progress of the run. So an LSTM sets
-the gate: one cell for each period of `lft_jax._spectrum.GROUPS`, with shared weights, which sees a few numbers of that
-group of frequencies. It holds at every size of an image, and costs nothing beside the transforms.
+Short periods, of which an image has many, take part from the start. A longer one, and the frequencies of no period, do
+when their momentum stands out of its noise: at 32 pixels from period 8 on, at 224 from 32. How far it has to, depends
+on the model and on the progress of the run, so an LSTM corrects it: one cell for each period, with shared weights,
+which sees a few numbers of that group. It holds at every size of an image, and costs nothing beside the transforms.
 """
 
 import dataclasses
@@ -24,8 +25,10 @@ from lft_jax.base import PyTree
 from lft_jax.optimizers._network import affine, lstm
 from lft_jax.optimizers.features import Signal, root_mean_square, unit_rms
 
-_NUM_FEATURES = 8
+_NUM_FEATURES = 9
 _NO_PERIOD = 64  # pixels: the feature "period" of frequencies of no period
+_REPEATS = 8  # times that an image has to repeat a period along a side, for it to be open
+_OPEN, _CLOSED = -4.0, math.log(8.0)  # log of the ratio of signal and noise that a period needs
 _TINY = 1e-12  # floor of powers in logarithms; the mean power of a gradient is 1
 
 
@@ -39,13 +42,15 @@ class SpectralRule:
 
     and subtracts from an image, at the progress `t` in [0, 1)::
 
-        w(f) = exp(b) * sigmoid(sharpness * (log(|M(f)|^2 / N(f)) - log(c) - a))
+        S(g) = sum of |M|^2 over the group g / sum of N over it
+        w(g) = exp(b) * sigmoid(sharpness * (log S(g) - c(g) - a))
         m    = inverse transform of w M, divided by its root mean square
         scale * step * (1 - (1 - final) * t) * exp(s) * m * sqrt((1 + u^2) / (m^2 + u^2)),    u = tau * exp(r)
 
-    `|M|^2` is summed over channels. `c = 1 + 0.55 log(n)` grows with the number `n` of frequencies of the group, as the
-    largest of `n` noise powers does. For each group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from
-    the mean of these cells. All are near 0 before meta-training.
+    `|M|^2` is summed over channels. A group is that of a period of `p` pixels, or of no period; `c` is -4, which is
+    open, if the image has 8 periods or more along its sides, by their geometric mean, and log 8 otherwise. For each
+    group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from the mean of these cells. All are near 0 before
+    meta-training.
 
     Attributes:
       hidden: units of the LSTM, at least 1.
@@ -65,8 +70,9 @@ class SpectralRule:
       ((2, 32, 17, 1), (4, 7))
 
     References:
-      Thresholds that grow with the number of coefficients: Donoho & Johnstone 1994, Ideal spatial adaptation by wavelet
-      shrinkage, Biometrika 81(3). Universal perturbations and frequencies: Tsuzuku & Sato 2019, arXiv 1809.04098.
+      Coefficients that are kept by block if they stand out of their noise: Cai 1999, Adaptive wavelet estimation: a
+      block thresholding and oracle inequality approach, Annals of Statistics 27(3). Universal perturbations and
+      frequencies: Tsuzuku & Sato 2019, arXiv 1809.04098.
     """
 
     hidden: int = 8
@@ -108,9 +114,9 @@ class SpectralRule:
         cell["bias"] = cell["bias"].at[self.hidden : 2 * self.hidden].set(1.0)
         return {
             "cell": cell,
-            "groups": dense(keys[1], 2, self.hidden, 0.1),
+            "periods": dense(keys[1], 2, self.hidden, 0.1),
             "all": dense(keys[2], 2, self.hidden, 0.1),
-            "log_sharpness": jnp.asarray(math.log(2.5), jnp.float32),
+            "log_sharpness": jnp.asarray(math.log(6.0), jnp.float32),
             "logit_decay": jnp.asarray(math.log(self.decay / (1 - self.decay)), jnp.float32),
         }
 
@@ -130,8 +136,8 @@ class SpectralRule:
 
         Args:
           params: the rule's weights.
-          signal: gradient of the leaf, its `noise`, `param`, `scale` and `progress`. Without noise, no frequency stands
-            out, and all of them pass.
+          signal: gradient of the leaf, its `noise`, `param`, `scale` and `progress`. Without noise, all frequencies
+            stand out of it, and take part.
           state: from `init_state` or the previous call.
 
         Returns:
@@ -150,16 +156,16 @@ class SpectralRule:
         present = jnp.zeros_like(signal.grad) if signal.param is None else signal.param / _positive(signal.scale)
         held = _spectrum.power(_spectrum.transformed(present.reshape(shape) / size))
 
-        features, there = _features(of, power, momentum_noise, _spectrum.power(gradient), noise, held, signal.progress)
+        quantities = (power, momentum_noise, _spectrum.power(gradient), noise, held)
+        features, there, evidence = _features(of, shape, quantities, signal.progress)
         hidden, cell = lstm(params["cell"], features, state["cell"])
-        threshold, gain = affine(params["groups"], hidden)
+        threshold, gain = affine(params["periods"], hidden)
         mean = jnp.sum(hidden * there[None], 1) / jnp.sum(there)
         longer, bend = affine(params["all"], mean[:, None])[:, 0]
 
-        expected = jnp.log(1 + 0.55 * jnp.log(jnp.asarray(np.maximum(of.counts, 1), dtype)))
-        evidence = _log(power) - _log(momentum_noise) - (expected + jnp.clip(threshold, -4, 4))[of.group]
+        evidence = evidence - jnp.asarray(_needed(shape), dtype) - jnp.clip(threshold, -4, 4)
         weight = jax.nn.sigmoid(jnp.exp(params["log_sharpness"].astype(dtype)) * evidence)
-        weight = weight * jnp.exp(jnp.clip(gain, -4, 4))[of.group]
+        weight = (weight * jnp.exp(jnp.clip(gain, -4, 4)))[of.group]
         real, imaginary = momentum * weight[None, ..., None]
         step = _bent(unit_rms(_spectrum.image_of(jax.lax.complex(real, imaginary), shape)), self.tau, bend)
         step = step * self.step * (1 - (1 - self.final) * signal.progress) * jnp.exp(jnp.clip(longer, -3, 1))
@@ -192,29 +198,41 @@ def spectral_lstm(
     return SpectralRule(hidden, step, decay, final, tau)
 
 
-def _features(of, power, momentum_noise, new_power, new_noise, held, progress):
-    """Features `[features, groups]` of each group of frequencies, and which groups there are `[groups]`.
+def _periods_in(shape):
+    """The periods of the groups `[groups]`, in units of an eighth of a side; no period is the side itself."""
+    side = math.sqrt(shape[0] * shape[1])
+    return np.asarray([(period or side) * _REPEATS / side for period in _spectrum.GROUPS])
 
-    Of the momentum: signal to noise, and density of power relative to that of all frequencies. Of the latest gradient:
-    signal to noise. Of the perturbation: density of power, in units of scale^2. Number of frequencies, period,
-    progress; of the momentum of all frequencies: signal to noise.
+
+def _needed(shape):
+    """The evidence `[groups]` that a group needs. The mean of an image is open at every size."""
+    return np.where((_periods_in(shape) <= 1) | (np.asarray(_spectrum.GROUPS) == 1), _OPEN, _CLOSED)
+
+
+def _features(of, shape, quantities, progress):
+    """Features `[features, groups]` of the groups, which groups there are, and their evidence `[groups]`.
+
+    Of the momentum: signal to noise (the evidence), and density of power relative to that of all frequencies. Of the
+    latest gradient: signal to noise. Of the perturbation: density of power, in units of scale^2. Number of frequencies,
+    period in pixels and relative to the size, progress; of the momentum of all frequencies: signal to noise.
     """
-    dtype = power.dtype
+    dtype = progress.dtype
     counts, there = jnp.asarray(np.maximum(of.counts, 1), dtype), jnp.asarray(of.counts > 0, dtype)
-    quantities = (power, momentum_noise, new_power, new_noise, held)
     powers, noises, new_powers, new_noises, helds = (_spectrum.group_sums(x, of) for x in quantities)
     of_all = jnp.sum(powers) / np.sum(of.counts).item()
+    evidence = _log_ratio(powers, noises)
     columns = (
-        _log_ratio(powers, noises),
+        evidence,
         _log_ratio(powers / counts, of_all),
         _log_ratio(new_powers, new_noises),
         jnp.log1p(helds / counts),
         jnp.log(counts) / 5,
         jnp.asarray([math.log2(period or _NO_PERIOD) / 5 for period in _spectrum.GROUPS], dtype),
+        jnp.asarray(np.log2(_periods_in(shape)) / 3, dtype),
         progress,
         _log_ratio(jnp.sum(powers), jnp.sum(noises)),
     )
-    return jnp.stack([jnp.broadcast_to(column, there.shape) for column in columns]) * there[None], there
+    return jnp.stack([jnp.broadcast_to(column, there.shape) for column in columns]) * there[None], there, evidence
 
 
 def _bent(direction, tau, change):

@@ -14,6 +14,7 @@ import lft_jax
 from lft_jax import _periods, _spectrum
 from lft_jax.optimizers import SpectralRule, rule_from_dict, rule_to_dict, spectral_lstm
 
+CLIPPED = np.exp([-3.0, 6.0])  # signal to noise
 SHAPES = ((28, 28, 1), (32, 32, 3), (8, 8, 1), (33, 50, 3), (5, 7, 4))
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3))
 
@@ -34,14 +35,17 @@ def _reference(rule, gradients, noises, theta, scale, progresses):
             for j in range(columns):
                 if (i * period) % rows == 0 and (j * period) % columns == 0:
                     group[i, j] = period
-    counts = np.vectorize(lambda period: np.sum(group == period))(group)
+    side = np.sqrt(height * width)
+    needed = {p: np.exp(-4.0) if p == 1 or (p or side) <= side / 8 else 8.0 for p in _spectrum.GROUPS}
     momentum, noise_of_momentum, steps = 0.0, 0.0, []
     for gradient, noise, progress in zip(gradients, noises, progresses, strict=True):
-        power = np.mean(gradient**2) * gradient.size
-        momentum = rule.decay * momentum + np.fft.fft2(gradient, (rows, columns), (0, 1)) / np.sqrt(power)
-        noise_of_momentum = rule.decay**2 * noise_of_momentum + noise / power
-        ratio = np.sum(np.abs(momentum) ** 2, -1) / noise_of_momentum
-        weight = 1 / (1 + ((1 + 0.55 * np.log(counts)) / ratio) ** 2.5)
+        size = np.sum(gradient**2)
+        momentum = rule.decay * momentum + np.fft.fft2(gradient, (rows, columns), (0, 1)) / np.sqrt(size)
+        noise_of_momentum = rule.decay**2 * noise_of_momentum + noise / size
+        power, weight = np.sum(np.abs(momentum) ** 2, -1), np.zeros(group.shape)
+        for period in np.unique(group):
+            ratio = np.clip(np.sum(power[group == period]) / np.sum(noise_of_momentum[group == period]), *CLIPPED)
+            weight[group == period] = 1 / (1 + (needed[period] / ratio) ** 6)
         image = np.real(np.fft.ifft2(momentum * weight[..., None], axes=(0, 1)))[:height, :width]
         image /= np.sqrt(np.mean(image**2))
         bent = image * np.sqrt((1 + rule.tau**2) / (image**2 + rule.tau**2))
@@ -50,7 +54,7 @@ def _reference(rule, gradients, noises, theta, scale, progresses):
 
 
 def _without_heads(params):
-    return {**params, **{name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("groups", "all")}}
+    return {**params, **{name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("periods", "all")}}
 
 
 @hypothesis.given(shapes)

@@ -25,6 +25,7 @@ _METHODS = {
 _BATCHES = {
     "plain": "on the support images alone",
     "shifts": "on shifted support images",
+    "augmented": "on the support images with shifts, mixing and noise of 0.2 (`Augmentation()`)",
 }
 
 

@@ -80,6 +80,8 @@ def _of_period(period):
 #: `{name without commas: method}`. Their settings are the same for all models.
 METHODS: dict[str, Method] = {
     "uap-linf": Attack(),
+    "spatial-linf-augmented": Attack("spatial-linf", AttackRecipe()),
+    "pgd-augmented": Attack(_SIGN, AttackRecipe()),
     "spatial-linf-plain": Attack("spatial-linf", PLAIN),
     "spatial-linf-shifts": Attack("spatial-linf", SHIFTS),
     "spatial-linf-patterns": Attack("spatial-linf", PATTERNS),
@@ -155,7 +157,7 @@ def measure(flags: Config) -> None:
             for draw in range(len(row["draw_asr"]), draws):
                 for key, value in attack(victim, method, steps, count, draw).items():
                     row[f"draw_{key}"].append(value)
-                row["commit"] = results["provenance"]["commit"]
+                row |= {name: results["provenance"][name] for name in ("commit", "device")}
                 write()
             spread = f" ± {100 * row['asr_interval']:.1f}" if row.get("asr_interval") else ""
             print(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from experiments import common, config, meta_train
+from experiments.studies import public_models
 from lft_jax import evaluation, learners, pretrained
 from lft_jax.victims import load_victim
 
@@ -39,7 +40,7 @@ def ship(flags: Config) -> None:
     params, rule = pretrained.load_pretrained(str(run / "rule.safetensors"))
     card = pretrained.pretrained_card(str(run / "rule.safetensors"))
     learner, rows = card["meta_training"]["learner"], []
-    sources = sorted({load_victim(_ROOT / victim).card["source"] for victim in card["meta_training"]["victims"]})
+    sources = sorted({_source(victim) for victim in card["meta_training"]["victims"]})
     names = ("pgd", learner, f"{learner} ({' + '.join(sources)})")
     for path in flags.results:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
@@ -50,6 +51,12 @@ def ship(flags: Config) -> None:
     path = Path(pretrained.__file__).parent / f"{flags.name}.safetensors"
     pretrained.save_rule(path, params, rule, card)
     print(f"wrote {path}: {card['check']}")
+
+
+def _source(victim):
+    if victim.startswith(common.PUBLIC):
+        return public_models.MODELS[victim.removeprefix(common.PUBLIC)].source
+    return load_victim(_ROOT / victim).card["source"]
 
 
 def _public_rows(path, name):

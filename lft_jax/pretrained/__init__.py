@@ -57,7 +57,7 @@ def load_pretrained(name: str) -> tuple[PyTree, UpdateRule]:
     Examples:
       >>> params, rule = load_pretrained("uap-linf")
       >>> sorted(params)
-      ['all', 'cell', 'groups', 'log_sharpness', 'logit_decay']
+      ['all', 'cell', 'log_sharpness', 'logit_decay', 'periods']
       >>> tx = learned_fine_tuner(params, rule)
     """
     params, rule, _ = _load(*_contents(name))

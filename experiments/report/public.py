@@ -39,7 +39,8 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         f"Attack success rate, %, mean ± 95% interval over draws of the support images, on those of {about['queries']} "
         f"unseen images of {about['source']} that are right when clean ({100 * results['clean_accuracy']:.1f}%), in an "
         f"{about['norm']} ball of {255 * about['epsilon']:.3g}/255. All methods have the same draws, and settings that "
-        f"are the same for all models. Role of the model: {about['role']}. Differences are paired by draw. Evaluations "
+        f"are the same for all models. Support images are among {about['support']} others. Role of the model: "
+        f"{about['role']}. Differences are paired by draw. Evaluations "
         "are of the model on one image. Seconds are medians over draws, with other programs on the same cores. "
         f"{origin(results, path)}",
         "",

@@ -77,7 +77,8 @@ def test_every_import_is_declared(package):
     declared = {canonicalize_name(r.name) for r in ranges(package)}
     for path in [*ROOT.glob("lft_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")]:
         for name in third_party_imports(path):
-            found = {canonicalize_name(distribution) for distribution in distributions.get(name, [NAMED.get(name, name)])}
+            own = [NAMED.get(name, name)]
+            found = {canonicalize_name(distribution) for distribution in distributions.get(name, own)}
             assert found & declared, f"{path.relative_to(ROOT)} imports {name}, which setup.py does not declare"
 
 

@@ -47,7 +47,10 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     ]
     for images, steps in sorted({(row["images"], row["steps"]) for row in rows}):
         cell = [row for row in rows if (row["images"], row["steps"]) == (images, steps)]
-        lines += _table(cell, f"{images} images, K = {steps}")
+        lines += _table(cell, f"{images} images, K = {steps}", results["provenance"]["device"])
+    elsewhere = _elsewhere(rows, results["provenance"]["device"])
+    if elsewhere:
+        lines += [f"† measured on {', '.join(sorted(elsewhere))}.", ""]
     if results["ceiling"]:
         lines += [_ceiling(results["ceiling"]), ""]
     lines += _legend(row["method"] for row in rows)
@@ -64,7 +67,12 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _table(rows, title):
+def _elsewhere(rows, device):
+    """Other devices than that of the latest rows; rows of before 0.3 do not say theirs."""
+    return {row["device"] for row in rows if row.get("device", device) != device}
+
+
+def _table(rows, title, device):
     others = {row["difference"]["to"] for row in rows if "difference" in row}
     rival = f"minus `{others.pop()}`" if others else "difference"
     lines = [
@@ -78,7 +86,9 @@ def _table(rows, title):
         paired = row.get("difference")
         difference = _percent(paired["asr"], paired["interval"], "+") if paired else ""
         cells = [f"`{row['method']}`", len(row["draw_asr"]), asr, difference, fooling]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['evaluations']:.0f}", f"{row['seconds']:.1f}"])) + " |")
+        mark = "†" if _elsewhere([row], device) else ""
+        cells += [f"{row['evaluations']:.0f}", f"{row['seconds']:.1f}{mark}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return [*lines, ""]
 
 

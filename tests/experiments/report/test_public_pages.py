@@ -31,6 +31,7 @@ RESULTS = {
         "norm": "linf",
         "epsilon": 8 / 255,
         "queries": 50,
+        "support": 20,
         "split": "test",
     },
     "clean_accuracy": 0.9,
@@ -55,6 +56,14 @@ def test_rows_are_in_order_with_differences(results):
     ]
     assert "minus `uap-linf`" in text and "## Attacks on `toy`" in text and "2308.06015" in text
     assert "- `patterns`" in text and "- `tile`" not in text and ".png" not in text
+
+
+def test_rows_of_another_device_are_marked(results):
+    for measured, device in zip(results["rows"], ("1 x cpu", "1 x gpu"), strict=False):
+        measured["device"] = device
+    text = public.public_section(results, "results/public/toy.json", "../toy")
+    assert [line.startswith("| `sga`") for line in text.splitlines() if "1.3† |" in line] == [True]
+    assert "† measured on 1 x gpu." in text and "among 20 others" in text
 
 
 def test_what_is_measured_besides_is_shown(results, tmp_path):

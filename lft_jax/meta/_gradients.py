@@ -1,6 +1,7 @@
 """The meta-gradient on tasks of one family: backpropagation within a memory budget, or evolution strategies."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from lft_jax import _memory
@@ -163,6 +165,58 @@ def _persistent(learner, num_steps, weights, strategies):
         return strategies(loss, params, particles, key, begins=window == 0)
 
     return gradient
+
+
+def mean_gradient(of_family, max_norm, params, groups, turns, keys, particles, window):
+    """The mean of the meta-gradients `of_family` over the families whose turn it is.
+
+    Args:
+      of_family: a `FamilyGradient`.
+      max_norm: norm that the meta-gradient of a family is clipped to, or None.
+      params: the meta-parameters.
+      groups: stacked families.
+      turns: of each group, `[families]` bool, or None for all.
+      keys: `[families, tasks]` PRNG keys, for each group.
+      particles: of each group, with a leading axis `[families]`; `()` without persistent evolution strategies.
+      window: `[]` int32, index of the window in its episode.
+
+    Returns:
+      `(losses, losses after the last step)` `[families]`, in the order of the groups; the meta-gradient; particles.
+    """
+    losses, last, after, total = [], [], [], jax.tree.map(jnp.zeros_like, params)
+    for group, *inputs in zip(groups, turns, keys, particles, strict=True):
+
+        def taken(member, keys, particles, group=group):
+            (of_member, grads), carried = of_family(params, group.member(member), keys, particles, window)
+            return (of_member, grads if max_norm is None else _clipped(grads, max_norm)), carried
+
+        def member_gradient(inputs, taken=taken):
+            member, turn, *inputs = inputs
+            if turn is None:
+                return taken(member, *inputs)
+            return jax.lax.cond(turn, taken, functools.partial(_left_out, taken), member, *inputs)
+
+        ((group_losses, group_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
+        total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
+        losses.append(group_losses)
+        last.append(group_last)
+        after.append(carried)
+    counts = [group.size if turn is None else jnp.sum(turn) for group, turn in zip(groups, turns, strict=True)]
+    mean = jax.tree.map(lambda t: t / jnp.asarray(sum(counts), t.dtype), total)
+    return (jnp.concatenate(losses), jnp.concatenate(last)), mean, tuple(after)
+
+
+def _clipped(grads, max_norm):
+    """The gradients, or what has the same direction and this norm if theirs is larger."""
+    norm = optax.tree.norm(grads)
+    return jax.tree.map(lambda g: g * (max_norm / jnp.maximum(norm, max_norm)), grads)
+
+
+def _left_out(taken, member, keys, particles):
+    """What `taken` returns, for a family whose turn it is not: losses of NaN, no gradient, its particles."""
+    (of_member, grads), _ = jax.eval_shape(taken, member, keys, particles)
+    losses = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), of_member)
+    return (losses, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grads)), particles
 
 
 def first_particles(

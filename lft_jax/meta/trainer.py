@@ -30,7 +30,7 @@ from jaxtyping import PRNGKeyArray
 from lft_jax import base
 from lft_jax._deprecation import old_keywords
 from lft_jax.base import Learner, PyTree, TaskFamily
-from lft_jax.meta._gradients import family_gradient, first_particles
+from lft_jax.meta._gradients import family_gradient, first_particles, mean_gradient
 from lft_jax.meta._groups import group_families
 from lft_jax.meta.evolution import EvolutionStrategies, PersistentEvolutionStrategies
 from lft_jax.meta.imitation import imitating
@@ -345,67 +345,15 @@ def _particles(learner, params, groups, tasks_per_family, meta_gradient):
 
 
 def _stage_gradient(stage, learner, unroll, meta_gradient, *, max_norm, tasks_per_family, mesh):
-    """The meta-gradient of one stage, with the signature of `_mean_gradient` without `of_family`."""
+    """The meta-gradient of one stage, with the signature of `mean_gradient` without `of_family`."""
     if stage.imitation is not None:
         # Backpropagation differentiates the rule alone here, not the model, so evolution strategies are not needed.
         learner = imitating(learner, stage.imitation.teacher)
         unroll = dataclasses.replace(unroll, step_weights="uniform")
         meta_gradient = None
     of_family = family_gradient(learner, num_steps=stage.num_steps, unroll=unroll, meta_gradient=meta_gradient)
-    gradient = functools.partial(_mean_gradient, of_family, max_norm)
+    gradient = functools.partial(mean_gradient, of_family, max_norm)
     return gradient if mesh is None else share_tasks(gradient, mesh, tasks_per_family)
-
-
-def _mean_gradient(of_family, max_norm, params, groups, turns, keys, particles, window):
-    """The mean of the meta-gradients `of_family` over the families whose turn it is.
-
-    Args:
-      of_family: a `FamilyGradient`.
-      max_norm: norm that the meta-gradient of a family is clipped to, or None.
-      params: the meta-parameters.
-      groups: stacked families.
-      turns: of each group, `[families]` bool, or None for all.
-      keys: `[families, tasks]` PRNG keys, for each group.
-      particles: of each group, with a leading axis `[families]`; `()` without persistent evolution strategies.
-      window: `[]` int32, index of the window in its episode.
-
-    Returns:
-      `(losses, losses after the last step)` `[families]`, in the order of the groups; the meta-gradient; particles.
-    """
-    losses, last, after, total = [], [], [], jax.tree.map(jnp.zeros_like, params)
-    for group, *inputs in zip(groups, turns, keys, particles, strict=True):
-
-        def taken(member, keys, particles, group=group):
-            (of_member, grads), carried = of_family(params, group.member(member), keys, particles, window)
-            return (of_member, grads if max_norm is None else _clipped(grads, max_norm)), carried
-
-        def member_gradient(inputs, taken=taken):
-            member, turn, *inputs = inputs
-            if turn is None:
-                return taken(member, *inputs)
-            return jax.lax.cond(turn, taken, functools.partial(_left_out, taken), member, *inputs)
-
-        ((group_losses, group_last), grads), carried = jax.lax.map(member_gradient, (group.stacked, *inputs))
-        total = jax.tree.map(lambda t, g: t + jnp.sum(g, 0), total, grads)
-        losses.append(group_losses)
-        last.append(group_last)
-        after.append(carried)
-    counts = [group.size if turn is None else jnp.sum(turn) for group, turn in zip(groups, turns, strict=True)]
-    mean = jax.tree.map(lambda t: t / jnp.asarray(sum(counts), t.dtype), total)
-    return (jnp.concatenate(losses), jnp.concatenate(last)), mean, tuple(after)
-
-
-def _clipped(grads, max_norm):
-    """The gradients, or what has the same direction and this norm if theirs is larger."""
-    norm = optax.tree.norm(grads)
-    return jax.tree.map(lambda g: g * (max_norm / jnp.maximum(norm, max_norm)), grads)
-
-
-def _left_out(taken, member, keys, particles):
-    """What `taken` returns, for a family whose turn it is not: losses of NaN, no gradient, its particles."""
-    (of_member, grads), _ = jax.eval_shape(taken, member, keys, particles)
-    losses = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), of_member)
-    return (losses, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grads)), particles
 
 
 def clipped_adam(learning_rate: float, num_meta_steps: int, *, max_norm: float = 1.0) -> optax.GradientTransformation:

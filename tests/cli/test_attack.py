@@ -57,16 +57,6 @@ def wrong():
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The current directory, with `linear.py` and `images.npz`."""
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path)
-    yield tmp_path
-    sys.modules.pop("linear", None)
-
-
 def write(folder):
     (folder / "linear.py").write_text(SOURCE)
     names = {}

@@ -1,45 +1,16 @@
 """Our attack in the Adversarial Robustness Toolbox, and its estimators here."""
 
-import sys
-
 import numpy as np
 import pytest
 
 import lft_jax
 from lft_jax import interop
 from lft_jax.optimizers import hand_designed
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    for name in ("art", "foolbox", "torchattacks"):
-        monkeypatch.setitem(sys.modules, name, None)
-    for call in (interop.from_art, interop.art_attack):
-        with pytest.raises(ModuleNotFoundError, match=r"art is not installed: pip install 'lft_jax\[art\]'\.$"):
-            call(object())
-    with pytest.raises(ModuleNotFoundError, match=r"foolbox is not installed: pip install 'lft_jax\[foolbox\]'\.$"):
-        interop.foolbox_attack()
-    monkeypatch.setitem(sys.modules, "torch", sys)  # there
-    with pytest.raises(ModuleNotFoundError, match="torchattacks is not installed: pip install --no-deps torchattacks"):
-        interop.torchattacks_attack(object())
-
+from tests.interop.toys import SETTINGS, module
 
 pytest.importorskip("torch")
 pytest.importorskip("art")
 pytestmark = [pytest.mark.standard_promotion]
-SETTINGS = {"optimizer": hand_designed.projected_gradient(0.4), "recipe": lft_jax.AttackRecipe(augmentation=None)}
-
-
-def module():
-    """A fixed convolution with a dense layer, of images [N, 3, 6, 5]."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    layers = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(120, 4)
-    )
-    for parameter in layers.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    return layers
 
 
 def torch_classifier(low=0.0, high=1.0, **options):

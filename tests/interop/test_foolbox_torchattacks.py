@@ -7,23 +7,12 @@ import pytest
 import lft_jax
 from lft_jax import interop
 from lft_jax.optimizers import hand_designed
+from tests.interop.toys import SETTINGS, module
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.frameworks, pytest.mark.standard_promotion]
-SETTINGS = {"optimizer": hand_designed.projected_gradient(0.4), "recipe": lft_jax.AttackRecipe(augmentation=None)}
 # scipy's namespaces, as the packages import them
 DEPRECATED = "ignore:Please import .* from the `scipy.ndimage` namespace:DeprecationWarning"
-
-
-def module():
-    """A fixed convolution with a dense layer, of images [N, 3, 6, 5]."""
-    generator = torch.Generator().manual_seed(0)
-    layers = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(120, 4)
-    )
-    for parameter in layers.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    return layers.eval()
 
 
 def data(count=8):

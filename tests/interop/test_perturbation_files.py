@@ -86,7 +86,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_no_file(tmp_path, name, thet
 
 
 class Unpickled:
-    """Fails the test when it is read."""
+    """Fails the test when it is read: pickles are written here only to see that they are refused."""
 
     def __reduce__(self):
         return pytest.fail, ("a pickled object was read",)

@@ -10,7 +10,8 @@ from lft_jax import learners
 from lft_jax.meta.evolution import PersistentEvolutionStrategies
 from lft_jax.meta.mesh import task_mesh
 from lft_jax.meta.trainer import meta_trainer
-from tests.meta.test_trainer import KEY, RATE, maml_closed_form, meta_gradient, quadratic
+from lft_jax.optimizers.rules import coordinate_lstm
+from tests.meta.quadratics import KEY, RATE, maml_closed_form, meta_gradient, quadratic
 
 FAMILIES = [quadratic(0, tag="a"), quadratic(1, tag="b"), quadratic(2, tag="a"), quadratic(3), quadratic(4, tag="b")]
 MAML = learners.maml(optax.sgd(RATE), second_order=True)
@@ -59,19 +60,15 @@ def test_a_family_out_of_turn_keeps_its_particles():
     strategies = PersistentEvolutionStrategies(window=1, pairs=2, sigma=0.1)
     families = [quadratic(0, tag="a"), quadratic(1, tag="b")]
     options = {"num_steps": 2, "tasks_per_family": 1, "meta_optimizer": optax.sgd(1e-3), "meta_gradient": strategies}
-    trainer = meta_trainer(learners.lft(_rule()), families, families_per_step=1, **options)
+    trainer = meta_trainer(
+        learners.lft(coordinate_lstm(2, 1, features="raw")), families, families_per_step=1, **options
+    )
     before = trainer.init(KEY)
     after = trainer.step(before)[0]
     first, second = ([np.asarray(x) for x in jax.tree.leaves(after.particles[i])] for i in (0, 1))
     kept = [np.asarray(x) for x in jax.tree.leaves(before.particles[1])]
     assert all(np.array_equal(a, b) for a, b in zip(second, kept, strict=True))
     assert not all(np.array_equal(a, np.zeros_like(a)) for a in first)
-
-
-def _rule():
-    from lft_jax.optimizers.rules import coordinate_lstm
-
-    return coordinate_lstm(2, 1, features="raw")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from experiments.report.tables import origin
 #: Hardenings of the study.
 HARDENINGS = {
     "none": "trained on clean images",
-    "learned": "`lft_jax.defence.harden`: the learned rule inside, several perturbations that begin again",
+    "learned": "`lft_jax.defence.harden`: the rule on pixels inside, several perturbations that begin again",
+    "learned on periods": "the same with the rule on periods, `uap-linf`",
     "one perturbation": "the same with one perturbation throughout, moved by sign steps (after arXiv 1811.11304)",
 }
 #: Attacks of the study.

@@ -7,7 +7,8 @@ from experiments.report.tables import origin
 
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {
-    "uap-linf": "the pretrained rule, on frequencies",
+    "uap-linf": "the pretrained rule, on periods",
+    "frequencies": "the rule of decision 017, which gated single frequencies, as `uap-linf` was before decision 019",
     "spatial-linf": "the pretrained rule on pixels",
     "pgd": "momentum sign steps with an untuned step size",
     "periods": "`lft_jax.optimizers.periodic_descent`",
@@ -33,8 +34,10 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """Attacks on a public model."""
     about, rows = results["about"], results["rows"]
     title = "Settings of baselines" if any(" " in row["method"] for row in rows) else "Attacks"
+    kind = "a victim trained here" if about["model"].startswith(about["source"]) else "a public model"
+    former = any(row["method"] == "frequencies" for row in rows)
     lines = [
-        f"## {title} on `{about['model']}`, a public model",
+        f"## {title} on `{about['model']}`, {kind}{' (before decision 019)' if former else ''}",
         "",
         f"Attack success rate, %, mean ± 95% interval over draws of the support images, on those of {about['queries']} "
         f"unseen images of {about['source']} that are right when clean ({100 * results['clean_accuracy']:.1f}%), in an "

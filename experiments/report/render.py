@@ -72,7 +72,7 @@ GROUPS = (
     ("l2 ball", ("l2",)),
     ("A penalty instead of a ball (the paper's tasks)", ("paper",)),
     ("Other image sizes, radii, classes and steps", ("breadth",)),
-    ("Public models", ("public",)),
+    ("Public models, and victims attacked in the same way", ("public",)),
     ("Defences", ("defence",)),
     ("Ablations, on validation victims", ("ablation_",)),
     ("Gap between the meta-gradients of LFT and L2O", ("theory_gap",)),

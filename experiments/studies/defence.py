@@ -44,6 +44,7 @@ SIGN = hand_designed.projected_gradient(0.4, 0.9, 0.1)
 HARDENINGS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "learned": {},
+    "learned on periods": {"attack": "uap-linf"},
     "one perturbation": {
         "attack": hand_designed.projected_gradient(0.1),
         "attack_steps": 2**29,

@@ -27,6 +27,8 @@ from lft_jax.data import check_images_labels
 
 #: Radii of linf balls, unless others are asked for.
 EPSILONS = (2 / 255, 4 / 255, 8 / 255)
+#: Images that the model is asked for with noise, and the half-width of that: they tell a stored run of another model.
+_PROBES, _NOISE = 8, 0.01
 
 
 def audit(
@@ -120,12 +122,16 @@ def audit(
     if not np.any((clean.argmax(-1) == given)[split.query]):
         raise ValueError("labels: the model classifies no query image as they say, so no success can be measured.")
     with tempfile.TemporaryDirectory() as nowhere:
-        data = digest(images, given, *split, seed)
-        store = Store(Path(nowhere if output is None else output) / "runs", data, clean)
+        data = digest(images, given, *split, seed, differentiable)
+        # A model whose input is rounded answers clean images as one whose input is not.
+        noise = np.random.default_rng(0).uniform(-_NOISE, _NOISE, images.shape[1:]).astype(np.float32)
+        answers = np.concatenate([clean, asked.logits(images[:_PROBES], noise)])
+        store = Store(Path(nowhere if output is None else output) / "runs", data, answers)
         problem = _Problem(asked, images, given, clean, split, seed, store, tracker, labels is not None)
         cells = make_plan(budget, radii, len(split.support), differentiable)
         if not cells:
-            raise ValueError(f"budget: none of its methods {budget.methods} can be run: the model has no gradients.")
+            reason = "there are no radii of their norms" if differentiable else "the model has no gradients"
+            raise ValueError(f"budget: none of its methods {budget.methods} can be run: {reason}.")
         problem.run_all(cells, per_image)
         best = _findings.strongest(problem.runs, split, given, clean, radii)
         target = _dominant_class(best, len(split.choice), given, clean, split)
@@ -195,8 +201,9 @@ class _Problem:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    found[cell] = self._attack(cell)
-                    self.store.save(found[cell])
+                    run = self._attack(cell)
+                    self.store.save(run)
+                    found[cell] = run
                 except Exception as error:  # of the user's model, perhaps
                     said = f"{type(error).__name__}: {error}".splitlines()[0]
                     self.failures.append({"run": cell.title, "error": said})

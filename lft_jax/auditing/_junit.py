@@ -24,7 +24,13 @@ def junit(results: Mapping[str, Any], fail_above: float | None) -> str:
     """One test case, the strongest attack at the largest radius; all balls are properties."""
     failed, found = exceeds(results, fail_above), results["headline"]
     seconds = sum(draw["seconds"] for cell in results["cells"] for draw in cell["draws"])
-    counts = {"tests": "1", "failures": str(int(failed)), "errors": "0", "skipped": "0", "time": f"{seconds:.1f}"}
+    counts = {
+        "tests": "1",
+        "failures": str(int(failed)),
+        "errors": str(int(bool(results["failures"]))),
+        "skipped": "0",
+        "time": f"{seconds:.1f}",
+    }
     suite = ElementTree.Element("testsuite", name="lft-audit", **counts)
     properties = ElementTree.SubElement(suite, "properties")
     for threat in results["threats"]:
@@ -41,6 +47,9 @@ def junit(results: Mapping[str, Any], fail_above: float | None) -> str:
     if failed:
         message = f"success {_words.interval(found['success'])}: the lower bound is above {fail_above:g}"
         ElementTree.SubElement(case, "failure", message=message).text = "\n".join(results["verdict"]["sentences"])
+    if results["failures"]:
+        lost = [f"{failure['run']}: {failure['error']}" for failure in results["failures"]]
+        ElementTree.SubElement(case, "error", message=f"{len(lost)} attacks failed").text = "\n".join(lost)
     ElementTree.SubElement(case, "system-out").text = "\n".join(
         [results["verdict"]["title"], *results["verdict"]["sentences"]]
     )

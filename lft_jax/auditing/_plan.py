@@ -8,7 +8,7 @@ from typing import Any
 
 from lft_jax.base import check_at_least, check_name
 from lft_jax.optimizers import periodic_descent, projected_gradient
-from lft_jax.tasks import AttackRecipe, Proxies
+from lft_jax.tasks import AttackRecipe, PatternAttack, Proxies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +164,9 @@ class Cell:
         return 808 + 130 * self.size if self.gradients else self.size
 
     @property
-    def program(self) -> tuple[Any, ...] | None:
-        """What the runs that share a compiled step have in common; None without one."""
-        return (self.method, self.images, self.target) if self.gradients else None
+    def program(self) -> tuple[Any, ...]:
+        """What the runs that share compiled programs have in common."""
+        return (self.method, self.images, self.target)
 
     @property
     def name(self) -> str:
@@ -210,7 +210,7 @@ def make_plan(
     """All untargeted runs, ordered so that those that share a compiled step follow each other.
 
     Radii of both norms at the standard; the series of images, steps and queries at the largest radius, in linf balls if
-    there are any.
+    any of its methods has them.
 
     Args:
       budget: what to try.
@@ -218,8 +218,9 @@ def make_plan(
       support: number of support images that there are.
       differentiable: whether the model has gradients.
     """
-    counts, main = _counts(budget, support), "linf" if epsilons["linf"] else "l2"
+    counts = _counts(budget, support)
     names = [n for n in budget.methods if (differentiable or not METHODS[n].gradients) and epsilons[METHODS[n].norm]]
+    main = "linf" if any(METHODS[name].norm == "linf" for name in names) else "l2"
     cells: dict[Cell, None] = {}
     for name in names:
         series = budget.steps if METHODS[name].gradients else budget.queries
@@ -229,11 +230,13 @@ def make_plan(
             wanted += [(radii[-1], images, other) for other in series]
             wanted += [(radii[-1], other, size) for other in counts if METHODS[name].counted]
         for epsilon, count, number in wanted:
+            if not METHODS[name].gradients:  # a search uses no more images than its evaluations are enough for
+                count = PatternAttack().images(number, count)
             # All support images are one draw.
             for draw in range(budget.draws if count < support else 1):
                 cells[Cell(name, epsilon, count, number, draw)] = None
-    programs = list(dict.fromkeys(cell.program or (cell.method,) for cell in cells))
-    return sorted(cells, key=lambda cell: programs.index(cell.program or (cell.method,)))
+    programs = list(dict.fromkeys(cell.program for cell in cells))
+    return sorted(cells, key=lambda cell: programs.index(cell.program))
 
 
 def _counts(budget: AuditBudget, support: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -220,7 +220,7 @@ def panels(results: Mapping[str, Any]) -> dict[str, Any]:
             results,
             lambda cell: cell["evaluations"],
             of_series,
-            "evaluations of the model on one image",
+            "evaluations on one image, a gradient as one",
             log=True,
         ),
     ]
@@ -303,8 +303,3 @@ def middle(image: np.ndarray, side: int = LONGEST) -> np.ndarray:
     """The centre of an image, at most `side` pixels wide and high."""
     top, left = (max(0, (length - side) // 2) for length in image.shape[:2])
     return image[top : top + side, left : left + side]
-
-
-def sequence(values: Sequence[float]) -> str:
-    """Numbers as text, for tables."""
-    return ", ".join(f"{value:g}" for value in values)

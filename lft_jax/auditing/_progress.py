@@ -43,7 +43,7 @@ class Progress:
 
     def compiles(self, cell: Cell) -> bool:
         """Whether the run is the first of its kind in this process."""
-        return cell.program is not None and cell.program not in self.programs
+        return cell.program not in self.programs
 
     def finished(self, cell: Cell, seconds: float) -> None:
         """Takes the time of a run."""
@@ -59,7 +59,7 @@ class Progress:
         found, seen = 0.0, set(self.programs)
         for place, cell in enumerate(self.remaining):
             seconds = self._evaluating(cell)
-            if cell.program is not None and cell.program not in seen:
+            if cell.program not in seen:
                 seen.add(cell.program)
                 seconds += sum(self.compilations) / len(self.compilations) if self.compilations else COMPILATION
             found += seconds * (1 - share if place == 0 else 1)

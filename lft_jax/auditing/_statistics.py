@@ -48,7 +48,8 @@ def wilson(hits: float, images: int, level: float = LEVEL) -> tuple[float, float
     share, spread = hits / images, z * z / images
     middle = (share + spread / 2) / (1 + spread)
     width = z / (1 + spread) * math.sqrt(share * (1 - share) / images + spread / (4 * images))
-    return max(0.0, middle - width), min(1.0, middle + width)
+    # Exact at the ends, where rounding could leave a bound above 0 or below 1.
+    return 0.0 if hits == 0 else max(0.0, middle - width), 1.0 if hits == images else min(1.0, middle + width)
 
 
 def rate(counts: np.ndarray) -> Rate:

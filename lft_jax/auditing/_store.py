@@ -1,18 +1,20 @@
 """Finished runs on disk, so that an audit that was interrupted goes on."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from lft_jax.auditing._plan import Cell
+from lft_jax._version import __version__
+from lft_jax.auditing._plan import Cell, options
+from lft_jax.pretrained import load_pretrained
 
-#: Changes when runs of an earlier version are no longer what this one would find.
-VERSION = 1
 #: Logits of a model on the same images differ by rounding from process to process.
 TOLERANCE = 1e-3
 
@@ -94,24 +96,25 @@ class Store:
     """The folder `runs` of an audit.
 
     A run is a `.json` file, written last, and an `.npy` file with its perturbation. It is used again by an audit of
-    the same images, labels, split and settings, of a model that answers the clean images as it did.
+    the same images, labels, split and settings, by the same version and weights of the rule, of a model that answers
+    the probes as it did.
     """
 
-    def __init__(self, folder: Path, data: str, clean: np.ndarray):
+    def __init__(self, folder: Path, data: str, answers: np.ndarray):
         """Opens the folder.
 
         Args:
           folder: need not exist.
           data: digest of images, labels and split.
-          clean: `[N, classes]`, the logits of the clean images.
+          answers: `[N, classes]`, the logits of the probes: clean images, and some with noise.
         """
         self.folder, self.keys = folder, {}
-        path = folder / f"clean-{data[:12]}.npy"
+        path = folder / f"answers-{data[:12]}.npy"
         known = _array(path)
-        if known is None or not _alike(known, clean):
-            write_array(path, clean)
-            known = clean
-        self.data = digest(VERSION, data, known)
+        if known is None or not _alike(known, answers):
+            write_array(path, answers)
+            known = answers
+        self.data = digest(__version__, data, known)
 
     def load(self, cell: Cell) -> Run | None:
         """The stored run of a cell; None if there is none, or one of other data, of another model, or damaged."""
@@ -139,11 +142,19 @@ class Store:
 
     def key(self, cell: Cell) -> str:
         """The digest of all that a run depends on."""
-        return digest(self.data, dataclasses.asdict(cell))
+        return digest(self.data, dataclasses.asdict(cell), _weights(options(cell.method).get("optimizer")))
 
     def path(self, cell: Cell) -> Path:
         """Of the .npy file."""
         return self.folder / f"{cell.name}.npy"
+
+
+@functools.cache
+def _weights(optimizer):
+    """The digest of the weights of a shipped rule, by its name; empty for other optimizers."""
+    if not isinstance(optimizer, str):
+        return ""
+    return digest(*(np.asarray(leaf) for leaf in jax.tree.leaves(load_pretrained(optimizer)[0])))
 
 
 def _array(path):
@@ -153,11 +164,11 @@ def _array(path):
         return None
 
 
-def _alike(known, clean):
+def _alike(known, answers):
     """Whether two arrays of logits differ by rounding only."""
-    if known.shape != clean.shape:
+    if known.shape != answers.shape:
         return False
-    scale = max(float(np.std(clean)), 1e-6)
-    return bool(np.array_equal(known.argmax(-1), clean.argmax(-1))) and bool(
-        np.allclose(known, clean, rtol=TOLERANCE, atol=TOLERANCE * scale)
+    scale = max(float(np.std(answers)), 1e-6)
+    return bool(np.array_equal(known.argmax(-1), answers.argmax(-1))) and bool(
+        np.allclose(known, answers, rtol=TOLERANCE, atol=TOLERANCE * scale)
     )

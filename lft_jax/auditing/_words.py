@@ -63,6 +63,8 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
             f"Over {spread['draws']} draws of these images, this attack reaches {percent(spread['least'])} to "
             f"{percent(spread['most'])} (mean {percent(spread['mean'])})."
         )
+    if results["failures"]:
+        sentences.append(f"{len(results['failures'])} of the planned attacks failed, so the success may be higher.")
     if grade == "small":
         sentences.append(
             "This is no proof of robustness: stronger attacks may exist, and other kinds of attacks were not tried."

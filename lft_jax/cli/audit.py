@@ -107,6 +107,9 @@ def run(flags: Config) -> AuditReport:
     print(report)
     print(f"written: {Path(flags.out) / 'index.html'}, report.json, perturbation.npy, junit.xml, runs/")
     low = report.interval[0]
+    lost = report.results["failures"]
+    if flags.fail_above is not None and lost:
+        raise _exits.LimitExceeded(f"{len(lost)} attacks failed, so that the success rate may be higher; see the page")
     if flags.fail_above is not None and low > flags.fail_above:
         raise _exits.LimitExceeded(f"success rate: its lower bound {low:.3f} is above --fail_above={flags.fail_above}")
     return report

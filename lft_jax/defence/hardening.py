@@ -40,7 +40,7 @@ class Hardening:
     Attributes:
       epsilon: radius of the ball of the perturbation, in units of the image range; above 0.
       norm: "linf" or "l2".
-      fraction: share of the images of a minibatch that are perturbed, in (0, 1].
+      fraction: share of the images of a minibatch that are perturbed, in (0, 1], at least one for each perturbation.
       epochs: passes over the training images, at least 1.
       batch_size: images in a minibatch, at least 1; the incomplete one at the end of an epoch is dropped.
       attack: what steps the perturbation: the name of a stored rule, the path of your own, or an optax transformation
@@ -60,7 +60,7 @@ class Hardening:
     fraction: float = 0.5
     epochs: int = 5
     batch_size: int = 128
-    attack: str | optax.GradientTransformation = "uap-linf"
+    attack: str | optax.GradientTransformation = "spatial-linf"
     attack_steps: int = 5
     search: PatternSearch | None = SEARCH
     perturbations: int = 4

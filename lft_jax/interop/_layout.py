@@ -7,6 +7,7 @@ import numpy as np
 from lft_jax import base
 
 CHANNELS = ("first", "last")
+_ROUNDING = 1e-3  # of values beyond black and white, in units of the image range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,11 @@ class Layout:
     def ours(self, x: np.ndarray) -> np.ndarray:
         """Images of the library -> `[N, H, W, C]` float32 in [0, 1]."""
         x = self._axes(np.asarray(x, np.float32), "x")
-        return np.clip((x - np.float32(self.low)) / np.float32(self.width), 0, 1)
+        x = (x - np.float32(self.low)) / np.float32(self.width)
+        if x.size and not -_ROUNDING <= np.min(x) <= np.max(x) <= 1 + _ROUNDING:  # NaN too
+            least, most = (float(value) * self.width + self.low for value in (np.min(x), np.max(x)))
+            raise ValueError(f"x must lie in [{self.low:g}, {self.high:g}], got values from {least:g} to {most:g}.")
+        return np.clip(x, 0, 1)
 
     def theirs(self, images: np.ndarray) -> np.ndarray:
         """`[N, H, W, C]` in [0, 1] -> float32 images of the library."""

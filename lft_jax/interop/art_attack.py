@@ -64,6 +64,11 @@ def from_art(
 
     if not isinstance(estimator, ClassifierMixin):
         raise TypeError(f"estimator must be a classifier of ART, got {type(estimator).__name__}.")
+    if isinstance(estimator, PyTorchClassifier) and estimator.postprocessing_defences:
+        raise ValueError(
+            "estimator: its postprocessing_defences change the scores without a derivative; wrap its predict with "
+            "lft_jax.models.from_function to attack it by queries, or leave them out."
+        )
     layout, predict = _layout(estimator, channels, image_shape), getattr(estimator, "predict")  # noqa: B009
     if output is None:
         network = isinstance(estimator, ClassGradientsMixin) and hasattr(estimator, "channels_first")

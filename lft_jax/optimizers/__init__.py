@@ -3,7 +3,7 @@
 How the pieces compose::
 
     gradient --features--> inputs --Rule (a recurrent network)--> update        `features`, `rules`
-    gradient --frequencies that stand out of noise--> update                    `spectral`
+    gradient --periods, weighed by signal to noise--> update                     `spectral`
     (params, rule) --learned_fine_tuner--> optax transformation                 `transform`
     optax transformation --learned_sampler, guided--> optax transformation
         that also sets the covariance of the next random directions             `sampling`

@@ -42,13 +42,14 @@ class SpectralRule:
 
     and subtracts from an image, at the progress `t` in [0, 1)::
 
-        S(g) = sum of |M|^2 over the group g / sum of N over it
+        S(g) = sum of |M|^2 over the group g / sum of N over it, clipped to [exp(-3), exp(6)]
         w(g) = exp(b) * sigmoid(sharpness * (log S(g) - c(g) - a))
         m    = inverse transform of w M, divided by its root mean square
         scale * step * (1 - (1 - final) * t) * exp(s) * m * sqrt((1 + u^2) / (m^2 + u^2)),    u = tau * exp(r)
 
     `|M|^2` is summed over channels. A group is that of a period of `p` pixels, or of no period; `c` is -4, which is
-    open, if the image has 8 periods or more along its sides, by their geometric mean, and log 8 otherwise. For each
+    open, for the mean of the image and if it has 8 periods or more along its sides, by their geometric mean, and log 8
+    otherwise. For each
     group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from the mean of these cells. All are near 0 before
     meta-training.
 

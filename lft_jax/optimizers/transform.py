@@ -45,7 +45,7 @@ def learned_fine_tuner(
     equinox.is_array)`: they have no state, and their gradients must be None, which stands for any subtree.
 
     The state holds 44 numbers per coordinate for the shipped `spatial_lstm` rules (all but "uap-linf"): 44 times the
-    bytes of float32 parameters, 88 times those of bfloat16 ones; and about 1.5 for a `spectral_lstm` on images. Of a
+    bytes of float32 parameters, 88 times those of bfloat16 ones; and 1.2 to 1.6 for a `spectral_lstm` on images. Of a
     `Rule` these are `2 * hidden * layers`, one for a base update, and those of the
     features (3 for "momentum" and for "second", 2 for "adam"), in float32, or float64 for float64 parameters.
 

@@ -22,6 +22,7 @@ STARTS = ("zeros", "random")
 _STATIC = {"static": True}
 _SEARCHED = 12  # proxies that a search evaluates patterns on
 _GAIN = 0.1  # by how much the best pattern must lower the loss of the support images themselves
+_CHECKED = 50  # support images that this is measured on, at most
 
 #: Images `[N, H, W, C]` in [0, 1] -> logits `[N, classes]`.
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -175,7 +176,8 @@ def search_start(
     best = recipe.search(functools.partial(loss_on, batch), theta, constraint.scale(theta), key, opaque=opaque)
     if proxies:
         # Where jigsaws resemble no image, as those of digits, a pattern may fool them alone, and steps keep to it.
-        gain = loss_on(support, jax.lax.stop_gradient(theta)) - loss_on(support, best)
+        checked = Batch(support.images[:_CHECKED], support.labels[:_CHECKED])
+        gain = loss_on(checked, jax.lax.stop_gradient(theta)) - loss_on(checked, best)
         best = jnp.where(gain > _GAIN, best, theta)
     return best, search_queries(recipe, support.images.shape)
 
@@ -272,7 +274,7 @@ def search_queries(recipe: AttackRecipe, shape: tuple[int, ...]) -> int:
         return 0
     if isinstance(recipe.augmentation, Proxies):
         few = _searched(recipe.augmentation)
-        return few.jigsaws(shape[1:]) + recipe.search.evaluations * few.size + 2 * shape[0]
+        return few.jigsaws(shape[1:]) + recipe.search.evaluations * few.size + 2 * min(shape[0], _CHECKED)
     return recipe.search.evaluations * _batch_size(recipe, shape[0])
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from lft_jax.auditing import METHODS, AuditBudget
 from lft_jax.auditing._plan import Cell, make_plan, radius
+from lft_jax.tasks import PatternAttack
 
 RADII = {"linf": (0.1, 0.2), "l2": (1.0, 2.0)}
 
@@ -91,3 +92,18 @@ def test_every_method_has_a_style_and_options():
     assert METHODS.keys() == STYLES.keys()
     for name in METHODS:
         assert options(name) is options(name) and "oracle" in options(name)
+
+
+def test_searches_are_said_to_use_the_images_that_they_use():
+    budget = AuditBudget(support_images=(1, 5, 10, 50), queries=(100, 500, 2000), draws=1, methods=("patterns",))
+    cells = make_plan(budget, {"linf": (0.1,), "l2": ()}, 60, False)
+    assert all(
+        cell.images == PatternAttack().images(cell.size, 50 if cell.images > 5 else cell.images) for cell in cells
+    )
+    assert {cell.images for cell in cells if cell.size == 500} == {1, 5, 10}
+
+
+def test_the_series_are_of_a_norm_that_the_methods_have():
+    budget = AuditBudget(support_images=(5,), steps=(5, 20), draws=1, methods=("uap-l2",))
+    cells = make_plan(budget, {"linf": (0.1,), "l2": (1.0,)}, 60, True)
+    assert {cell.size for cell in cells} == {5, 20}

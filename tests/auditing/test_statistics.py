@@ -68,3 +68,7 @@ def test_confidences_are_those_of_softmax():
 
     logits = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32) * 50
     np.testing.assert_allclose(confidences(logits), np.asarray(jax.nn.softmax(logits)).max(-1), rtol=1e-5)
+
+
+def test_bounds_are_exact_where_nothing_or_everything_succeeds():
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 1001))

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from lft_jax.auditing import _store
 from lft_jax.auditing._plan import Cell
 from lft_jax.auditing._store import Run, Store, digest, write_json
 
@@ -87,3 +88,15 @@ def test_digests_tell_arrays_apart():
     a = np.arange(4, dtype=np.float32)
     found = {digest(a), digest(a.astype(np.float64)), digest(a.reshape(2, 2)), digest(a[::-1]), digest(a, 1), digest(1)}
     assert len(found) == 6 and digest(a) == digest(a.copy())
+
+
+def test_other_weights_of_a_rule_have_other_runs(tmp_path, monkeypatch):
+    cells = [Cell("uap-linf", 0.1, 5, 20, 0), CELL]
+    store = Store(tmp_path, "data", CLEAN)
+    before = [store.key(cell) for cell in cells]
+    assert before == [Store(tmp_path, "data", CLEAN).key(cell) for cell in cells]
+    monkeypatch.setattr(_store, "_weights", lambda optimizer: "others" if isinstance(optimizer, str) else "")
+    after = [store.key(cell) for cell in cells]
+    assert after[0] != before[0] and after[1] == before[1]
+    monkeypatch.setattr(_store, "__version__", "0.0.0")
+    assert Store(tmp_path, "data", CLEAN).key(CELL) != before[1]

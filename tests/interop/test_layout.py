@@ -41,3 +41,12 @@ def test_what_does_not_fit_is_refused():
         Layout("first").ours(np.zeros((2, 9)))
     with pytest.raises(ValueError, match=r"x must be \[N, 36\], flat images, got shape \(2, 9\)"):
         Layout(image_shape=(3, 4, 3)).ours(np.zeros((2, 9)))
+
+
+def test_images_beyond_black_and_white_are_refused():
+    images = np.full((2, 3, 4, 1), 200, np.float32)
+    with pytest.raises(ValueError, match=r"x must lie in \[0, 1\], got values from 200 to 200"):
+        Layout().ours(images)
+    np.testing.assert_allclose(Layout("last", 0.0, 255.0).ours(images), images / 255)
+    with pytest.raises(ValueError, match="got values from nan"):
+        Layout().ours(np.full((1, 2, 2, 1), np.nan))

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "attack": {"optimizers", "oracles", "data", "tasks", "pretrained", "models"},
     "defence": {"optimizers", "oracles", "data", "tasks", "pretrained"},
     "interop": {"data", "tasks", "attack", "models"},
-    "auditing": {"optimizers", "oracles", "data", "tasks", "attack", "models"},
+    "auditing": {"optimizers", "oracles", "data", "tasks", "pretrained", "attack", "models"},
     "cli": {
         "optimizers",
         "oracles",

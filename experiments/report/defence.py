@@ -1,6 +1,6 @@
 """Section of the study of universal adversarial training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.report.tables import origin
@@ -48,13 +48,60 @@ def defence_section(results: Mapping[str, Any], path: str, figures: str) -> str:
             "",
             *_table(rows, "art", "preprocessor", names),
         ]
+    if results.get("audits"):
+        lines += ["", *_audits(results["audits"])]
     return "\n".join([*lines, "", ""])
+
+
+def defence_summary(found: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of several results files, for docs/defence.md."""
+    lines = []
+    for results in found:
+        about = results["about"]
+        radius = f"{round(255 * about['epsilon'])}/255" if about["epsilon"] < 0.1 else f"{about['epsilon']:.4g}"
+        lines += [
+            f"**{about['source']}**, linf {radius}, {about['epochs']} more epochs "
+            f"([page](results/defence-{about['source']}.md)):",
+            "",
+            *_table(results["rows"], "hardening", "hardening", ATTACKS),
+        ]
+        if results.get("audits"):
+            lines += [*_audits(results["audits"]), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _audits(audits):
+    """Lines of a table: an audit in each row, with the attack that its choice images call the strongest."""
+    split = next(iter(audits.values()))["split"]
+    lines = [
+        f"Audits (`lft_jax.audit`) on {sum(split.values()):,} test images: {split['query']:,} judge the attack that "
+        "others chose. Success with its 95% interval over these:",
+        "",
+        "| hardening | radius | clean accuracy | strongest attack | success (ASR) | accuracy under attack | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in audits.items():
+        for threat in found["threats"]:
+            last = threat is found["threats"][-1]
+            rates = [_percent(found["clean_accuracy"]), threat["short"], _interval(threat["success"])]
+            cells = [name, threat["radius"], *rates, _percent(threat["accuracy"]), found["verdict"] if last else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _percent(rate):
+    return f"{100 * rate['rate']:.1f}"
+
+
+def _interval(rate):
+    return f"{_percent(rate)} ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
 def _table(rows, part, title, attacks):
     """Lines of a table: a row for each defence, a column for each attack."""
     found = {(row["defence"], row["attack"]): row for row in rows if row["part"] == part}
     defences = list(dict.fromkeys(defence for defence, _ in found))
+    defences.sort(key=lambda name: list(HARDENINGS).index(name) if part == "hardening" else 0)
     shown = [name for name in attacks if any(attack == name for _, attack in found)]
     titles = [attacks[name] if part == "art" else f"`{name}`" for name in shown]
     lines = [f"| {title} | clean accuracy | " + " | ".join(titles) + " |", "|---" * (2 + len(shown)) + "|"]

@@ -11,7 +11,8 @@ Without `--document` the documents are
 - `docs/results/all-victims.md`, all comparisons side by side, generated completely;
 - `docs/results.md`: a summary and links to the pages, between its `<!-- results -->` marks;
 - `README.md`: a short summary, between its marks;
-- `docs/victims.md`: the table of the stored victims, between its marks.
+- `docs/victims.md`: the table of the stored victims, between its marks;
+- `docs/defence.md`: the tables of the study of defences, between its marks.
 
 With `--document` only that file changes, between its marks. It gets the sections of `--results`, or their summary. The
 text depends only on the results files and on the cards of the victims.
@@ -58,7 +59,7 @@ KINDS = {
 COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 RESULTS, PAGES, SUMMARY, README = "results", "docs/results", "docs/results.md", "README.md"
-VICTIMS = "docs/victims.md"
+VICTIMS, DEFENCE = "docs/victims.md", "docs/defence.md"
 OVERVIEW = "all-victims"
 #: Prefix of files that `benchmarks.render` renders, into docs/performance.md.
 BENCHMARKS = "bench_"
@@ -153,6 +154,8 @@ def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str,
     documents[SUMMARY] = _between_marks(Path(root, SUMMARY), f"{tables.summary(headline)}\n{links}\n")
     documents[README] = _between_marks(Path(root, README), tables.brief(headline, SHOWN))
     documents[VICTIMS] = _between_marks(Path(root, VICTIMS), victims.victims_table(root))
+    defended = [pages[name][1] for name in _ordered(pages) if name.startswith("defence-")]
+    documents[DEFENCE] = _between_marks(Path(root, DEFENCE), defence.defence_summary(defended))
     return documents
 
 

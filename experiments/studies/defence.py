@@ -1,13 +1,15 @@
 r"""Universal adversarial training: clean accuracy, and success of fresh attacks of several kinds, before and after.
 
-  python -m experiments.studies.defence --source=mnist_5k
-  python -m experiments.studies.defence --source=cifar10
+  python -m experiments.studies.defence --source=mnist_5k --audit
+  python -m experiments.studies.defence --source=cifar10 --audit
 
 A small CNN is trained, then hardened from its weights: by `lft_jax.defence.harden` with the learned rule inside, and by
 its settings that are those of arXiv 1811.11304, one perturbation throughout, moved by sign steps. Attacks are made from
 validation images, and judged on test images. With `--art`, which needs the extra `art`, defences of the Adversarial
 Robustness Toolbox that change the images stand before the plain CNN: attacked by the perturbations that are made on it
-without them, and by queries through them. The results file keeps what is finished; weights are in `--workdir`.
+without them, and by queries through them. With `--audit`, which needs the extra `audit`, the network is audited before
+and after the hardening by the learned rule, on test images. The results file keeps what is finished; weights and the
+pages of the audits are in `--workdir`.
 """
 
 import dataclasses
@@ -65,6 +67,9 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }
 #: Support images of the attack on many images.
 MANY = 500
+#: Hardenings that are audited, and the radii of that in parts of the radius of the study.
+AUDITED, PARTS = ("none", "learned"), (0.5, 1.0)
+BUDGET = lft_jax.AuditBudget()
 NO_PREPROCESSOR = "no preprocessor"
 #: `{name: (class in art.defences.preprocessor, settings)}`.
 PREPROCESSORS = {
@@ -82,6 +87,7 @@ class Config:
     hardenings: tuple[str, ...] = config.option((), "Hardenings; all if empty.")
     attacks: tuple[str, ...] = config.option((), "Attacks; all if empty.")
     art: bool = config.option(False, "Also measure preprocessing defences of the Adversarial Robustness Toolbox.")
+    audit: bool = config.option(False, "Also audit the network before and after hardening.")
     draws: int = config.option(5, "Draws of the support images of an attack.")
     queries: int = config.option(1000, "Test images that attacks are judged on; 0 for all.")
     output: str | None = config.option(None, "Results file; results/defence/SOURCE.json if not given.")
@@ -125,7 +131,31 @@ def study(flags: Config) -> dict[str, Any]:
             provenance.write_json(path, results)
         found = f"{100 * row['asr']:.1f}%, clean {100 * row['clean_accuracy']:.1f}%"
         print(cell["part"], cell["defence"], cell["attack"], found, sep=", ", flush=True)
+    for name in AUDITED if flags.audit else ():
+        results["audits"][name] = _audited(name, sources, judges, flags)
+        provenance.write_json(path, results)
     return results
+
+
+def _audited(name, sources, judges, flags):
+    """What the audit of the network after a hardening says; its page is in `workdir`."""
+    _, model = _hardened(name, sources, flags)
+    folder = _folder(name, flags).with_name(f"{_folder(name, flags).name}_audit")
+    report = lft_jax.audit(
+        model,
+        judges.images,
+        judges.labels,
+        epsilons=[part * RADII[flags.source] for part in PARTS],
+        l2_epsilons=(),
+        budget=BUDGET,
+        output=folder,
+        about={"model": f"{ARCHITECTURE}, hardening: {name}", "data": f"{flags.source}, test images"},
+    )
+    report.save(folder)
+    print(report, flush=True)
+    found = report.results
+    kept = {name: found[name] for name in ("clean_accuracy", "threats", "split", "failures")}
+    return {"verdict": found["verdict"]["title"], "runs": len(report.runs), **kept}
 
 
 def _cells_of_hardening(flags, sources, histories):
@@ -160,6 +190,7 @@ def _results(path, flags):
     return {
         "provenance": provenance.describe(range(flags.draws)),
         **{name: found[name] for name in ("about", "histories", "rows")},
+        "audits": found.get("audits", {}),
     }
 
 
@@ -173,10 +204,15 @@ def _row(rows, cell):
     return row
 
 
+def _folder(name, flags):
+    """Of the weights after a hardening."""
+    return Path(flags.workdir, f"{flags.source}_{name.replace(' ', '_')}")
+
+
 def _hardened(name, sources, flags) -> tuple[Victim, models.Classifier]:
     """The victim after a hardening, trained or loaded, and its classifier."""
     source, module = sources.train, build_model(ARCHITECTURE, sources.train.num_classes)
-    folder = Path(flags.workdir, f"{flags.source}_{name.replace(' ', '_')}")
+    folder = _folder(name, flags)
     if (folder / "card.json").exists():
         victim = load_victim(folder)
         return victim, models.from_flax(module, victim.variables)

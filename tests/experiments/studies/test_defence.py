@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from experiments.report.defence import defence_section
+import lft_jax
+from experiments.report.defence import defence_section, defence_summary
 from experiments.studies import defence
 from lft_jax.optimizers import hand_designed
 
@@ -44,6 +45,20 @@ def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch):
     assert f"| learned | {100 * row['clean_accuracy']:.1f} | " in page
     assert f"{100 * row['asr']:.1f} ± {100 * row['asr_interval']:.1f} |" in page
     assert "| preprocessor | clean accuracy | made on the plain model |" in page and "| JPEG |" in page
+    # The audits of the networks before and after.
+    budget = lft_jax.AuditBudget(support_images=(5,), queries=(30,), draws=1, methods=("patterns",))
+    monkeypatch.setattr(defence, "BUDGET", budget)
+    found = defence.study(dataclasses.replace(flags, hardenings=(), draws=2, audit=True))
+    assert json.loads(path.read_text()) == found and list(found["audits"]) == ["none", "learned"]
+    audit = found["audits"]["learned"]
+    assert audit["split"] == {"support": 10, "choice": 7, "query": 33} and audit["failures"] == []
+    assert [threat["epsilon"] for threat in audit["threats"]] == [0.125, 0.25]
+    assert (tmp_path / "victims/digits_learned_audit/index.html").is_file()
+    row, threat = found["rows"][3], audit["threats"][1]
+    for text in (defence_section(found, "results/defence/digits.json", ""), defence_summary([found])):
+        assert f"| learned | {100 * row['clean_accuracy']:.1f} | " in text
+        assert f"| learned | 0.25 | {100 * audit['clean_accuracy']['rate']:.1f} | {threat['short']} | " in text
+        assert f"| {100 * threat['accuracy']['rate']:.1f} | {audit['verdict']} |" in text
     monkeypatch.setattr(defence, "MANY", 40)
     with pytest.raises(ValueError, match="is of other settings"):
         defence.study(flags)

@@ -33,7 +33,7 @@ class ClassificationFamily(TaskFamily):
       table: `[classes, most]` int32, the indices into `images` of each class, padded; see `lft_jax.data.class_table`.
       counts: `[classes]` int32, number of valid entries in each row of `table`.
       size: numbers of classes, support and query images of a task.
-      architecture: "linear", "mlp" or "conv4".
+      architecture: "linear", "mlp", "conv4" or "conv4_strided".
       width: units of the hidden layer, or channels of each convolution.
     """
 
@@ -105,8 +105,10 @@ def classification_family(
       ways: classes of a task, at least 2.
       shots: support images per class, at least 1.
       query_shots: query images per class, disjoint from the support images, at least 1.
-      architecture: "linear" (the head alone), "mlp" (one hidden layer) or "conv4" (four convolutions).
-      width: units of the hidden layer (32 if None), or channels of each convolution (16 if None).
+      architecture: "linear" (the head alone), "mlp" (one hidden layer), "conv4" (four convolutions with max pooling,
+        after arXiv 1606.04080) or "conv4_strided" (four convolutions of stride 2 with batch statistics, which MAML uses
+        for Omniglot, arXiv 1703.03400). The last one normalizes the query images together: transductive, as published.
+      width: units of the hidden layer (32 if None), or channels of each convolution (16 if None, 64 if strided).
       size: height and width that images are scaled to; None keeps them as they are.
       classes: labels of the classes that tasks draw from; None for all. Meta-training and meta-test can so use
         different classes of one set.

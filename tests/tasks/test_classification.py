@@ -64,6 +64,17 @@ def reference_logits(theta, images):
     """The networks with XLA's convolution and flax's normalization and pooling."""
     x = images
     for layer in theta["body"]:
+        if "strided_kernel" in layer:
+            x = jax.lax.conv_general_dilated(
+                x, layer["strided_kernel"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            norm = nn.BatchNorm(use_running_average=False, epsilon=1e-5, use_fast_variance=False)
+            weights = {name: layer[name] for name in ("scale", "bias")}
+            zeros = jnp.zeros(x.shape[-1])
+            stats = {"mean": zeros, "var": zeros}
+            x = norm.apply({"params": weights, "batch_stats": stats}, x, mutable=["batch_stats"])[0]
+            x = nn.relu(x)
+            continue
         if "kernel" in layer:
             x = jax.lax.conv_general_dilated(
                 x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -74,7 +85,8 @@ def reference_logits(theta, images):
             x = nn.relu(x)
         else:
             x = nn.relu(x.reshape(len(x), -1) @ layer["weight"] + layer["bias"])
-    return x.reshape(len(x), -1) @ theta["head"]["weight"] + theta["head"]["bias"]
+    x = x.mean((1, 2)) if theta["body"] and "strided_kernel" in theta["body"][-1] else x.reshape(len(x), -1)
+    return x @ theta["head"]["weight"] + theta["head"]["bias"]
 
 
 def network(architecture, images=BATCH.images, **options):
@@ -86,7 +98,7 @@ def network(architecture, images=BATCH.images, **options):
     return family, jax.tree.map(lambda x: x + jnp.asarray(RNG.normal(0, 0.1, x.shape), x.dtype), theta)
 
 
-@pytest.mark.parametrize(("architecture", "width"), [("linear", None), ("mlp", 5), ("conv4", 3)])
+@pytest.mark.parametrize(("architecture", "width"), [("linear", None), ("mlp", 5), ("conv4", 3), ("conv4_strided", 3)])
 def test_the_loss_is_the_networks_cross_entropy(architecture, width):
     family, theta = network(architecture, width=width)
     with jax.numpy_rank_promotion("allow"):
@@ -101,7 +113,7 @@ def test_the_loss_is_the_networks_cross_entropy(architecture, width):
     assert family.project(theta) is theta
 
 
-@pytest.mark.parametrize(("architecture", "width"), [("mlp", 5), ("conv4", 3)])
+@pytest.mark.parametrize(("architecture", "width"), [("mlp", 5), ("conv4", 3), ("conv4_strided", 3)])
 def test_gradients_are_finite_differences(x64, architecture, width):
     batch = BATCH._replace(images=BATCH.images.astype(jnp.float64))
     family, theta = network(architecture, batch.images, width=width)
@@ -118,8 +130,9 @@ def test_gradients_are_finite_differences(x64, architecture, width):
         np.testing.assert_allclose(slope, grads @ direction, rtol=1e-5)
 
 
-def test_gradients_of_blank_images_are_finite():
-    family, theta = network("conv4", width=3)
+@pytest.mark.parametrize("architecture", ["conv4", "conv4_strided"])
+def test_gradients_of_blank_images_are_finite(architecture):
+    family, theta = network(architecture, width=3)
     blank = BATCH._replace(images=jnp.zeros_like(BATCH.images))
     theta = {**theta, "body": [{**layer, "bias": jnp.zeros(3)} for layer in theta["body"]]}
 
@@ -136,10 +149,11 @@ def test_the_logits_of_an_image_do_not_depend_on_its_batch():
     np.testing.assert_allclose(apply(theta, BATCH.images)[2:3], apply(theta, BATCH.images[2:3]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("architecture", "name"), [("conv4", "kernel"), ("conv4_strided", "strided_kernel")])
 @pytest.mark.parametrize("side", [1, 2, 3, 8])
-def test_conv4_takes_images_of_any_size(side):
-    _, theta = network("conv4", jnp.zeros((2, side, side, 3)), width=2)
-    assert [layer["kernel"].shape for layer in theta["body"]] == [(3, 3, 3, 2), *[(3, 3, 2, 2)] * 3]
+def test_conv4_takes_images_of_any_size(side, architecture, name):
+    _, theta = network(architecture, jnp.zeros((2, side, side, 3)), width=2)
+    assert [layer[name].shape for layer in theta["body"]] == [(3, 3, 3, 2), *[(3, 3, 2, 2)] * 3]
     assert jax.eval_shape(apply_network, theta, jnp.zeros((2, side, side, 3))).shape == (2, 3)
 
 
@@ -150,13 +164,14 @@ def test_weights_have_the_variance_of_their_initializer():
     np.testing.assert_allclose(theta["head"]["weight"].var(), 1 / 400, rtol=0.15)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 3), (5, 3), (1, 1)])
-def test_convolution_by_patches_matches_xla(shape):
+def test_convolution_by_patches_matches_xla(shape, stride):
     kernel = jnp.asarray(RNG.normal(size=(*shape, 2, 3)), jnp.float32)
     expected = jax.lax.conv_general_dilated(
-        BATCH.images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        BATCH.images, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    np.testing.assert_allclose(conv_by_patches(BATCH.images, kernel), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(conv_by_patches(BATCH.images, kernel, stride=stride), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="kernel must have odd height and width"):
         conv_by_patches(BATCH.images, kernel[:, :0])
 

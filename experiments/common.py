@@ -230,6 +230,12 @@ def with_settings(make_learner: Callable[..., Learner]) -> Learner:
     )
 
 
+def task_keys(num_tasks: int, *, tuning: bool = False) -> jax.Array:
+    """Keys `[num_tasks]` of the tasks that all methods are judged on, or of those for tuning."""
+    # Far from the seeds of meta-training, so that no keys are used twice.
+    return jax.random.split(jax.random.key(2**31 - (1 if tuning else 2)), num_tasks)
+
+
 def judged(
     learner: Learner,
     params: Sequence[PyTree],
@@ -249,8 +255,7 @@ def judged(
     Returns:
       `[P, T, K]`: sets of meta-parameters, tasks, steps.
     """
-    # Far from the seeds of meta-training, so that no keys are used twice.
-    keys = jax.random.split(jax.random.key(2**31 - (1 if tuning else 2)), num_tasks)
+    keys = task_keys(num_tasks, tuning=tuning)
     parts = np.split(np.arange(num_tasks), range(at_once, num_tasks, at_once))
     options = {"num_steps": num_steps, "at": tuple(range(1, num_steps + 1)), "batch_size": at_once}
 

@@ -171,7 +171,8 @@ def classification(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws accuracy against the fine-tuning step, with 95% bands, one panel per kind of tasks."""
     panels: dict[str, list] = {}
     for row in rows:
-        panels.setdefault(f"{row['case']} ({row['part']})", []).append(row)
+        shots = f", {row['shots']}-shot" if "shots" in row else ""
+        panels.setdefault(f"{row['case']} ({row['part']}){shots}", []).append(row)
     _curves(panels, "accuracy", "accuracy on other images", path)
 
 

@@ -1,6 +1,6 @@
 """Markdown sections of all results other than comparisons of attacks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.report.tables import origin, shown_steps
@@ -202,27 +202,41 @@ def _mean_loss(row):
 def classification_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """Few-shot classification: accuracy by kind of tasks and method."""
     flags, rows = results["flags"], results["rows"]
-    tried = {row["method"]: row["settings_tried"] for row in rows if row.get("settings_tried", 1) > 1}
-    tried = ", ".join(f"{method} {count}" for method, count in tried.items())
+    shots = " or ".join(map(str, dict.fromkeys(row.get("shots", flags["shots"]) for row in rows)))
     lines = [
         "## Few-shot classification",
         "",
-        f"Accuracy, %, on other images after steps on {flags['shots']} images of each of {flags['ways']} classes, mean "
+        f"Accuracy, %, on other images after steps on {shots} images of each of {flags['ways']} classes, mean "
         f"± 95% interval over {flags['num_tasks']} tasks, mean over {len(flags['seeds'])} meta-training seeds (in "
         "brackets their range). Classes and images of the tasks are not in meta-training. The LFT, SGD and Adam start "
         "from random weights, all other methods from a learned initialization. Settings are the best of several on "
-        "validation tasks, which have the classes of meta-training (inner learning rates with the first seed). Numbers "
-        f"of settings tried: {tried}. Those of the LFT are not tuned. Tasks are named source:size:architecture:width. "
-        f"{origin(results, path)}",
+        "validation tasks, which have the classes of meta-training (inner learning rates with the first seed). "
+        f"{settings_tried(rows)} Tasks are named source:size:architecture:width. {origin(results, path)}",
         "",
+        *classification_tables(results),
     ]
-    for part, case in dict.fromkeys((row["part"], row["case"]) for row in rows):
+    return "\n".join([*lines, f"![accuracies]({figures}.png)", "", ""])
+
+
+def settings_tried(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Sentences on the number of settings that were tried for each method."""
+    tried = {row["method"]: row["settings_tried"] for row in rows if row.get("settings_tried", 1) > 1}
+    tried = ", ".join(f"{method} {count}" for method, count in tried.items())
+    return f"Numbers of settings tried: {tried}. Those of the LFT are not tuned."
+
+
+def classification_tables(results: Mapping[str, Any]) -> list[str]:
+    """Lines of the tables of few-shot classification: one table for each number of images and kind of tasks."""
+    flags, rows = results["flags"], results["rows"]
+    lines = []
+    for shots, part, case in dict.fromkeys((row.get("shots"), row["part"], row["case"]) for row in rows):
+        of_case = [row for row in rows if (row.get("shots"), row["part"], row["case"]) == (shots, part, case)]
         alone = "Congruous, each learner meta-trained on these tasks alone"
         together = f"Incongruous, one LFT meta-trained on all {len(flags['incongruous'])} kinds of tasks together"
-        lines += [f"{alone if part == 'congruous' else together}; `{case}`:", ""]
-        of_case = [row for row in rows if (row["part"], row["case"]) == (part, case)]
+        each = "" if shots is None or flags["shots"] == [shots] else f", {shots}-shot"
+        lines += [f"{alone if part == 'congruous' else together}; `{case}`{each}:", ""]
         lines += _curve_lines(of_case, "accuracy", "{:.1f}", "{:+.1f}", factor=100)
-    return "\n".join([*lines, f"![accuracies]({figures}.png)", "", ""])
+    return lines
 
 
 def _curve_lines(rows, metric, number, signed, factor=1):

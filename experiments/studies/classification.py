@@ -6,28 +6,34 @@ Congruous: all learners, on one network and one image source. Incongruous: one l
 several sources, image sizes and architectures together, which learners of an initialization cannot be. The LFT, SGD and
 Adam start from random weights. SGD, Adam and the inner learning rates of the other learners are tuned on validation
 tasks, which have the classes of meta-training and other images. Test tasks have other classes and other images.
+`experiments.studies.omniglot` is the same experiment on handwritten characters.
+
+A run that was interrupted goes on: rows that the results file has, with equal flags, are kept.
 """
 
 import dataclasses
+import functools
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
 
 from experiments import common, config
 from experiments.report import figures
+from experiments.studies import _omniglot_small
+from lft_jax import evaluation
 from lft_jax.base import Learner
 from lft_jax.cli import provenance
-from lft_jax.data import load_source
+from lft_jax.data import SPLITS, load_source
 from lft_jax.data._tfds import SPLIT_BY_CLASS
 from lft_jax.meta import learners
 from lft_jax.optimizers import rules
 from lft_jax.tasks.classification import ClassificationFamily, classification_family
 
-NUM_STEPS = 5
 _MOST_IMAGES = 400  # per class; sampling a task takes time in proportion
 _TRAIN_QUERY_SHOTS, _TEST_QUERY_SHOTS = 5, 15
 _SCANNED = 50  # meta-steps per call
@@ -58,6 +64,8 @@ INITIALIZATIONS: dict[str, tuple[Callable[..., Learner], tuple[dict[str, float],
 }
 #: Learners that fine-tune alike share one compiled program.
 _FINE_TUNES_AS = {"first_order_maml": "maml", "reptile": "maml"}
+#: Learners of an initialization that fine-tune by gradient steps, whose meta-training may have fewer of them.
+_BY_GRADIENT = ("maml", "first_order_maml", "sign_maml", "anil", "meta_sgd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,56 +78,120 @@ class Config:
         ("digits:8:mlp:32", "mnist:14:conv4:8", "mnist:28:linear", "cifar10:16:conv4:8"),
         "Tasks that one LFT is meta-trained on together, in the same form.",
     )
+    initializations: tuple[str, ...] = config.option(
+        tuple(INITIALIZATIONS), "Learners of an initialization.", tuple(INITIALIZATIONS)
+    )
     ways: int = config.option(4, "Classes of a task.")
-    shots: int = config.option(5, "Support images per class.")
+    shots: tuple[int, ...] = config.option((5,), "Support images per class; all is done for each number.")
     seeds: tuple[int, ...] = config.option(
         (0, 1, 2), "Meta-training seeds; inner learning rates are tuned with the first."
     )
+    num_steps: int = config.option(5, "Fine-tuning steps (K).")
+    maml_steps: int = config.option(5, "Fine-tuning steps of MAML, its variants, ANIL and Meta-SGD in meta-training.")
     meta_steps: int = config.option(400, "Meta-steps per learner.")
+    rule_meta_steps: int = config.option(400, "Meta-steps of learners with an update rule (lft, joint).")
     tasks: int = config.option(4, "Tasks per family and meta-step.")
     num_tasks: int = config.option(100, "Test tasks per family.")
     validation_tasks: int = config.option(25, "Validation tasks per family, for tuning.")
+    familiar_tasks: int = config.option(
+        0, "Tasks of meta-training classes, and validation tasks, that congruous learners are judged on too; 0: none."
+    )
+    workdir: str | None = config.option(
+        None, "Folder for meta-trained parameters. Those that it has are not trained again."
+    )
     data_dir: str | None = config.option(None, "Folder of TFDS data; TFDS_DATA_DIR if not given.")
+
+
+class Families(NamedTuple):
+    """The tasks of a case. `familiar` draws from some classes of meta-training, as many as `validation` has."""
+
+    train: ClassificationFamily
+    validation: ClassificationFamily
+    test: ClassificationFamily
+    familiar: ClassificationFamily
 
 
 def classify(flags: Config) -> dict[str, Any]:
     """Runs the experiment, writes its files and returns the results."""
-    described = {name: value for name, value in dataclasses.asdict(flags).items() if name != "data_dir"}
-    results = {"provenance": provenance.describe(flags.seeds), "flags": described, "rows": []}
-    for part, cases in (("congruous", (flags.congruous,)), ("incongruous", flags.incongruous)):
-        families = [make_families(case, flags) for case in cases]
-        together = [train for train, _, _ in families]
-        train_lft = _trainer(lambda: learners.lft(RULE), together, flags, rate=1e-2)
-        rule = [train_lft(seed, flags.meta_steps) for seed in flags.seeds]
-        for case, (train, validation, test) in zip(cases, families, strict=True):
-            accuracy, settings = {}, {}
-            for name, grid in GRIDS.items():
-                learner, tried = _FIXED[name], [_settings(setting) for setting in grid]
-                best = common.best_of(learner, tried, validation, "accuracy", largest=True, **_tuning(flags))
-                accuracy[name] = _accuracy(learner, [tried[best]], test, flags)
-                settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
-            accuracy["lft"] = _accuracy(learners.lft(RULE), rule, test, flags)
-            if part == "congruous":  # an initialization fits one network only
-                evaluators = {name: common.with_settings(make) for name, (make, _) in INITIALIZATIONS.items()}
-                for name, (make, grid) in INITIALIZATIONS.items():
-                    learner = evaluators[_FINE_TUNES_AS.get(name, name)]
-                    params, best = _tuned_seeds(make, grid, learner, train, validation, flags)
-                    accuracy[name] = _accuracy(learner, params, test, flags)
-                    settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
-            rivals = {name: accuracy[name].mean(0) for name in GRIDS}
-            for name, values in accuracy.items():
-                row = common.curve_row("accuracy", values.mean(0), rivals)
-                seeds = values[:, :, -1].mean(1).tolist()
-                case_row = {"part": part, "case": case, "method": name, "seed_accuracy": seeds}
-                results["rows"].append({**case_row, **row, **settings.get(name, {})})
-                print(f"{part}, {case}: {name}: {100 * row['accuracy'][-1]:.1f}% after {NUM_STEPS} steps", flush=True)
-            provenance.write_json(flags.output, results)
+    results = measured(flags)
     figures.classification(results["rows"], Path(flags.output).with_suffix(".png"))
     return results
 
 
-def make_families(case: str, flags: Config) -> tuple[ClassificationFamily, ...]:
-    """The meta-training, validation and test tasks of a case source:size:architecture[:width].
+def measured(flags: Config) -> dict[str, Any]:
+    """Runs the experiment, writes the results file after each row, and returns the results."""
+    results, baselines = _begun(flags), {}
+    for shots in flags.shots:
+        for part, cases in (("congruous", (flags.congruous,)), ("incongruous", flags.incongruous)):
+            for row in _rows(part, cases, shots, flags, results["rows"], baselines):
+                results["rows"].append(row)
+                provenance.write_json(flags.output, results)
+                name, accuracy = f"{part}, {row['case']}, {shots}-shot: {row['method']}", row["accuracy"][-1]
+                print(f"{name}: {100 * accuracy:.1f}% after {flags.num_steps} steps", flush=True)
+    return results
+
+
+def _begun(flags: Config) -> dict[str, Any]:
+    """The results of an interrupted run with equal flags, or results without rows."""
+    described = {name: x for name, x in dataclasses.asdict(flags).items() if name not in ("data_dir", "workdir")}
+    results = {"provenance": provenance.describe(flags.seeds), "flags": described, "rows": []}
+    if Path(flags.output).is_file():
+        found = json.loads(Path(flags.output).read_text(encoding="utf-8"))
+        if found.get("flags") == json.loads(json.dumps(described)):
+            return found
+    return results
+
+
+def _rows(part, cases, shots, flags, kept, baselines) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a part that are not among those kept, each as soon as it is measured."""
+    known = {(row["case"], row["method"]) for row in kept if (row["shots"], row["part"]) == (shots, part)}
+    initializations = flags.initializations if part == "congruous" else ()  # an initialization fits one network only
+    methods = (*GRIDS, "lft", *initializations)
+    if all((case, name) in known for case in cases for name in methods):
+        return
+    families = {case: make_families(case, shots, flags) for case in cases}
+    together = {case: of_case.train for case, of_case in families.items()}
+    train_lft = functools.cache(_trainer("lft", lambda: learners.lft(RULE), together, flags))
+    for case, of_case in families.items():
+        if (shots, case) not in baselines:
+            rows = [row for row in kept if (row["shots"], row["case"]) == (shots, case)]
+            settings = {row["method"]: row.get("setting") for row in rows}
+            baselines[shots, case] = {name: _baseline(name, settings, of_case, flags) for name in GRIDS}
+        rivals = {name: values.mean(0) for name, (_, _, values) in baselines[shots, case].items()}
+        for name in methods:
+            if (case, name) in known:
+                continue
+            learner, notes, values = _FIXED.get(name, learners.lft(RULE)), {}, None
+            if name in GRIDS:
+                params, notes, values = baselines[shots, case][name]
+            elif name == "lft":
+                params = [train_lft(seed) for seed in flags.seeds]
+            else:
+                learner = _evaluator(_FINE_TUNES_AS.get(name, name))
+                params, notes = _tuned_seeds(name, learner, case, of_case, flags)
+            if values is None:
+                values = _accuracy(learner, params, of_case.test, flags.num_tasks, flags)
+            row = {"shots": shots, "part": part, "case": case, "method": name}
+            row |= {"seed_accuracy": values[:, :, -1].mean(1).tolist(), **notes}
+            row |= common.curve_row("accuracy", values.mean(0), rivals)
+            if flags.familiar_tasks and part == "congruous":
+                for kind in ("familiar", "validation"):
+                    found = _accuracy(learner, params, getattr(of_case, kind), flags.familiar_tasks, flags)
+                    row[f"{kind}_accuracy"] = evaluation.mean_interval(found[:, :, -1].mean(0))
+            yield row
+
+
+def _baseline(name, settings, families, flags):
+    """Setting of an optimizer that is not meta-learned, as a list, notes on it, and accuracies on the test tasks."""
+    grid = GRIDS[name]
+    tried = [_settings(setting) for setting in grid]
+    setting = settings.get(name) or grid[_best(_FIXED[name], tried, families.validation, flags)]
+    values = _accuracy(_FIXED[name], [_settings(setting)], families.test, flags.num_tasks, flags)
+    return [_settings(setting)], {"setting": setting, "settings_tried": len(grid)}, values
+
+
+def make_families(case: str, shots: int, flags: Config) -> Families:
+    """The tasks of a case source:size:architecture[:width].
 
     If the splits of a source share their classes, the first half of the classes is for meta-training and validation,
     the second half for test.
@@ -127,52 +199,84 @@ def make_families(case: str, flags: Config) -> tuple[ClassificationFamily, ...]:
     described = re.fullmatch(r"(.+):(\d+):([a-z]\w*)(?::(\d+))?", case)
     if described is None:
         raise ValueError(f"congruous, incongruous: expected source:size:architecture[:width], got {case!r}.")
-    source_name, size, architecture, width = described.groups()
-    families = []
-    query_shots = {"train": _TRAIN_QUERY_SHOTS, "validation": _TEST_QUERY_SHOTS, "test": _TEST_QUERY_SHOTS}
-    for split, count in query_shots.items():
-        source = load_source(source_name, split, data_dir=flags.data_dir)
+    name, size, architecture, width = described.groups()
+    options = {"ways": flags.ways, "shots": shots, "size": int(size), "architecture": architecture}
+    options |= {"width": width and int(width)}
+    images, labels, families = {}, {}, {}
+    for split in SPLITS:
+        if name == _omniglot_small.NAME:
+            source = _omniglot_small.load(split)
+        else:
+            source = load_source(name, split, data_dir=flags.data_dir)
         classes = np.unique(source.labels)
-        if source_name not in SPLIT_BY_CLASS:
+        if name not in (*SPLIT_BY_CLASS, _omniglot_small.NAME):
             seen = source.num_classes // 2
             classes = classes[classes >= seen] if split == "test" else classes[classes < seen]
         # The same number of images per class, so that validation and test share a program if there are enough images.
         rows = [np.flatnonzero(source.labels == label)[:_MOST_IMAGES] for label in classes]
         rows = np.concatenate([of_class[: min(map(len, rows))] for of_class in rows])
-        options = {"ways": flags.ways, "shots": flags.shots, "query_shots": count, "size": int(size)}
-        options |= {"architecture": architecture, "width": width and int(width)}
-        families.append(classification_family(source.images[rows], source.labels[rows], **options))
-    return tuple(families)
+        images[split], labels[split] = source.images[rows], source.labels[rows]
+        count = _TRAIN_QUERY_SHOTS if split == "train" else _TEST_QUERY_SHOTS
+        families[split] = classification_family(images[split], labels[split], query_shots=count, **options)
+    # Spread over the classes of meta-training. As many as for validation, which can then share a program.
+    classes, count = np.unique(labels["train"]), len(families["validation"].counts)
+    some = classes[:: max(1, len(classes) // count)][:count]
+    rows = np.flatnonzero(np.isin(labels["train"], some))
+    familiar = classification_family(
+        images["train"][rows], labels["train"][rows], query_shots=_TEST_QUERY_SHOTS, **options
+    )
+    return Families(familiar=familiar, **families)
 
 
-def _tuned_seeds(make_learner, grid, learner, family, validation, flags):
-    """Meta-parameters of each seed with the best setting, as `learner` takes them, and the index of that setting."""
-    train = _trainer(make_learner, (family,), flags)
-    tried = [_settings(setting) for setting in grid]
-    first = [{"settings": s, "learned": train(flags.seeds[0], flags.meta_steps, **s)} for s in tried]
-    best = 0
-    if len(grid) > 1:
-        best = common.best_of(learner, first, validation, "accuracy", largest=True, **_tuning(flags))
-    others = [train(seed, flags.meta_steps, **tried[best]) for seed in flags.seeds[1:]]
-    return [first[best], *({"settings": tried[best], "learned": params} for params in others)], best
+def _tuned_seeds(name, learner, case, families, flags):
+    """Meta-parameters of each seed with the best setting, as `learner` takes them, and notes on the setting."""
+    make, grid = INITIALIZATIONS[name]
+    train = _trainer(name, make, {case: families.train}, flags)
+
+    def trained(seed, setting):
+        return {"settings": _settings(setting), "learned": train(seed, **_settings(setting))}
+
+    first = [trained(flags.seeds[0], setting) for setting in grid]
+    best = _best(learner, first, families.validation, flags) if len(grid) > 1 else 0
+    params = [first[best], *(trained(seed, grid[best]) for seed in flags.seeds[1:])]
+    return params, {"setting": grid[best], "settings_tried": len(grid)}
 
 
-def _trainer(make_learner, families, flags, rate=3e-3):
-    options = {"num_steps": NUM_STEPS, "tasks_per_family": flags.tasks, "rate": rate, "scanned": _SCANNED}
-    return common.meta_training(make_learner, families, **options)
+def _trainer(name, make_learner, families, flags):
+    """Meta-trains a learner on the families, `{case: family}`: `(seed, **settings) -> meta-parameters`."""
+    size = next(iter(families.values())).size
+    described = f"{size.ways}_ways_{size.shots}_shots"
+    train = common.meta_training(
+        make_learner,
+        list(families.values()),
+        num_steps=flags.maml_steps if name in _BY_GRADIENT else flags.num_steps,
+        tasks_per_family=flags.tasks,
+        rate=1e-2 if name == "lft" else 3e-3,
+        scanned=_SCANNED,
+        workdir=flags.workdir and Path(flags.workdir, name, described, *families),
+    )
+    meta_steps = flags.rule_meta_steps if name in ("lft", "joint") else flags.meta_steps
+    return lambda seed, **settings: train(seed, meta_steps, **settings)
+
+
+@functools.cache
+def _evaluator(name):
+    return common.with_settings(INITIALIZATIONS[name][0])
 
 
 def _settings(setting):
     return {name: np.float32(value) for name, value in setting.items()}
 
 
-def _tuning(flags):
-    return {"num_steps": NUM_STEPS, "num_tasks": flags.validation_tasks, "at_once": _AT_ONCE}
+def _best(learner, params, family, flags):
+    """Index of the best meta-parameters, or settings of an optimizer that is not meta-learned, on validation tasks."""
+    options = {"num_steps": flags.num_steps, "num_tasks": flags.validation_tasks, "at_once": _AT_ONCE}
+    return common.best_of(learner, params, family, "accuracy", largest=True, **options)
 
 
-def _accuracy(learner, params, family, flags):
+def _accuracy(learner, params, family, num_tasks, flags):
     """Accuracy `[P, T, K]`: sets of meta-parameters, tasks, steps."""
-    options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks, "at_once": _AT_ONCE}
+    options = {"num_steps": flags.num_steps, "num_tasks": num_tasks, "at_once": _AT_ONCE}
     return common.judged(learner, params, family, "accuracy", **options)
 
 

@@ -69,7 +69,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 MANY = 500
 #: Hardenings that are audited, and the radii of that in parts of the radius of the study.
 AUDITED, PARTS = ("none", "learned"), (0.5, 1.0)
-BUDGET = lft_jax.AuditBudget()
+BUDGET = lft_jax.AuditBudget(draws=1)
 NO_PREPROCESSOR = "no preprocessor"
 #: `{name: (class in art.defences.preprocessor, settings)}`.
 PREPROCESSORS = {

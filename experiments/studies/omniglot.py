@@ -3,7 +3,7 @@ r"""Few-shot classification of handwritten characters: the Omniglot experiment o
   python -m experiments.studies.omniglot
 
 Needs `LFT_SHARED_DIR`, the folder of `omniglot_small/`. The experiment is that of `experiments.studies.classification`:
-5 ways, 1 and 5 shots, MAML's strided network with half its filters. As in arXiv 1703.03400, section 5.2 and appendix
+5 ways, 1 and 5 shots, MAML's strided network with a quarter of its filters. As in arXiv 1703.03400, section 5.2 and appendix
 A.1, characters rotated by quarter turns are more classes for meta-training, MAML is meta-trained with one inner step
 and judged after three. Meta-training uses the first small set, tests the second one, whose characters it does not have.
 
@@ -34,11 +34,11 @@ class Config(classification.Config):
 
     output: str = config.option("results/omniglot.json", "Results file. The figure is put beside it.")
     congruous: str = config.option(
-        "omniglot_small:28:conv4_strided:32", "Tasks of all learners, as source:size:architecture[:width]."
+        "omniglot_small:28:conv4_strided:16", "Tasks of all learners, as source:size:architecture[:width]."
     )
     incongruous: tuple[str, ...] = config.option(
         (
-            "omniglot_small:28:conv4_strided:32",
+            "omniglot_small:28:conv4_strided:16",
             "omniglot_small:14:conv4:16",
             "omniglot_small:28:linear",
             "digits:8:mlp:32",
@@ -54,8 +54,8 @@ class Config(classification.Config):
     shots: tuple[int, ...] = config.option((1, 5), "Support images per class; all is done for each number.")
     num_steps: int = config.option(3, "Fine-tuning steps (K).")
     maml_steps: int = config.option(1, "Fine-tuning steps of MAML, its variants, ANIL and Meta-SGD in meta-training.")
-    meta_steps: int = config.option(800, "Meta-steps per learner.")
-    rule_meta_steps: int = config.option(120, "Meta-steps of learners with an update rule (lft, joint).")
+    meta_steps: int = config.option(1000, "Meta-steps per learner.")
+    rule_meta_steps: int = config.option(200, "Meta-steps of learners with an update rule (lft, joint).")
     num_tasks: int = config.option(600, "Test tasks per family.")
     familiar_tasks: int = config.option(
         50, "Tasks of meta-training classes, and validation tasks, that congruous learners are judged on too; 0: none."

@@ -26,7 +26,7 @@ from experiments import common, config
 from experiments.report import figures
 from experiments.studies import _omniglot_small
 from lft_jax import evaluation
-from lft_jax.base import Learner
+from lft_jax.base import Learner, check_name
 from lft_jax.cli import provenance
 from lft_jax.data import SPLITS, load_source
 from lft_jax.data._tfds import SPLIT_BY_CLASS
@@ -78,9 +78,7 @@ class Config:
         ("digits:8:mlp:32", "mnist:14:conv4:8", "mnist:28:linear", "cifar10:16:conv4:8"),
         "Tasks that one LFT is meta-trained on together, in the same form.",
     )
-    initializations: tuple[str, ...] = config.option(
-        tuple(INITIALIZATIONS), "Learners of an initialization.", tuple(INITIALIZATIONS)
-    )
+    initializations: tuple[str, ...] = config.option(tuple(INITIALIZATIONS), "Learners of an initialization.")
     ways: int = config.option(4, "Classes of a task.")
     shots: tuple[int, ...] = config.option((5,), "Support images per class; all is done for each number.")
     seeds: tuple[int, ...] = config.option(
@@ -120,6 +118,8 @@ def classify(flags: Config) -> dict[str, Any]:
 
 def measured(flags: Config) -> dict[str, Any]:
     """Runs the experiment, writes the results file after each row, and returns the results."""
+    for name in flags.initializations:
+        check_name("initializations", name, INITIALIZATIONS)
     results, baselines = _begun(flags), {}
     for shots in flags.shots:
         for part, cases in (("congruous", (flags.congruous,)), ("incongruous", flags.incongruous)):

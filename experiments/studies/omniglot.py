@@ -3,9 +3,10 @@ r"""Few-shot classification of handwritten characters: the Omniglot experiment o
   python -m experiments.studies.omniglot
 
 Needs `LFT_SHARED_DIR`, the folder of `omniglot_small/`. The experiment is that of `experiments.studies.classification`:
-5 ways, 1 and 5 shots, MAML's strided network with a quarter of its filters. As in arXiv 1703.03400, section 5.2 and appendix
-A.1, characters rotated by quarter turns are more classes for meta-training, MAML is meta-trained with one inner step
-and judged after three. Meta-training uses the first small set, tests the second one, whose characters it does not have.
+5 ways, 1 and 5 shots, MAML's strided network with a quarter of its filters. As in arXiv 1703.03400, section 5.2 and
+appendix A.1, characters rotated by quarter turns are more classes for meta-training, and MAML is meta-trained with one
+inner step and judged after three. Meta-training uses the first small set, tests the second one, whose characters
+meta-training does not have.
 
 Methods are also judged on tasks of characters that they were meta-trained on, and on characters held out of the same
 alphabets. Nearest centroids of pixels, which learn nothing, say how difficult each of these sets is.
@@ -46,9 +47,7 @@ class Config(classification.Config):
         "Tasks that one LFT is meta-trained on together, in the same form.",
     )
     initializations: tuple[str, ...] = config.option(
-        ("maml", "first_order_maml", "anil", "meta_sgd", "reptile", "joint"),
-        "Learners of an initialization.",
-        tuple(classification.INITIALIZATIONS),
+        ("maml", "first_order_maml", "anil", "meta_sgd", "reptile", "joint"), "Learners of an initialization."
     )
     ways: int = config.option(5, "Classes of a task.")
     shots: tuple[int, ...] = config.option((1, 5), "Support images per class; all is done for each number.")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config
-from experiments.report import defence, figures, public, queries, sections, tables, victims
+from experiments.report import defence, figures, omniglot, public, queries, sections, tables, victims
 
 
 def _draw_comparison(results, path):
@@ -46,6 +46,7 @@ KINDS = {
         sections.classification_section,
         lambda results, path: figures.classification(results["rows"], path),
     ),
+    "omniglot": (omniglot.omniglot_section, omniglot.draw),
     "theory_gap": (sections.theory_section, figures.theory_gap),
     "breadth": (sections.breadth_section, _draw_nothing),
     "public": (public.public_section, figures.public),
@@ -77,7 +78,7 @@ GROUPS = (
     ("Defences", ("defence",)),
     ("Ablations, on validation victims", ("ablation_",)),
     ("Gap between the meta-gradients of LFT and L2O", ("theory_gap",)),
-    ("Problems other than universal attacks", ("sine", "classification", "zo_l2l")),
+    ("Problems other than universal attacks", ("sine", "classification", "omniglot", "zo_l2l")),
     ("The quickstart", ("quickstart",)),
     ("Training of victims, timings on a GPU", ("victim_", "gpu")),
     ("Others", ("",)),

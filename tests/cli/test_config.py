@@ -13,6 +13,7 @@ from experiments.studies import (
     breadth,
     classification,
     directions,
+    omniglot,
     ship,
     sine,
     study,
@@ -24,7 +25,7 @@ from experiments.studies import (
 from lft_jax.cli import config
 
 PROGRAMS = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
-PROGRAMS += (classification, directions, train_on_gpu, train_victim, victims, zo_l2l)
+PROGRAMS += (classification, directions, omniglot, train_on_gpu, train_victim, victims, zo_l2l)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""Trees of arrays as safetensors files, and atomic replacement of directories."""
+"""Trees of arrays as safetensors files, and atomic replacement of files and directories."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -50,6 +53,42 @@ def load_arrays(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     except OSError as error:
         raise ValueError(f"cannot be read ({error})") from error
     return read_arrays(content, like)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file, open for writing, that takes the place of `path` at the end, when it is on disk.
+
+    At any time `path` has its old content or the new one. An error inside leaves it as it was.
+
+    Args:
+      path: name of the file, in a folder that is made if it is not there.
+
+    Examples:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with replacing(f"{folder}/new/numbers.npy") as file:
+      ...         np.save(file, np.arange(3))
+      ...     np.load(f"{folder}/new/numbers.npy").tolist()
+      [0, 1, 2]
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def replace_directory(new: str | os.PathLike, path: str | os.PathLike) -> None:

@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ import numpy as np
 from jaxtyping import Array, Integer, Shaped
 
 from lft_jax.attack import universal_perturbation
-from lft_jax.auditing import _findings
+from lft_jax.auditing import _findings, _words
 from lft_jax.auditing._model import Asked, confidences, has_gradients
 from lft_jax.auditing._plan import AuditBudget, Cell, make_plan, options
 from lft_jax.auditing._progress import Progress
 from lft_jax.auditing._split import Split, split_images, support_order
+from lft_jax.auditing._statistics import rate
 from lft_jax.auditing._store import Run, Store, digest
 from lft_jax.auditing.report import AuditReport
 from lft_jax.data import check_images_labels
@@ -79,6 +79,7 @@ def audit(
 
     Raises:
       ModuleNotFoundError: without matplotlib or jinja2 (the extra `audit`).
+      UserWarning: if the clean accuracy is not above one half: is the model asked as it should be?
       ValueError: for fewer than 20 images, invalid images, labels, radii, names or budgets, NaN logits of clean images,
         or if no query image is classified correctly.
       Exception: what the model raises for clean images; and what it raises in an attack, if all attacks fail. Failures
@@ -119,8 +120,11 @@ def audit(
     given = _checked_labels(images, labels, clean)
     _check_names(class_names, image_names, images, clean)
     split = split_images(given, 2 * budget.support_images[-1], budget.query_images, seed)
-    if not np.any((clean.argmax(-1) == given)[split.query]):
+    accuracy = rate((clean.argmax(-1) == given)[split.query]).as_dict()
+    if not accuracy["hits"]:
         raise ValueError("labels: the model classifies no query image as they say, so no success can be measured.")
+    if _words.doubtful(accuracy):
+        warnings.warn(_words.doubt(accuracy), stacklevel=2)
     with tempfile.TemporaryDirectory() as nowhere:
         data = digest(images, given, *split, seed, differentiable)
         # A model whose input is rounded answers clean images as one whose input is not.
@@ -134,7 +138,7 @@ def audit(
             raise ValueError(f"budget: none of its methods {budget.methods} can be run: {reason}.")
         problem.run_all(cells, per_image)
         best = _findings.strongest(problem.runs, split, given, clean, radii)
-        target = _dominant_class(best, len(split.choice), given, clean, split)
+        target, _ = _findings.dominant_class(best, split, given, clean)
         problem.run_more([dataclasses.replace(best.cell, target=target)])
     settings = {
         "epsilons": {norm: list(values) for norm, values in radii.items()},
@@ -150,7 +154,10 @@ def audit(
         results=_findings.describe(
             problem.runs, problem.failures, split, given, clean, settings, dict(about or {}), images.shape[1:]
         )
-        | {"warnings": problem.warnings, "evaluations": asked.evaluations + sum(r.evaluations for r in problem.runs)},
+        | {
+            "warnings": problem.all_warnings(),
+            "evaluations": asked.evaluations + sum(r.evaluations for r in problem.runs),
+        },
         runs=tuple(problem.runs),
         examples=_findings.examples(images, given, clean, split, best, image_names),
         class_names=tuple(class_names) if class_names is not None else None,
@@ -202,6 +209,8 @@ class _Problem:
                 warnings.simplefilter("always")
                 try:
                     run = self._attack(cell)
+                    said = dict.fromkeys(str(warning.message) for warning in caught)
+                    run = dataclasses.replace(run, warnings=tuple(said))
                     self.store.save(run)
                     found[cell] = run
                 except Exception as error:  # of the user's model, perhaps
@@ -219,6 +228,10 @@ class _Problem:
         if said not in self.warnings:
             self.warnings.append(said)
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    def all_warnings(self) -> list[str]:
+        """Those of this process and of stored runs, each once."""
+        return list(dict.fromkeys([*self.warnings, *(said for run in self.runs for said in run.warnings)]))
 
     def _attack(self, cell: Cell) -> Run:
         support = self.split.support
@@ -258,14 +271,8 @@ class _Problem:
             round(result.seconds, 3),
             round(spent, 3),
             compiled,
+            _findings.device(),
         )
-
-
-def _dominant_class(best, choices, labels, clean, split):
-    """The class that most choice images end in that were not in it, by the strongest attack."""
-    after, rows = best.predicted[:choices], split.choice
-    moved = after[after != clean[rows].argmax(-1)]
-    return int(Counter((moved if len(moved) else after).tolist()).most_common(1)[0][0])
 
 
 def _clean_logits(asked, images):

@@ -155,10 +155,10 @@ def describe(
         "threats": _threats(runs, judge),
         "cells": _cells(runs, judge),
         "collapse": [[int(i), int(j), int(matrix[i, j])] for i, j in zip(*np.nonzero(matrix), strict=True)],
-        "dominant": _dominant(before, after, truth),
+        "dominant": _dominant(*dominant_class(best, split, labels, clean), before, after, truth),
         "targeted": next((_threat(run, judge) for run in runs if run.cell.target is not None), None),
         "failures": failures,
-        "versions": _versions(),
+        "versions": _versions() | {"device": " and ".join(dict.fromkeys(run.device for run in runs))},
     }
     of_best = next(cell for cell in found["cells"] if any(d["run"] == best.cell.name for d in cell["draws"]))
     found["headline"]["spread"] = {name: of_best[name] for name in ("mean", "least", "most")}
@@ -246,11 +246,22 @@ def _cells(runs, judge):
     return found
 
 
-def _dominant(before, after, truth):
-    """The class that most query images end in, of those that are right when clean."""
-    right = before == truth
-    ((label, count),) = Counter(after[right].tolist()).most_common(1)
-    return {"class": int(label), "images": int(count), "of": int(np.sum(right)), "before": int(np.sum(truth == label))}
+def dominant_class(best: Run, split: Split, labels: np.ndarray, clean: np.ndarray) -> tuple[int, int]:
+    """The class that most choice images fall into by the strongest attack, and how many do.
+
+    If none changes its class, the class that most are in, and 0.
+    """
+    judge = _judge(split, labels, clean)
+    before, after = judge.clean[: judge.choices], best.predicted[: judge.choices]
+    moved = after[after != before]
+    ((label, count),) = Counter((moved if len(moved) else after).tolist()).most_common(1)
+    return int(label), count if len(moved) else 0
+
+
+def _dominant(label, fallen, before, after, truth):
+    """Of the query images of other classes that are right when clean, those that end in this class too."""
+    found = success(before, after, truth, label)
+    return {"class": label, "choices": fallen, "images": int(found.hits), "of": found.images}
 
 
 def spectrum(theta: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
@@ -280,7 +291,12 @@ def _versions():
     packages = ("jax", "jaxlib", "optax", "numpy", "matplotlib", "jinja2")
     found = {"lft_jax": __version__, "python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in packages}
-    return found | {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"}
+    return found
+
+
+def device() -> str:
+    """What attacks run on."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
 
 
 def methods_used(results: Mapping[str, Any]) -> list[str]:

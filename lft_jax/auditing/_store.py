@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from lft_jax._files import replacing, write_bytes
 from lft_jax._version import __version__
 from lft_jax.auditing._plan import Cell, options
 from lft_jax.pretrained import load_pretrained
@@ -33,6 +33,8 @@ class Run:
       seconds: wall time.
       cpu_seconds: time of all processor cores, that of other threads of the process included.
       compiled: whether the times include compilation, as that of the first run of its kind in a process does.
+      device: what it ran on.
+      warnings: what was said in it, each once.
     """
 
     cell: Cell
@@ -44,6 +46,8 @@ class Run:
     seconds: float
     cpu_seconds: float
     compiled: bool
+    device: str
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """All but the perturbation, for JSON."""
@@ -67,24 +71,10 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically, in a folder that it makes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    with open(scratch, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an .npy file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    with open(scratch, "wb") as file:
+    with replacing(path) as file:
         np.save(file, array)
-    scratch.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -126,6 +116,7 @@ class Store:
                 return None
             fields: dict[str, Any] = {**found, "cell": cell, "perturbation": perturbation}
             fields |= {name: np.asarray(found[name]) for name in ("predicted", "confidence")}
+            fields["warnings"] = tuple(found["warnings"])
             return Run(**fields)
         except (OSError, ValueError, EOFError, KeyError, TypeError):  # damaged, or of another version
             return None

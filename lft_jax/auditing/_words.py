@@ -7,6 +7,8 @@ from lft_jax.auditing._plan import METHODS, radius
 
 #: Lower bounds of success from which a verdict is the first or the second of three.
 SEVERE, NOTABLE = 0.5, 0.1
+#: Lower bound of the clean accuracy up to which the report asks whether the model is asked rightly.
+DOUBTFUL = 0.5
 
 
 def percent(value: float | None) -> str:
@@ -37,21 +39,40 @@ def support(found: Mapping[str, Any]) -> str:
     return f"from {found['images']} image{'s' if found['images'] != 1 else ''}, {how}"
 
 
+def doubtful(accuracy: Mapping[str, Any]) -> bool:
+    """Whether a clean accuracy is not shown to be above one half: the model may be asked in a wrong way."""
+    return accuracy["low"] <= DOUBTFUL
+
+
+def doubt(accuracy: Mapping[str, Any]) -> str:
+    """What to look for then."""
+    return (
+        f"Without a pattern, the model classifies only {percent(accuracy['rate'])} of {accuracy['images']} images as "
+        "their labels say. If you know it to be better, one of mean, std, input_range, channels, output and labels is "
+        "wrong, and these numbers mean nothing."
+    )
+
+
 def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict: its grade, a headline and sentences."""
     found = results["headline"]
     rate, labelled = found["success"], results["settings"]["labelled"]
     grade = "severe" if rate["low"] >= SEVERE else "notable" if rate["low"] >= NOTABLE else "small"
+    wrong = labelled and doubtful(results["clean_accuracy"])
+    if wrong and grade == "small":
+        grade = "doubtful"
     title = {
         "severe": "One pattern breaks this model on most images.",
         "notable": "One pattern breaks this model on a notable part of the images.",
         "small": "No pattern that was tried breaks this model on a notable part of the images.",
+        "doubtful": "No pattern that was tried breaks this model, but it is wrong on many images without one.",
     }[grade]
     counted = "that it classifies correctly without it" if labelled else "(their answer changes)"
-    sentences = [
+    sentences = [doubt(results["clean_accuracy"])] if wrong else []
+    sentences.append(
         f"The same pattern, added to every image so that {ball(found['norm'], found['epsilon'])}, makes the model err "
         f"on {interval(rate)} of {rate['images']} unseen images {counted}. It was found {support(found)}."
-    ]
+    )
     if labelled:
         clean, after = results["clean_accuracy"], found["accuracy"]
         sentences.append(
@@ -65,7 +86,7 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
         )
     if results["failures"]:
         sentences.append(f"{len(results['failures'])} of the planned attacks failed, so the success may be higher.")
-    if grade == "small":
+    if grade in ("small", "doubtful"):
         sentences.append(
             "This is no proof of robustness: stronger attacks may exist, and other kinds of attacks were not tried."
         )

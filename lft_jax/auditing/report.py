@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lft_jax._files import write_bytes
 from lft_jax.auditing import _junit, _page
 from lft_jax.auditing._findings import Examples
-from lft_jax.auditing._store import Run, write_array, write_bytes, write_json
+from lft_jax.auditing._store import Run, write_array, write_json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,10 +1,11 @@
-"""The model that `--model=package.module:function` names."""
+"""The model that `--model` names: a file, or package.module:function."""
 
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lft_jax import models
@@ -18,13 +19,16 @@ FLAGS = {
     "input_range": "--input_range",
     "output": "--model_output",
 }
+#: Adapters of files, by their suffix.
+FILES = {".keras": "from_keras", ".h5": "from_keras", ".onnx": "from_onnx"}
 
 
 def load_model(name: str, options: Mapping[str, Any]) -> Any:
-    """What the function returns, as a model that can be attacked.
+    """The model of a file, or what a function returns, as a model that can be attacked.
 
     Args:
-      name: "package.module:function". The module is looked for in the current directory too.
+      name: a file of Keras (`.keras`, `.h5`; read with the JAX backend unless KERAS_BACKEND names another) or ONNX
+        (`.onnx`); or "package.module:function", whose module is looked for in the current directory too.
       options: arguments of an adapter of `lft_jax.models`, those that were given.
 
     Returns:
@@ -32,10 +36,18 @@ def load_model(name: str, options: Mapping[str, Any]) -> Any:
       by their adapter, a function by `from_function` if there are options.
 
     Raises:
+      FileNotFoundError: for a name that ends as a file does and is none.
+      ModuleNotFoundError: if the framework of the file is not installed.
       ValueError: for another form of name, a module that cannot be imported, a function that is not there, needs
         arguments or raises an error, and for options with a `Classifier`, which has its own.
       TypeError: for what is not callable, and for another kind of model.
     """
+    adapter = FILES.get(Path(name).suffix.lower())
+    if adapter is not None:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"--model: there is no file {name!r}.")
+        os.environ.setdefault("KERAS_BACKEND", "jax")  # has no effect if keras is imported already
+        return getattr(models, adapter)(name, **options)
     function = _function(name)
     try:
         model = function()
@@ -63,7 +75,7 @@ def _function(name):
     """The function without arguments that is named."""
     module_name, colon, attribute = name.partition(":")
     if not (colon and all(part.isidentifier() for text in (module_name, attribute) for part in text.split("."))):
-        raise ValueError(f"--model: expected package.module:function, got {name!r}.")
+        raise ValueError(f"--model: expected package.module:function or a file ({', '.join(FILES)}), got {name!r}.")
     module = _module(name, module_name)
     found = module
     for part in attribute.split("."):
@@ -96,8 +108,10 @@ def _module(name, module_name):
                 f"--model={name}: there is no module {error.name!r} in the current directory or installed; run in the "
                 "folder that has it, or set PYTHONPATH."
             ) from error
+        keras = error.name == "tensorflow" and "keras" in {name.partition(".")[0] for name in sys.modules}
+        hint = " (keras does, unless KERAS_BACKEND is jax or torch before it is imported)" if keras else ""
         raise ValueError(
-            f"--model={name}: module {module_name!r} imports {error.name!r}, which is not installed."
+            f"--model={name}: module {module_name!r} imports {error.name!r}, which is not installed{hint}."
         ) from error
     except Exception as error:
         raise ValueError(f"--model={name}: importing {module_name!r} raised {described(error)}.") from error

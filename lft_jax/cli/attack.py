@@ -7,9 +7,10 @@ Without images (those of --images, if any, are only measured on):
 One of the stored victims, on its own images:
   lft-attack --victim=victims/mnist_small_cnn_1000 --output=runs/uap
 
-The function takes no arguments and returns the model: a function of images [N, H, W, C] in [0, 1] that returns logits,
-a Classifier of lft_jax.models, a torch.nn.Module or a Keras model. For the last two and for functions, --mean, --std,
---channels, --input_range and --model_output say what the model expects and returns.
+The model is a file of Keras (.keras, .h5) or ONNX (.onnx), or a function without arguments returns it: a function of
+images [N, H, W, C] in [0, 1] that returns logits, a Classifier of lft_jax.models, a torch.nn.Module or a Keras model.
+For all but a Classifier, --mean, --std, --channels, --input_range and --model_output say what the model expects and
+returns.
 
 Images are an .npz file with the array images (and labels, test_images, test_labels, if there are any), or a folder of
 pictures. Labels of a folder are the numbers of sub-folders (0, 1, ... or 3_cat), or in labels.csv (file,label). Without
@@ -51,7 +52,9 @@ class Config(OwnFlags):
     """Command-line flags."""
 
     output: str = config.required("Where to write, without suffix: OUTPUT.npy, OUTPUT.png and OUTPUT.json.")
-    model: str | None = config.option(None, "Your model: package.module:function. The function returns it.")
+    model: str | None = config.option(
+        None, "Your model: a .keras, .h5 or .onnx file, or package.module:function, which returns it."
+    )
     images: str | None = config.option(None, "Images for --model: an .npz file or a folder of pictures.")
     shape: tuple[int, ...] = config.option(
         (), "Attack without images: H,W,C of the model's images. Default: that of the model, if known and no --images."

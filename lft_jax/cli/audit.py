@@ -1,12 +1,13 @@
 r"""Audits a classifier: many universal perturbations from few images, and a page that says what they found.
 
+  lft-audit --model=model.h5 --input_range=0,255 --model_output=probabilities --data=images.npz --out=DIR
   lft-audit --model=package.module:function --data=images.npz --out=DIR
   lft-audit --model=package.module:function --data=FOLDER --image_size=224 --epsilons=4/255,8/255 --out=DIR
 
-The function takes no arguments and returns the model: a function of images [N, H, W, C] in [0, 1] that returns logits,
-a Classifier of lft_jax.models, a torch.nn.Module or a Keras model. For the last two and for functions, --mean, --std,
---channels, --input_range and --model_output say what the model expects and returns. A model without gradients is
-attacked by queries only.
+The model is a file of Keras (.keras, .h5) or ONNX (.onnx), or a function without arguments returns it: a function of
+images [N, H, W, C] in [0, 1] that returns logits, a Classifier of lft_jax.models, a torch.nn.Module or a Keras model.
+For all but a Classifier, --mean, --std, --channels, --input_range and --model_output say what the model expects and
+returns. A model without gradients, as of ONNX, is attacked by queries only.
 
 Data are an .npz file with the array images (and labels and class_names, if there are any; test_images and test_labels
 are used instead of images and labels where they exist), or a folder of pictures, whose labels are the numbers of
@@ -39,7 +40,9 @@ _BUDGET = AuditBudget()
 class Config(OwnFlags):
     """Command-line flags."""
 
-    model: str = config.required("Your model: package.module:function. The function returns it.")
+    model: str = config.required(
+        "Your model: a .keras, .h5 or .onnx file, or package.module:function, which returns it."
+    )
     data: str = config.required("Images: an .npz file or a folder of pictures.")
     out: str = config.required("Folder to write into. Finished runs that are there are used again.")
     epsilons: tuple[str, ...] = config.option(
@@ -141,7 +144,8 @@ def _about(flags: Config, images: Images, used: int) -> dict[str, str]:
     """What the page says of model, data and program."""
     found = provenance.describe([flags.seed])
     data = flags.data if used == images.count else f"{flags.data} ({used} of {images.count} images)"
-    about: dict[str, Any] = {"model": flags.model, "data": data, "command": found["command"], "commit": found["commit"]}
+    model = Path(flags.model).name if Path(flags.model).is_file() else flags.model
+    about: dict[str, Any] = {"model": model, "data": data, "command": found["command"], "commit": found["commit"]}
     return about
 
 

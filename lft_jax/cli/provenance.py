@@ -14,16 +14,13 @@ from typing import Any
 
 import jax
 
+from lft_jax._files import write_bytes
 from lft_jax._version import __version__
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically: an interrupted call leaves no partial file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 _FOLDERS = ("--data_dir", "--compilation_cache")  # local paths, left out of the command

@@ -2,11 +2,12 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from lft_jax._files import replacing
 
 
 def user_folder() -> Path:
@@ -30,15 +31,6 @@ def cached(
         return arrays["images"], arrays["labels"]
     images, labels = decode()
     # A cache that cannot be written is ignored: decoding again is only slow.
-    with contextlib.suppress(OSError):
-        _write(path, images=images, labels=labels)
+    with contextlib.suppress(OSError), replacing(path) as file:
+        np.savez(file, images=images, labels=labels)
     return images, labels
-
-
-def _write(path, **arrays):
-    """Writes an .npz file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        whole = Path(scratch) / path.name
-        np.savez(whole, **arrays)
-        whole.replace(path)

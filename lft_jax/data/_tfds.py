@@ -41,7 +41,7 @@ def _builder(name, data_dir):
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"name: {name!r} is not embedded{_near(name, EMBEDDED)}; other sources are read with TFDS: "
-            "pip install tensorflow-datasets array_record pillow."
+            "pip install 'lft_jax[tfds]'."
         ) from error
     try:
         builder = tfds.builder(name, data_dir=data_dir)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from lft_jax._files import replacing
 from lft_jax.attack import UniversalPerturbation
 from lft_jax.models._frameworks import required
 
@@ -52,13 +53,8 @@ def save_perturbation(
     path = _checked_path(path)
     theta = perturbation.perturbation if isinstance(perturbation, UniversalPerturbation) else perturbation
     theta = _checked(np.asarray(theta), "perturbation")
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:  # renamed when complete
-            {".npy": _write_npy, ".pt": _write_pt, ".png": _write_png}[path.suffix](file, theta)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        {".npy": _write_npy, ".pt": _write_pt, ".png": _write_png}[path.suffix](file, theta)
 
 
 def load_perturbation(path: str | os.PathLike[str]) -> Float[np.ndarray, "H W C"]:

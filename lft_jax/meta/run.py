@@ -17,6 +17,7 @@ import tqdm
 from jaxtyping import PRNGKeyArray
 
 from lft_jax import base
+from lft_jax._files import write_bytes
 from lft_jax.base import PyTree
 from lft_jax.meta import _lock, checkpoints
 from lft_jax.meta.trainer import MetaState, MetaTrainer
@@ -226,7 +227,7 @@ def _claim(workdir, config, upgrade, write):
             changes = ", ".join(f"{k}: {stored.get(k)!r} stored, {config.get(k)!r} given" for k in different)
             raise ValueError(f"workdir: {workdir} holds a run of another configuration ({changes}).")
     elif write:
-        _replace(workdir / "config.json", f"{json.dumps(config, indent=1)}\n".encode())
+        write_bytes(workdir / "config.json", f"{json.dumps(config, indent=1)}\n".encode())
 
 
 def _as_stored(config):
@@ -260,11 +261,4 @@ def _keep_before(path, step):
         done = f"the run goes on from its checkpoint of meta-step {step}"
         warnings.warn(f"{path}: {done}; {again} later meta-steps are run again, and their lines removed.", stacklevel=3)
     if kept != lines:
-        _replace(path, b"".join(kept))
-
-
-def _replace(path, content):
-    """Writes a file, which has its old content or the new one at any time."""
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
+        write_bytes(path, b"".join(kept))

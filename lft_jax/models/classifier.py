@@ -172,6 +172,14 @@ class Classifier:
             return _called_back(self.host, self.batch_size, images)
         return self.traced()(images)
 
+    def __repr__(self) -> str:
+        """Without the weights."""
+        of = "a JAX function" if self.host is None else "a host model"
+        gradients = "with gradients" if self.differentiable else "without gradients"
+        known = {name: getattr(self, name) for name in ("num_classes", "input_shape", "batch_size")}
+        said = "".join(f", {name}={value}" for name, value in known.items() if value is not None)
+        return f"Classifier({of}, {gradients}{said})"
+
     def traced(self) -> jax.tree_util.Partial:
         """The function with its present weights, in batches, as JAX traces it: images -> logits."""
         if self.host is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 
 import jax.numpy as jnp
@@ -75,8 +76,10 @@ def test_every_rate_is_that_of_its_perturbation(report):
     assert report.asr == head["success"]["rate"] == pytest.approx(np.mean(after[right] != labels[right]))
     assert sum(count for _, _, count in results["collapse"]) == right.sum()
     assert sum(count for i, j, count in results["collapse"] if i != j) == head["success"]["hits"]
-    ((most, count),) = [(np.bincount(after[right]).argmax(), np.bincount(after[right]).max())]
-    assert results["dominant"]["class"] == most and results["dominant"]["images"] == count
+    others = right & (labels != results["dominant"]["class"])
+    ends = np.sum(after[others] == results["dominant"]["class"])
+    assert (results["dominant"]["images"], results["dominant"]["of"]) == (ends, others.sum())
+    assert results["targeted"]["success"]["images"] == others.sum()
 
 
 def test_the_choice_images_alone_choose_the_strongest(report):
@@ -105,7 +108,11 @@ def test_the_targeted_run_aims_at_the_class_that_most_images_fall_into(report):
     head = next(run for run in report.runs if run.cell.name == report.results["headline"]["run"])
     rows = report.results["rows"]["choice"]
     before, after = opaque(IMAGES[rows] / np.float32(255)).argmax(-1), head.predicted[: len(rows)]
-    assert targeted.cell == dataclasses.replace(head.cell, target=np.bincount(after[after != before]).argmax())
+    moved = np.bincount(after[after != before])
+    assert targeted.cell == dataclasses.replace(head.cell, target=moved.argmax())
+    dominant = report.results["dominant"]
+    assert (dominant["class"], dominant["choices"]) == (moved.argmax(), moved.max())
+    assert f"({moved.max()} of all 18)" in Page(report.html()).text
 
 
 class Page(html.parser.HTMLParser):
@@ -239,6 +246,34 @@ def test_a_changed_plan_runs_what_is_missing_and_a_changed_model_all(attacks, tm
         options = {"model": opaque, "budget": SMALL, "output": tmp_path, "l2_epsilons": (), **changed}
         run(**options)
         assert len(attacks.made) == 5, changed
+
+
+def test_warnings_and_devices_of_stored_runs_are_kept(attacks, tmp_path, monkeypatch):
+    def noisy(model, images, labels, **options):
+        if options["epsilon"] == 0.1:
+            warnings.warn("of the smaller radius", stacklevel=1)
+        return lft_jax.universal_perturbation(model, images, labels, **options)
+
+    monkeypatch.setattr(_audit, "universal_perturbation", noisy)
+    options = {"output": tmp_path, "l2_epsilons": ()}
+    with pytest.warns(UserWarning, match="of the smaller radius") as caught:
+        first = run(opaque, SMALL, **options)
+    assert len(caught) == 1 and first.results["warnings"] == ["of the smaller radius"]
+    monkeypatch.setattr(_audit._findings, "device", lambda: "another machine")
+    again = run(opaque, SMALL, **options)  # nothing is run, and nothing is said
+    assert again.results["warnings"] == first.results["warnings"] and "of the smaller radius" in again.html()
+    assert again.results["versions"] == first.results["versions"]
+    more = run(opaque, dataclasses.replace(SMALL, draws=3), **options | {"epsilons": (0.2,)})
+    assert more.results["versions"]["device"] == f"{first.results['versions']['device']} and another machine"
+
+
+def test_a_model_that_is_mostly_wrong_is_doubted():
+    labels = np.where(np.arange(120) % 3, (LABELS + 1) % 3, LABELS)
+    with pytest.warns(UserWarning, match=r"classifies only \d+% of 92 images as their labels say. If you know it"):
+        report = run(opaque, SMALL, labels=labels, epsilons=(1e-4,), l2_epsilons=())
+    assert report.results["verdict"]["grade"] == "doubtful" and report.interval[0] < 0.1
+    assert report.results["clean_accuracy"]["low"] <= 0.5 and "input_range" in report.results["verdict"]["sentences"][0]
+    assert "With the strongest pattern no choice image changes its answer" in Page(report.html()).text
 
 
 def test_failed_runs_are_said_and_made_again(attacks, tmp_path):

@@ -14,7 +14,8 @@ CLEAN = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
 def make(cell=CELL):
     history = {"loss": [1.0, 0.5], "asr": [0.0, 0.2], "queries": [10, 20]}
     theta = np.linspace(-0.1, 0.1, 12, dtype=np.float32).reshape(2, 2, 3)
-    return Run(cell, theta, np.arange(6) % 4, np.linspace(0.5, 1, 6), history, 40, 1.5, 2.5, True)
+    ends = np.arange(6) % 4, np.linspace(0.5, 1, 6)
+    return Run(cell, theta, *ends, history, 40, 1.5, 2.5, True, "1 x cpu", ("said",))
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def test_a_run_is_read_as_it_was_written(store):
     np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-4)
     kept = found.cell, found.history, found.evaluations, found.seconds, found.cpu_seconds, found.compiled
     assert kept == (CELL, expected.history, 40, 1.5, 2.5, True)
+    assert (found.device, found.warnings) == ("1 x cpu", ("said",))
     assert again(store).load(Cell("momentum", 0.1, 5, 20, 1)) is None
 
 

@@ -1,5 +1,7 @@
+import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +87,12 @@ def test_options_wrap_a_function(module):
 @pytest.mark.parametrize(
     ("name", "options", "kind", "said"),
     [
-        ("mine", {}, ValueError, r"--model: expected package.module:function, got 'mine'"),
+        (
+            "mine",
+            {},
+            ValueError,
+            r"--model: expected package.module:function or a file \(.keras, .h5, .onnx\), got 'mine'",
+        ),
         ("mine:", {}, ValueError, r"expected package.module:function"),
         ("mine.py:load", {}, ValueError, r"no module 'mine.py' in the current directory"),
         ("dir/mine:load", {}, ValueError, r"expected package.module:function"),
@@ -126,6 +133,34 @@ def test_a_module_of_a_framework_is_wrapped_by_its_adapter(monkeypatch):
     assert called == [("from_torch", {"mean": 0.5}), ("from_keras", {"output": "probabilities"})]
     with pytest.raises(TypeError, match="'ready' is of type Module, a model itself"):
         load_model("holder:ready", {})
+
+
+@pytest.mark.parametrize(
+    ("file", "adapter"), [("a.keras", "from_keras"), ("b.H5", "from_keras"), ("c.onnx", "from_onnx")]
+)
+def test_a_file_is_read_by_its_adapter(tmp_path, monkeypatch, file, adapter):
+    called = []
+    monkeypatch.setattr(models, adapter, lambda path, **options: called.append((path, options)))
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    path = str(tmp_path / file)
+    with pytest.raises(FileNotFoundError, match=r"--model: there is no file '.*'\."):
+        load_model(path, {})
+    (tmp_path / file).touch()
+    load_model(path, {"input_range": (0.0, 255.0), "output": "probabilities"})
+    assert called == [(path, {"input_range": (0.0, 255.0), "output": "probabilities"})]
+    assert os.environ["KERAS_BACKEND"] == "jax"
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    load_model(path, {})
+    assert os.environ["KERAS_BACKEND"] == "torch"
+
+
+def test_a_missing_backend_of_keras_is_named(module, monkeypatch):
+    Path("failing.py").write_text("raise ModuleNotFoundError('no', name='tensorflow')\n")
+    monkeypatch.setitem(sys.modules, "keras", types.ModuleType("keras"))
+    with pytest.raises(
+        ValueError, match=r"imports 'tensorflow', which is not installed \(keras does, unless KERAS_BACKEND"
+    ):
+        load_model("failing:load", {})
 
 
 @pytest.mark.frameworks

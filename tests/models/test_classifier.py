@@ -50,6 +50,14 @@ def test_probabilities_become_their_logarithms_and_one_column_two_classes():
     assert np.all(np.isfinite(silent))
 
 
+def test_its_text_says_what_it_is_without_the_weights():
+    partial = jax.tree_util.Partial(lambda weights, x: x.reshape(len(x), -1) @ weights, jnp.asarray(WEIGHTS))
+    made = from_function(partial, batch_size=2)
+    assert repr(made) == "Classifier(a JAX function, with gradients, batch_size=2)"
+    host = lft_jax.models.host_classifier(lft_jax.models.HostModel(linear), num_classes=3, input_shape=(4, 4, 3))
+    assert repr(host) == "Classifier(a host model, without gradients, num_classes=3, input_shape=(4, 4, 3))"
+
+
 @pytest.mark.parametrize("output", ["scores", lambda result: result["scores"]])
 def test_an_output_is_found_by_key_or_function(output):
     found = from_function(lambda x: {"scores": linear(x), "features": x}, output=output)(IMAGES)

@@ -89,6 +89,11 @@ def _metrics(problem, logits, theta):
     return attack_metrics(problem.clean, logits, problem.shown.labels, theta, loss, problem.constraint)
 
 
+def measured(model: Classifier, problem: Problem, theta: Any) -> dict[str, jax.Array]:
+    """The metrics of a perturbation on the images of the history."""
+    return _metrics(problem, model(perturb(problem.shown.images, theta)), theta)
+
+
 def _eager_step(update, model, problem, theta, state, key, progress):
     """A step whose update is not compiled as a whole, and its metrics."""
     theta, state, images = update(problem, theta, state, key, progress)

@@ -50,8 +50,8 @@ class SpectralRule:
 
     `|M|^2` is summed over channels. A group is that of a period of `p` pixels, or of no period; `c` is -4, which is
     open, for the mean of the image and if it has `16 * 4^(-t)` periods or more along its sides, by their geometric
-    mean, and log 8 otherwise. For each group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from the mean of
-    these cells. All are near 0 before meta-training.
+    mean, and log 8 otherwise. For each group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from the mean
+    of these cells. All are near 0 before meta-training.
 
     Attributes:
       hidden: units of the LSTM, at least 1.

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from lft_jax import _periods, _spectrum, base, oracles
 from lft_jax._deprecation import renamed_fields
@@ -180,6 +180,44 @@ def search_start(
         gain = loss_on(checked, jax.lax.stop_gradient(theta)) - loss_on(checked, best)
         best = jnp.where(gain > _GAIN, best, theta)
     return best, search_queries(recipe, support.images.shape)
+
+
+def better_end(
+    logits_fn: LogitsFn,
+    support: Batch,
+    recipe: AttackRecipe,
+    constraint: Constraint,
+    start: Float[Array, "H W C"],
+    end: Float[Array, "H W C"],
+    key: PRNGKeyArray,
+) -> Bool[Array, ""]:
+    """Whether steps ended below the loss of the pattern that they started from, on new proxies.
+
+    A good pattern fools most images at once, few steps may undo it, and the loss of ten images does not show that.
+
+    Args:
+      logits_fn: the model.
+      support: the support images and their labels.
+      recipe: resolved, with `Proxies`.
+      constraint: the ball or the penalty.
+      start: `[H, W, C]`, what a search found.
+      end: `[H, W, C]`, the perturbation after the steps.
+      key: PRNG key of the proxies, none of those of the search and the steps.
+    """
+    loss = resolved_loss(recipe)
+    batch = _proxies(logits_fn, support, recipe.augmentation, key, constraint.scale(start))
+    at_start, at_end = (
+        jnp.mean(loss(logits_fn(perturb(batch.images, theta)), batch.labels)) + constraint.cost(theta)
+        for theta in (start, end)
+    )
+    return at_end < at_start
+
+
+def end_queries(recipe: AttackRecipe, shape: tuple[int, ...]) -> int:
+    """The queries of `better_end` for support images of shape `(N, H, W, C)`; 0 without a search or proxies."""
+    if recipe.search is None or not isinstance(recipe.augmentation, Proxies):
+        return 0
+    return recipe.augmentation.jigsaws(shape[1:]) + 2 * recipe.augmentation.size
 
 
 def _searched(proxies):

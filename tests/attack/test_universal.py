@@ -283,11 +283,12 @@ def test_the_default_search_is_left_out_where_it_does_not_fit():
     searching = dataclasses.replace(PROXIES, search=SEARCH)
     full = run(recipe=None, steps=1)
     np.testing.assert_array_equal(full.perturbation, run(recipe=searching, steps=1).perturbation)
-    least = full.queries
-    assert run(recipe=None, steps=1, max_queries=least).queries == least
+    least = full.queries + len(IMAGES)  # which a start that is kept is measured on
+    assert run(recipe=None, steps=1, max_queries=least).queries == full.queries
     without = run(recipe=None, steps=1, max_queries=least - 1)
     np.testing.assert_array_equal(without.perturbation, run(recipe=PROXIES, steps=1).perturbation)
-    assert without.queries == least - SEARCH.evaluations * 12 - 2 * len(IMAGES)  # images of this size have no jigsaws
+    # Images of this size have no jigsaws.
+    assert without.queries == full.queries - SEARCH.evaluations * 12 - 2 * len(IMAGES) - 2 * 30
     with pytest.raises(ValueError, match="for the search of a start"):
         run(recipe=searching, steps=1, max_queries=least - 1)
     penalty = {"constraint": Constraint("l1", penalty=0.1), "epsilon": None}

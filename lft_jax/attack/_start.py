@@ -1,0 +1,65 @@
+"""The start of a run, and whether its steps outdo it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lft_jax.attack._run import Run
+from lft_jax.attack._steps import Problem, measured
+from lft_jax.attack.result import UniversalPerturbation
+from lft_jax.models import Classifier
+from lft_jax.tasks.recipe import AttackRecipe, better_end, initial_perturbation, search_start
+
+
+def keys(recipe: AttackRecipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The key of the start and that of the steps; a start of zeros uses none."""
+    if recipe.start == "zeros" and recipe.search is None:
+        return key, key
+    key, key_start = jax.random.split(key)
+    return key_start, key
+
+
+def first_perturbation(
+    classifier: Classifier, problem: Problem, key: jax.Array, given: Any, run: Run
+) -> tuple[jax.Array, jax.Array]:
+    """The given start or that of the recipe, `[H, W, C]`, and the key of the steps.
+
+    Raises:
+      ValueError: for a given one that is not finite or has another shape.
+    """
+    x, recipe, constraint = problem.batch.images, problem.recipe, problem.constraint
+    key_start, key = keys(recipe, key)
+    if given is not None:
+        theta = np.asarray(given.perturbation if isinstance(given, UniversalPerturbation) else given)
+        if theta.shape != x.shape[1:] or not np.all(np.isfinite(theta)):
+            raise ValueError(f"start must be a finite perturbation {x.shape[1:]}, got shape {theta.shape}.")
+        return constraint.project(jnp.asarray(theta, x.dtype)), key
+    key_random = jax.random.fold_in(key_start, 1)
+    theta = initial_perturbation(recipe.start, constraint, x.shape[1:], x.dtype, key_random)
+
+    def watch(theta, loss):
+        run.see(np.asarray(theta), 0.0, float(loss))
+
+    # The model may not be traceable, so the search always runs eagerly.
+    theta, _ = search_start(classifier, problem.batch, recipe, constraint, theta, key_start, opaque=True, watch=watch)
+    return theta, key
+
+
+def better(
+    classifier: Classifier, problem: Problem, start: jax.Array, end: jax.Array, key: jax.Array, metrics: dict[str, Any]
+) -> tuple[jax.Array, dict[str, Any], bool]:
+    """The start if the steps ended no better, or the end; its metrics; and whether it is the start.
+
+    Args:
+      classifier: the model.
+      problem: the constants of the run.
+      start: `[H, W, C]`, what a search found.
+      end: `[H, W, C]`, the perturbation after the last step.
+      key: PRNG key of the proxies that both are compared on.
+      metrics: those of the end.
+    """
+    if better_end(classifier, problem.batch, problem.recipe, problem.constraint, start, end, key):
+        return end, metrics, False
+    return start, measured(classifier, problem, start), True

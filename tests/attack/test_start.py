@@ -42,7 +42,7 @@ def test_steps_that_undo_a_pattern_are_not_the_result():
     assert undone.history["loss"][-1] == pytest.approx(loss(found.perturbation), abs=1e-5)
     assert undone.history["loss"][-2] > undone.history["loss"][-1]
     assert loss(helped.perturbation) < loss(found.perturbation)
-    # Eleven patterns on six proxies, two of them on the images, two on six other proxies, and a start that is kept again.
+    # Eleven patterns on six proxies, two of them on the images, two on six other proxies, and a kept start again.
     given = run(HELPS, start=np.zeros((8, 8, 1)))
     assert undone.queries == helped.queries + 5 == given.queries + 11 * 6 + 2 * 5 + 2 * 6 + 5
 

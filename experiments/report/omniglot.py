@@ -54,10 +54,15 @@ def omniglot_section(results: Mapping[str, Any], path: str, figures: str) -> str
         f"Settings are the best of several on tuning tasks. {settings_tried(rows)} {origin(results, path)}",
         "",
     ]
-    for shots in flags["shots"]:
+    for shots in _shown(results):
         lines += _compared(results, shots)
     lines += [_explained(results), "", f"![accuracies]({figures}.png)", "", "### By step, and incongruous tasks", ""]
     return "\n".join([*lines, *classification_tables(results), ""])
+
+
+def _shown(results):
+    """The numbers of images per character that there are rows of."""
+    return list(dict.fromkeys(row["shots"] for row in results["rows"]))
 
 
 def _compared(results, shots):
@@ -94,7 +99,7 @@ def _final(results, shots):
 def _explained(results):
     """Where the difference between MAML's accuracies here and the published ones comes from, by its own figures."""
     flags, parts = results["flags"], []
-    for shots in flags["shots"]:
+    for shots in _shown(results):
         final = _final(results, shots)
         if "maml" not in final or shots not in _SHOTS:
             continue
@@ -121,7 +126,7 @@ def _explained(results):
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Draws the accuracy of each method on familiar, held-out and test characters, one panel per number of images."""
-    shown = results["flags"]["shots"]
+    shown = _shown(results)
     figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 4), squeeze=False, layout="constrained")
     for axis, shots in zip(axes[0], shown, strict=True):
         final = _final(results, shots)

@@ -35,9 +35,9 @@ def test_splits_share_no_drawing_and_no_rotated_one():
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Seven and six characters of 20 drawings, of which the last two and the first two are the same."""
-    images = RNG.integers(0, 256, (11 * 20, 5, 5, 1)).astype(np.uint8)
-    labels = np.repeat(np.arange(11, dtype=np.int32), 20)
+    """Seven and three characters of 20 drawings, of which the last two and the first two are the same."""
+    images = RNG.integers(0, 256, (8 * 20, 5, 5, 1)).astype(np.uint8)
+    labels = np.repeat(np.arange(8, dtype=np.int32), 20)
     (tmp_path / "omniglot_small").mkdir()
     for name, kept in (("small1", labels < 7), ("small2", labels >= 5)):
         first = labels[kept].min()
@@ -90,7 +90,7 @@ def test_a_run_goes_on_where_it_stopped(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(classification, "_SCANNED", 1)
     grids = {name: settings[:1] for name, settings in classification.GRIDS.items()}
     monkeypatch.setattr(classification, "GRIDS", grids)
-    monkeypatch.setattr(_omniglot_small, "_VALIDATION", 2)
+    monkeypatch.setattr(_omniglot_small, "_VALIDATION", 2)  # three characters, as for tests: they share programs
     options = {"congruous": "omniglot_small:4:linear", "incongruous": (), "initializations": ("maml",), "seeds": (0,)}
     options |= {"meta_steps": 1, "rule_meta_steps": 1, "tasks": 1, "num_tasks": 2, "validation_tasks": 2}
     options |= {"ways": 2, "shots": (1,), "num_steps": 2, "familiar_tasks": 2, "workdir": str(tmp_path / "runs")}

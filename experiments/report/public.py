@@ -7,7 +7,8 @@ from experiments.report.tables import origin
 
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {
-    "uap-linf": "the pretrained rule, on periods",
+    "uap-linf": "the pretrained rule, on periods, from coarse to fine",
+    "open-periods": "the rule of decision 019, whose short periods are open from the first step, as `uap-linf` was then",
     "frequencies": "the rule of decision 017, which gated single frequencies, as `uap-linf` was before decision 019",
     "spatial-linf": "the pretrained rule on pixels",
     "pgd": "momentum sign steps with an untuned step size",

@@ -115,7 +115,7 @@ def against(
     log: bool = False,
     ticks: Mapping[float, str] | None = None,
 ) -> str | None:
-    """Success rates of chosen cells against a quantity, one curve per attack; None without a point.
+    """Success rates of chosen cells against a quantity, one curve per attack; None if it has one value only.
 
     The band is the Wilson interval of the mean over draws, for the number of query images; dots are single draws.
 
@@ -133,7 +133,7 @@ def against(
         at = x(cell) if chosen(cell) and cell["target"] is None and cell["mean"] is not None else None
         if at is not None:
             curves.setdefault(cell["method"], []).append((at, cell))
-    if not curves:
+    if len({place for points in curves.values() for place, _ in points}) < 2:
         return None
 
     def draw(axis):
@@ -229,7 +229,12 @@ def panels(results: Mapping[str, Any]) -> dict[str, Any]:
         against("images", results, lambda c: c["images"], of_images, "support images", log=True, ticks=counts)
     ]
     found = {name: [panel for panel in part if panel] for name, part in found.items()}
-    return {**found, "legends": {"all": _legend(results, ("linf", "l2")), "main": _legend(results, (main,))}}
+    timed = any("wall time" in panel for panel in found["steps"])
+    return {
+        **found,
+        "timed": timed,
+        "legends": {"all": _legend(results, ("linf", "l2")), "main": _legend(results, (main,))},
+    }
 
 
 def _legend(results, norms):

@@ -155,6 +155,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_users_wrote(report):
         "<b>",
         "success (ASR), %",
         "wall time without compilation, s",
+        "Wall time is that of the attack on",
         lft_jax.__version__,
     ):
         assert said in page.text, said
@@ -274,6 +275,7 @@ def test_a_model_that_is_mostly_wrong_is_doubted():
     assert report.results["verdict"]["grade"] == "doubtful" and report.interval[0] < 0.1
     assert report.results["clean_accuracy"]["low"] <= 0.5 and "input_range" in report.results["verdict"]["sentences"][0]
     assert "With the strongest pattern no choice image changes its answer" in Page(report.html()).text
+    assert not report.results["warnings"]  # each attack would say it of its few images
 
 
 def test_failed_runs_are_said_and_made_again(attacks, tmp_path):
@@ -306,7 +308,11 @@ def test_without_labels_the_answers_are_the_labels():
     assert report.results["clean_accuracy"] is None and not report.results["settings"]["labelled"]
     rows = report.results["rows"]["query"]
     assert report.asr == pytest.approx(lft_jax.fooling_rate(opaque, IMAGES[rows], report.perturbation))
-    assert "their answer changes" in report.verdict and "since no labels were given" in Page(report.html()).text
+    page = Page(report.html())
+    assert "their answer changes" in report.verdict and "since no labels were given" in page.text
+    # One number of images and of evaluations is no curve.
+    assert page.tags.count("svg") == 1 + 1 and "Success against the radius" in page.text
+    assert "Success against steps" not in page.text and "Success against the number" not in page.text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from experiments import common, config
 from experiments.report import figures
 from experiments.studies import _omniglot_small
 from lft_jax import evaluation
-from lft_jax.base import Learner, check_name
+from lft_jax.base import Learner, PyTree, check_name
 from lft_jax.cli import provenance
 from lft_jax.data import SPLITS, load_source
 from lft_jax.data._tfds import SPLIT_BY_CLASS
@@ -120,7 +120,7 @@ def measured(flags: Config) -> dict[str, Any]:
     """Runs the experiment, writes the results file after each row, and returns the results."""
     for name in flags.initializations:
         check_name("initializations", name, INITIALIZATIONS)
-    results, baselines = _begun(flags), {}
+    results, baselines = begun(flags), {}
     for shots in flags.shots:
         for part, cases in (("congruous", (flags.congruous,)), ("incongruous", flags.incongruous)):
             for row in _rows(part, cases, shots, flags, results["rows"], baselines):
@@ -131,13 +131,16 @@ def measured(flags: Config) -> dict[str, Any]:
     return results
 
 
-def _begun(flags: Config) -> dict[str, Any]:
+def begun(flags: Config) -> dict[str, Any]:
     """The results of an interrupted run with equal flags, or results without rows."""
     described = {name: x for name, x in dataclasses.asdict(flags).items() if name not in ("data_dir", "workdir")}
     results = {"provenance": provenance.describe(flags.seeds), "flags": described, "rows": []}
     if Path(flags.output).is_file():
         found = json.loads(Path(flags.output).read_text(encoding="utf-8"))
         if found.get("flags") == json.loads(json.dumps(described)):
+            made, commit = found["provenance"], results["provenance"]["commit"]
+            if commit not in (made["commit"], *made.get("resumed_at_commits", ())):
+                made["resumed_at_commits"] = [*made.get("resumed_at_commits", ()), commit]
             return found
     return results
 
@@ -151,7 +154,7 @@ def _rows(part, cases, shots, flags, kept, baselines) -> Iterator[dict[str, Any]
         return
     families = {case: make_families(case, shots, flags) for case in cases}
     together = {case: of_case.train for case, of_case in families.items()}
-    train_lft = functools.cache(_trainer("lft", lambda: learners.lft(RULE), together, flags))
+    train_lft = functools.cache(trainer("lft", lambda: learners.lft(RULE), together, flags))
     for case, of_case in families.items():
         if (shots, case) not in baselines:
             rows = [row for row in kept if (row["shots"], row["case"]) == (shots, case)]
@@ -167,16 +170,16 @@ def _rows(part, cases, shots, flags, kept, baselines) -> Iterator[dict[str, Any]
             elif name == "lft":
                 params = [train_lft(seed) for seed in flags.seeds]
             else:
-                learner = _evaluator(_FINE_TUNES_AS.get(name, name))
+                learner = evaluator(_FINE_TUNES_AS.get(name, name))
                 params, notes = _tuned_seeds(name, learner, case, of_case, flags)
             if values is None:
-                values = _accuracy(learner, params, of_case.test, flags.num_tasks, flags)
+                values = accuracy(learner, params, of_case.test, flags.num_tasks, flags)
             row = {"shots": shots, "part": part, "case": case, "method": name}
             row |= {"seed_accuracy": values[:, :, -1].mean(1).tolist(), **notes}
             row |= common.curve_row("accuracy", values.mean(0), rivals)
             if flags.familiar_tasks and part == "congruous":
                 for kind in ("familiar", "validation"):
-                    found = _accuracy(learner, params, getattr(of_case, kind), flags.familiar_tasks, flags)
+                    found = accuracy(learner, params, getattr(of_case, kind), flags.familiar_tasks, flags)
                     row[f"{kind}_accuracy"] = evaluation.mean_interval(found[:, :, -1].mean(0))
             yield row
 
@@ -186,7 +189,7 @@ def _baseline(name, settings, families, flags):
     grid = GRIDS[name]
     tried = [_settings(setting) for setting in grid]
     setting = settings.get(name) or grid[_best(_FIXED[name], tried, families.validation, flags)]
-    values = _accuracy(_FIXED[name], [_settings(setting)], families.test, flags.num_tasks, flags)
+    values = accuracy(_FIXED[name], [_settings(setting)], families.test, flags.num_tasks, flags)
     return [_settings(setting)], {"setting": setting, "settings_tried": len(grid)}, values
 
 
@@ -231,7 +234,7 @@ def make_families(case: str, shots: int, flags: Config) -> Families:
 def _tuned_seeds(name, learner, case, families, flags):
     """Meta-parameters of each seed with the best setting, as `learner` takes them, and notes on the setting."""
     make, grid = INITIALIZATIONS[name]
-    train = _trainer(name, make, {case: families.train}, flags)
+    train = trainer(name, make, {case: families.train}, flags)
 
     def trained(seed, setting):
         return {"settings": _settings(setting), "learned": train(seed, **_settings(setting))}
@@ -242,7 +245,9 @@ def _tuned_seeds(name, learner, case, families, flags):
     return params, {"setting": grid[best], "settings_tried": len(grid)}
 
 
-def _trainer(name, make_learner, families, flags):
+def trainer(
+    name: str, make_learner: Callable[..., Learner], families: Mapping[str, ClassificationFamily], flags: Config
+) -> Callable[..., PyTree]:
     """Meta-trains a learner on the families, `{case: family}`: `(seed, **settings) -> meta-parameters`."""
     size = next(iter(families.values())).size
     described = f"{size.ways}_ways_{size.shots}_shots"
@@ -260,7 +265,8 @@ def _trainer(name, make_learner, families, flags):
 
 
 @functools.cache
-def _evaluator(name):
+def evaluator(name: str) -> Learner:
+    """A learner of an initialization whose setting is among its parameters, to be judged."""
     return common.with_settings(INITIALIZATIONS[name][0])
 
 
@@ -274,7 +280,9 @@ def _best(learner, params, family, flags):
     return common.best_of(learner, params, family, "accuracy", largest=True, **options)
 
 
-def _accuracy(learner, params, family, num_tasks, flags):
+def accuracy(
+    learner: Learner, params: Sequence[PyTree], family: ClassificationFamily, num_tasks: int, flags: Config
+) -> np.ndarray:
     """Accuracy `[P, T, K]`: sets of meta-parameters, tasks, steps."""
     options = {"num_steps": flags.num_steps, "num_tasks": num_tasks, "at_once": _AT_ONCE}
     return common.judged(learner, params, family, "accuracy", **options)

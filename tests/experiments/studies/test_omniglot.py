@@ -88,6 +88,7 @@ def test_a_run_goes_on_where_it_stopped(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(classification, "_SCANNED", 1)
     grids = {name: settings[:1] for name, settings in classification.GRIDS.items()}
     monkeypatch.setattr(classification, "GRIDS", grids)
+    monkeypatch.setattr(omniglot, "LENGTHS", (1, 2))
     monkeypatch.setattr(_omniglot_small, "_VALIDATION", 2)  # three characters, as for tests: they share programs
     options = {"congruous": "omniglot_small:4:mlp:2", "incongruous": (), "initializations": ("maml",), "seeds": (0,)}
     options |= {"meta_steps": 1, "rule_meta_steps": 1, "tasks": 1, "num_tasks": 2, "validation_tasks": 2}
@@ -106,10 +107,13 @@ def test_a_run_goes_on_where_it_stopped(toy, tmp_path, monkeypatch):
 
     # Without its last row, only that is measured again, from the stored parameters.
     del results["rows"][-1]
-    (tmp_path / "o.json").write_text(json.dumps({**results, "provenance": "before"}))
+    provenance = {**results["provenance"], "commit": "before"}
+    (tmp_path / "o.json").write_text(json.dumps({**results, "provenance": provenance}))
     monkeypatch.setattr(common.checkpoints, "save_tree", None)
     again = json.loads(json.dumps(omniglot.omniglot(flags)))
-    assert again["rows"] == json.loads(json.dumps(found["rows"])) and again["provenance"] == "before"
+    assert again["rows"] == json.loads(json.dumps(found["rows"]))
+    made = {**provenance, "resumed_at_commits": [results["provenance"]["commit"]]}
+    assert again["provenance"] == made and again["lengths"] == results["lengths"]
 
 
 def result(test, familiar, held_out):
@@ -122,7 +126,7 @@ def result(test, familiar, held_out):
 def test_the_page_says_what_is_lost_on_new_characters():
     flags = {"congruous": "omniglot_small:28:conv4_strided:16", "incongruous": [], "ways": 5, "shots": [1]}
     flags |= {"num_tasks": 600, "seeds": [0, 1], "meta_steps": 1000, "rule_meta_steps": 200, "tasks": 4}
-    flags |= {"maml_steps": 1, "num_steps": 2, "familiar_tasks": 50}
+    flags |= {"maml_steps": 1, "num_steps": 2, "familiar_tasks": 50, "initializations": ["maml", "anil"]}
     provenance = {"command": "python -m experiments.studies.omniglot", "commit": "abc", "device": "1 x cpu"}
     centroids = {"shots": 1, "test_accuracy": [0.6, 0.01], "familiar_accuracy": [0.62, 0.01]}
     centroids |= {"validation_accuracy": [0.61, 0.01]}
@@ -130,6 +134,16 @@ def test_the_page_says_what_is_lost_on_new_characters():
     text = report.omniglot_section(results, "results/omniglot.json", "../omniglot")
     assert "| maml | 90.0 ± 2.0 | 85.0 ± 3.0 | 80.0 ± 1.0 | +10.0 | 98.7 ± 0.4 (arXiv 1703.03400) |" in text
     assert "| nearest centroid of pixels | 62.0 ± 1.0 | 61.0 ± 1.0 | 60.0 ± 1.0 | +2.0 |  |" in text
-    assert "MAML has 80.0 on test characters, 18.7 points below the published 98.7. Of these it loses 10.0" in text
-    assert "have 62.0 and 60.0 on the same sets. The other 8.7 are missing" in text
-    assert "1,000 meta-steps of 4 tasks instead of 60,000 of 32" in text
+    assert (
+        "MAML has 80.0 on test characters (published: 98.7) and 90.0 on characters of its meta-training, +10.0." in text
+    )
+    assert "sets: nearest centroid of pixels +2.0. The rest is over-fitting." in text
+    assert "instead of 1,000 of 4" in text and "Longer meta-training" not in text
+    lengths = [{**centroids, "meta_steps": 250}, {**centroids, "meta_steps": 4000, "familiar_accuracy": [0.7, 0.01]}]
+    longer = report.omniglot_section({**results, "lengths": lengths}, "results/omniglot.json", "../omniglot")
+    assert "from 250 to 4,000 meta-steps MAML gains +8.0 points on characters of its meta-training, +0.0 on" in longer
+    assert "| 4,000 | 70.0 ± 1.0 | 61.0 ± 1.0 | 60.0 ± 1.0 |" in longer
+    assert f"**Not measured yet**: 1-shot, congruous, `{flags['congruous']}`: sgd, adam, lft, anil." in text
+    results["flags"] = {**flags, "initializations": ["maml"]}
+    results["rows"] += [{**result(0.8, 0.9, 0.85), "method": name} for name in ("sgd", "adam", "lft")]
+    assert "Not measured yet" not in report.omniglot_section(results, "results/omniglot.json", "../omniglot")

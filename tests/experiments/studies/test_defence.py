@@ -14,6 +14,7 @@ SIGN = hand_designed.projected_gradient(0.4)
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.filterwarnings("ignore:Without a pattern, the model classifies only")  # after one epoch
 def test_cells_are_measured_once_and_shown(tmp_path, monkeypatch):
     monkeypatch.setitem(defence.EPOCHS, "digits", 1)
     monkeypatch.setitem(defence.TRAINING, "digits", {"epochs": 1})

@@ -54,6 +54,8 @@ def omniglot_section(results: Mapping[str, Any], path: str, figures: str) -> str
         f"Settings are the best of several on tuning tasks. {settings_tried(rows)} {origin(results, path)}",
         "",
     ]
+    if resumed := results["provenance"].get("resumed_at_commits"):
+        lines += [f"The run was interrupted, and went on at commit {', '.join(resumed)}.", ""]
     lines += _missing(results)
     for shots in _shown(results):
         lines += _compared(results, shots)
@@ -127,7 +129,8 @@ def _explained(results):
             f"With {shots} image{'s' if shots > 1 else ''} per character MAML has {test:.1f} on test characters "
             f"(published: {published}) and {familiar:.1f} on characters of its meta-training, {familiar - test:+.1f}. "
             "Methods that were not meta-trained on these characters tell how much of that is the difficulty of the "
-            f"sets: {', '.join(f'{name} {number:+.1f}' for name, number in lost.items())}. The rest is over-fitting."
+            f"sets: {', '.join(f'{name} {number:+.1f}' for name, number in lost.items())}. The "
+            "rest, as far as the intervals can tell, is over-fitting."
         )
     if not parts:
         return []
@@ -188,5 +191,5 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axis.set(title=f"{results['flags']['ways']}-way, {shots}-shot", xlabel="accuracy, %")
         axis.grid(alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save(figure, path)

@@ -31,17 +31,23 @@ def read_arrays(content: bytes, like: PyTree) -> PyTree:
       The tree, with the structure of `like`.
 
     Raises:
-      ValueError: if the content is damaged, or its names and shapes are not those of `like`. The message is meant to
-        follow the name of the file.
+      ValueError: if the content is damaged, its names and shapes are not those of `like`, or its values not of the
+        same kind and finite. The message is meant to follow the name of the file.
     """
     try:
         stored = safetensors.numpy.load(content)
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # SafetensorError; KeyError for a dtype that NumPy lacks
         raise ValueError(f"cannot be read ({error}); is it truncated?") from error
     wanted = {name: leaf.shape for name, leaf in _named(like)}
     found = {name: value.shape for name, value in stored.items()}
     if wanted != found:
         raise ValueError(f"holds other weights than expected: {found}, not {wanted}")
+    for name, leaf in _named(like):
+        floating = jax.numpy.issubdtype(leaf.dtype, np.floating)
+        if jax.numpy.issubdtype(stored[name].dtype, np.floating) != floating:
+            raise ValueError(f"holds {stored[name].dtype} under {name}, expected {leaf.dtype}")
+        if floating and not np.all(np.isfinite(stored[name])):
+            raise ValueError(f"holds NaN or infinite values under {name}")
     leaves = [jax.numpy.asarray(stored[name]) for name, _ in _named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 #: What each part of the package may import besides the modules of the base and its own.
-BASE = {"base", "_version", "_deprecation", "_files", "_layers", "_memory", "_periods", "_present", "_spectrum"}
+BASE = {"base", "_version", "_deprecation", "_files", "_layers", "_memory", "_periods", "_present", "_reading", "_spectrum"}
 MAY_IMPORT = {
     **{name: set() for name in BASE},
     "optimizers": set(),

@@ -2,12 +2,17 @@
 
 import csv
 import dataclasses
+import io
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lft_jax._reading import check_pixels
+from lft_jax.data.checks import MOST_CLASSES
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 #: A sub-folder that is named by the number of a class: `3`, `3_cat`.
@@ -63,13 +68,23 @@ def open_folder(folder: Path, size: int | None = None, channels: int | None = No
 
     Raises:
       ModuleNotFoundError: without Pillow.
-      ValueError: for no pictures, other names of sub-folders, wrong lines of `labels.csv`, pictures that cannot be
-        read, or of different sizes without a `size`.
+      ValueError: for no pictures, other names of sub-folders, wrong lines of `labels.csv`, files that are not in the
+        folder, pictures that cannot be read, of more than 8,192 x 8,192 pixels (after scaling, too), or of different
+        sizes without a `size`.
     """
     files, labels, names = _listed(folder) if (folder / "labels.csv").is_file() else _found(folder, flag)
+    inside = folder.resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(inside):
+            raise ValueError(f"{flag}={folder}: {file} is, or leads to, a file out of the folder; copy it there.")
     sizes, grey = {}, True
     for file in files:
         with _opened(file, flag) as picture:  # reads its header only
+            try:
+                check_pixels(picture.size)
+                check_pixels(_scaled(picture.size, size or min(picture.size)))
+            except ValueError as error:
+                raise ValueError(f"{flag}: {file} is too large or too long: scaled, {error}.") from error
             if picture.mode[0] in "IF":
                 raise ValueError(f"{flag}: pictures must have 8 bits per channel, got mode {picture.mode} in {file}.")
             sizes.setdefault(picture.size, file)
@@ -107,9 +122,10 @@ def _found(folder, flag):
                 f"{child.name!r}; rename it, or write labels.csv with the columns file,label."
             )
         files += found
-        labels += [int(match[1])] * len(found)
+        label = _class(match[1], f"{flag}={folder}, sub-folder {child.name!r}")
+        labels += [label] * len(found)
         if match[2]:
-            names[int(match[1])] = match[2]
+            names[label] = match[2]
     return files, np.asarray(labels, np.int32), names
 
 
@@ -121,24 +137,36 @@ def _pictures(folder):
 def _listed(folder):
     """The files and labels that `labels.csv` lists."""
     path = folder / "labels.csv"
-    with path.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        if not {"file", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: the first line must be file,label, got {','.join(reader.fieldnames or ())!r}.")
-        files, labels = [], []
-        for row in reader:
-            name, label = (row["file"] or "").strip(), (row["label"] or "").strip()
-            if not label.isdecimal():
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: label must be the number of a class, from 0, got {label!r}."
-                )
-            if not name or not (folder / name).is_file():
-                raise ValueError(f"{path}, line {reader.line_num}: there is no file {name!r} in the folder.")
-            files.append(folder / name)
-            labels.append(int(label))
+    try:
+        lines = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+        return _lines(folder, path, csv.DictReader(lines))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is no table in UTF-8 that can be read ({error}).") from error
+
+
+def _lines(folder, path, reader):
+    if not {"file", "label"} <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path}: the first line must be file,label, got {','.join(reader.fieldnames or ())!r}.")
+    files, labels = [], []
+    for row in reader:
+        name, label = (row["file"] or "").strip(), (row["label"] or "").strip()
+        if not label.isdecimal():
+            raise ValueError(
+                f"{path}, line {reader.line_num}: label must be the number of a class, from 0, got {label[:80]!r}."
+            )
+        if not name or not os.path.isfile(folder / name):  # False for names that no file can have
+            raise ValueError(f"{path}, line {reader.line_num}: there is no file {name[:80]!r} in the folder.")
+        files.append(folder / name)
+        labels.append(_class(label, f"{path}, line {reader.line_num}"))
     if not files:
         raise ValueError(f"{path}: expected a line for each picture, got none.")
     return files, np.asarray(labels, np.int32), {}
+
+
+def _class(digits, where):
+    if len(digits) > 9 or int(digits) >= MOST_CLASSES:
+        raise ValueError(f"{where}: the number of a class must be below {MOST_CLASSES}, got {digits[:80]}.")
+    return int(digits)
 
 
 def _opened(file, flag) -> Any:
@@ -158,12 +186,16 @@ def _damaged(file, error, flag):
     return ValueError(f"{flag}: {file} is no picture that can be read ({error}).")
 
 
+def _scaled(sides, size):
+    """Width and height of a picture whose shorter side is scaled to `size`."""
+    width, height = (max(size, size * side // max(1, min(sides))) for side in sides)
+    return width, height
+
+
 def _cropped(picture, size):
     from PIL import Image
 
-    width, height = picture.size
-    shorter = min(width, height)
-    width, height = (max(size, size * side // shorter) for side in (width, height))
+    width, height = _scaled(picture.size, size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = picture.resize((width, height), Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + size, top + size))

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from lft_jax._reading import npz_names, read_npz
 from lft_jax.base import check_at_least
 from lft_jax.cli._folder import open_folder
 from lft_jax.data import check_images_labels
+from lft_jax.data.checks import MOST_CLASSES
 
+#: What is read of an .npz file.
+ARRAYS = ("images", "labels", "test_images", "test_labels", "class_names")
 #: Number of images to attack from where there are no labels.
 UNLABELLED = 10
 
@@ -68,12 +72,11 @@ def load_images(
     if size is not None or channels is not None:
         raise ValueError("--image_size and --image_channels are for a folder of pictures; bring the arrays to shape.")
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except Exception as error:  # numpy raises many kinds of exceptions for a damaged file
+        arrays, there = read_npz(path, ARRAYS), npz_names(path)
+    except ValueError as error:
         raise ValueError(f"{flag}: {path} cannot be read as an .npz file ({error}).") from error
     if "images" not in arrays:
-        raise ValueError(f"{flag}: {path} must have an array 'images', got {', '.join(arrays) or 'none'}.")
+        raise ValueError(f"{flag}: {path} must have an array 'images', got {', '.join(there)[:200] or 'none'}.")
     images = _checked(flag, path, arrays, "images", "labels")
     if "test_images" not in arrays:
         return images, None
@@ -83,9 +86,9 @@ def load_images(
 def _checked(flag, path, arrays, name, labels_name, shape=None):
     images, labels = arrays[name], arrays.get(labels_name)
     images = images[..., None] if images.ndim == 3 else images
-    images = images.astype(np.float32) if images.dtype in (np.float16, np.float64) else images
+    images = images.astype(np.float32) if images.dtype.kind == "f" else images
     try:
-        check_images_labels(images, np.zeros(len(images), np.int32) if labels is None else labels)
+        check_images_labels(images, np.zeros(images.shape[:1], np.int32) if labels is None else labels, MOST_CLASSES)
     except ValueError as error:
         raise ValueError(f"{flag}: {path}, arrays {name!r} and {labels_name!r}: {error}") from error
     if shape is not None and images.shape[1:] != shape:

@@ -1,7 +1,6 @@
 """Flags of a model and of images of one's own, which several scripts share."""
 
 import dataclasses
-import fractions
 import math
 from typing import Any
 
@@ -67,7 +66,8 @@ def radius(flag: str, text: str) -> float:
       ValueError: for what is no number above 0.
     """
     try:
-        found = float(fractions.Fraction(str(text).replace(" ", "")))
+        above, slash, below = str(text).partition("/")  # as numbers, since fractions of "1e999999999" take forever
+        found = float(above) / (float(below) if slash else 1.0)
     except (ValueError, ZeroDivisionError):
         found = math.nan
     if not 0 < found < math.inf:

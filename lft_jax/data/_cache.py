@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lft_jax._files import replacing
+from lft_jax._reading import read_npz
+from lft_jax.data.checks import check_images_labels
 
 
 def user_folder() -> Path:
@@ -26,8 +28,10 @@ def cached(
       cache_dir: folder of the file; `user_folder()` if None.
     """
     path = (user_folder() if cache_dir is None else Path(cache_dir)) / f"{key}.npz"
-    # Decode if the file is missing or damaged; numpy raises many kinds of exceptions for the latter.
-    with contextlib.suppress(Exception), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    # Decode if the file is missing or damaged.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        arrays = read_npz(path, ("images", "labels"))
+        check_images_labels(arrays["images"], arrays["labels"])
         return arrays["images"], arrays["labels"]
     images, labels = decode()
     # A cache that cannot be written is ignored: decoding again is only slow.

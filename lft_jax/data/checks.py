@@ -6,6 +6,8 @@ from jaxtyping import Array, ArrayLike, Float, Int32, Integer, UInt8
 
 #: How far outside of [0, 1] rounding may put an image.
 ROUNDING = 1e-6
+#: Largest number of classes of images in files: tables have a row for each class.
+MOST_CLASSES = 1_000_000
 #: Numbers of channels by which images with the channels first are told.
 CHANNELS = (1, 3, 4)
 

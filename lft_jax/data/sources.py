@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lft_jax import base
+from lft_jax._reading import read_npz
 from lft_jax.data import _tfds
 from lft_jax.data._cache import cached
 from lft_jax.data._embedded import EMBEDDED
-from lft_jax.data.checks import check_images_labels, class_table
+from lft_jax.data.checks import MOST_CLASSES, check_images_labels, class_table
 
 #: Names of the splits.
 SPLITS = ("train", "validation", "test")
@@ -111,12 +112,15 @@ def _npz(path):
     if not path.is_file():
         raise FileNotFoundError(f"name: there is no file {path}.")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except Exception as error:  # numpy raises many kinds of exceptions for a damaged file
+        arrays = read_npz(path, ("images", "labels"))
+        images, labels = arrays["images"], arrays["labels"]
+    except (ValueError, KeyError) as error:
         raise ValueError(f"name: {path} must be an .npz file with arrays `images` and `labels` ({error}).") from error
     images = images[..., None] if images.ndim == 3 else images
-    check_images_labels(images, labels)
+    try:
+        check_images_labels(images, labels, MOST_CLASSES)
+    except ValueError as error:
+        raise ValueError(f"name: {path}: {error}") from error
     return images if images.dtype == np.uint8 else np.round(images * 255).astype(np.uint8), labels
 
 

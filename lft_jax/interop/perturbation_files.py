@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from lft_jax._files import replacing
+from lft_jax._reading import check_expansion, check_pixels, read_npy
 from lft_jax.attack import UniversalPerturbation
 from lft_jax.models._frameworks import required
 
@@ -110,13 +111,12 @@ def _write_npy(file, theta):
 
 
 def _read_npy(path):
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"path: {path} is no .npy file of numbers ({error}).") from error
-    if not isinstance(found, np.ndarray):
+    if zipfile.is_zipfile(path):
         raise ValueError(f"path: {path} is an archive of arrays, not one array.")
-    return found
+    try:
+        return read_npy(path)
+    except ValueError as error:
+        raise ValueError(f"path: {path} {error}.") from error
 
 
 def _write_pt(file, theta):
@@ -130,7 +130,10 @@ def _read_pt(path):
     with required("torch", "torch"):
         import torch
 
+    size = path.stat().st_size
     try:
+        with zipfile.ZipFile(path) as archive:  # as torch writes since version 1.6
+            check_expansion(archive.infolist(), size)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of exceptions for a damaged file
         raise ValueError(
@@ -140,6 +143,8 @@ def _read_pt(path):
     if not isinstance(found, torch.Tensor) or found.ndim != 3 or not found.is_floating_point():
         kind = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
         raise ValueError(f"path: {path} must hold a floating-point tensor [C, H, W], got {kind}.")
+    if found.layout != torch.strided or found.device.type != "cpu" or found.numel() * found.element_size() > size:
+        raise ValueError(f"path: {path} must hold all elements of its tensor {tuple(found.shape)}, in {size} bytes.")
     return found.detach().float().numpy().transpose(1, 2, 0)
 
 
@@ -162,13 +167,14 @@ def _write_png(file, theta):
 
 def _read_png(path):
     with required("PIL", "images"):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
     try:
         with Image.open(path, formats=["PNG"]) as picture:
+            check_pixels(picture.size)
             levels = np.asarray(picture)
             mode, text = picture.mode, getattr(picture, "text", {})
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow raises many kinds of exceptions for a damaged file
         raise ValueError(f"path: {path} is no .png file ({error}).") from error
     if mode not in _MODES.values():
         raise ValueError(f"path: {path} must be a picture of 8 bits in grey or RGB, got mode {mode!r}.")

@@ -10,6 +10,11 @@ import warnings
 from collections.abc import Generator
 from pathlib import Path
 
+from lft_jax._reading import parse_json
+
+#: Characters that are read of the file.
+LONGEST = 10_000
+
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Generator[None, None, None]:
@@ -71,9 +76,9 @@ def _open(path):
 def _read(file):
     """What the file says of its holder: host, process, started. None if it says nothing."""
     try:
-        holder = json.loads(file.read())
+        holder = parse_json(file.read(LONGEST))
         return {"host": str(holder["host"]), "process": int(holder["process"]), "started": str(holder["started"])}
-    except (ValueError, TypeError, KeyError):  # empty, or cut short
+    except (ValueError, TypeError, KeyError, OverflowError):  # empty, or cut short
         return None
 
 

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from lft_jax._files import replace_directory
+from lft_jax._reading import read_object
 from lft_jax.base import PyTree
 
 #: File of a checkpoint that holds the checksums of the others.
@@ -103,8 +104,8 @@ def _check_files(folder):
     if not path.exists():
         return
     try:
-        expected = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        expected = read_object(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"path: the checkpoint at {folder} is damaged: {path} cannot be read ({error}).") from error
     found = _checksums(folder)
     for name, checksum in expected.items():

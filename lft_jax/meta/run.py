@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 
 from lft_jax import base
 from lft_jax._files import write_bytes
+from lft_jax._reading import parse_json, read_object
 from lft_jax.base import PyTree
 from lft_jax.meta import _lock, checkpoints
 from lft_jax.meta.trainer import MetaState, MetaTrainer
@@ -152,7 +153,8 @@ def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], M
 
 def _steps(folder):
     """The meta-steps of the checkpoints in a folder, ascending."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isascii() and path.name.isdigit())
 
 
 def _split(state):
@@ -212,8 +214,8 @@ def _read_config(workdir):
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"workdir: {path} is damaged ({error}); restore it, or choose another workdir.") from error
 
 
@@ -245,8 +247,8 @@ def _keep_before(path, step):
     lines, kept, again = path.read_bytes().splitlines(keepends=True), [], 0
     for number, line in enumerate(lines, 1):
         try:
-            before = int(json.loads(line)["step"]) < step
-        except (ValueError, TypeError, KeyError) as error:
+            before = int(parse_json(line)["step"]) < step
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if line.endswith(b"\n"):
                 raise ValueError(
                     f"workdir: line {number} of {path} is damaged: {line[:60]!r}. Correct or delete the line, or move "

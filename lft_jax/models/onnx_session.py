@@ -52,8 +52,9 @@ def from_onnx(
       ModuleNotFoundError: if onnxruntime is not installed.
       FileNotFoundError: for a path without a file.
       TypeError: for another kind of model.
-      ValueError: for a model that has not one input of images, of a type in float32, float16, double and uint8; for
-        arguments out of range; when called, for an output that is not `[N, classes]`.
+      ValueError: for a file that onnxruntime cannot read; a model that has not one input of images, of a type in
+        float32, float16, double and uint8; arguments out of range; when called, for an output that is not
+        `[N, classes]`.
 
     Examples:
       With onnxruntime installed::
@@ -68,9 +69,9 @@ def from_onnx(
     if isinstance(model, str | os.PathLike):
         if not Path(model).is_file():
             raise FileNotFoundError(f"model: there is no file {os.fspath(model)!r}.")
-        session = onnxruntime.InferenceSession(os.fspath(model), providers=["CPUExecutionProvider"])
+        session = _session(os.fspath(model), repr(os.fspath(model)))
     elif isinstance(model, bytes):
-        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        session = _session(model, f"{len(model)} bytes")
     elif isinstance(model, onnxruntime.InferenceSession):
         session = model
     else:
@@ -96,6 +97,15 @@ def from_onnx(
 
     host = HostModel(values, output="probabilities" if output == "probabilities" else "logits", fixed_batch=batch)
     return host_classifier(host, num_classes=2 if classes == 1 else classes, input_shape=shape, batch_size=batch_size)
+
+
+def _session(model, said):
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many kinds of exceptions for a damaged file
+        raise ValueError(f"model: {said}: no ONNX model that onnxruntime can read ({error}).") from error
 
 
 def _image_input(session):

@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from lft_jax import base
+from lft_jax._reading import parse_json, parse_npy
 from lft_jax.models._preparation import OUTPUTS, Preparation
 from lft_jax.models.classifier import Classifier, HostModel, host_classifier
 
 CONTENT_TYPES = {"json": "application/json", "npy": "application/octet-stream"}
 LONGEST_PAUSE = 3600.0  # seconds; a server that asks for more is not waited for
 SHOWN = 200  # characters of an answer in an error
+#: Longest answer, in bytes: 4 MiB for each image (100,000 classes as text), and at most 1 GiB.
+LONGEST_ANSWER, PER_IMAGE = 2**30, 2**22
 
 
 def from_url(
@@ -51,7 +54,8 @@ def from_url(
     - "npy": the body is a float32 array in NumPy's `.npy` format, and so is the answer.
 
     Connection errors, timeouts and the statuses 429 and 5xx are tried again, other statuses are not. Redirections are
-    not followed. `classifier.host.values.sent` is the number of images sent so far, retries included.
+    not followed. An answer of more than 4 MiB per image, or 1 GiB, is refused. `classifier.host.values.sent` is the
+    number of images sent so far, retries included.
 
     Args:
       url: address of the service, `http://` or `https://`.
@@ -77,7 +81,8 @@ def from_url(
       number of classes.
 
     Raises:
-      ValueError: for arguments out of range; when called, for an answer that is not finite scores `[N, classes]`.
+      ValueError: for arguments out of range; when called, for an answer that is not finite scores `[N, classes]`, or
+        longer than above.
       ConnectionError: when called, for a service that does not answer, or with the status of an error.
       RuntimeError: when called, for a request that would exceed `max_queries`.
 
@@ -139,8 +144,10 @@ def _checked(url):
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
     """A redirected POST would become a GET, which is no query."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        return None
+    def http_error_302(self, req, fp, code, msg, headers):
+        return None  # before the new address is parsed
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 @dataclasses.dataclass(eq=False)
@@ -210,7 +217,7 @@ class _Service:
             attempt += 1
             try:
                 with self.opener.open(request, timeout=self.timeout) as response:
-                    return response.read()
+                    return self._body(response, count)
             except urllib.error.HTTPError as error:
                 with error:
                     failure, pause = error, _retry_after(error.headers)
@@ -227,11 +234,20 @@ class _Service:
             f"raise timeout={self.timeout}, retries={self.retries} or backoff={self.backoff}."
         ) from failure
 
+    def _body(self, response, count):
+        """The body of an answer, read only if it is not too long."""
+        most = min(LONGEST_ANSWER, PER_IMAGE * (count + 1))
+        known = response.length  # None if the answer ends with the connection, or comes in chunks
+        body = response.read() if known is not None and known <= most else response.read(most + 1)
+        if len(body) > most:
+            raise ValueError(f"{self.shown} answered {count} images with more than {most} bytes: {_start(body)}.")
+        return body
+
     def _scores(self, body, count):
         """The scores that an answer for `count` images holds."""
         expected = f"finite scores [{count}, classes] in the format {self.format!r}"
         try:
-            found = np.load(io.BytesIO(body), allow_pickle=False) if self.format == "npy" else json.loads(body)
+            found = parse_npy(io.BytesIO(body), len(body)) if self.format == "npy" else parse_json(body)
             scores = np.asarray(self._found(found))
         except Exception as error:  # anything may be in an answer
             raise ValueError(f"{self.shown} must answer with {expected}, got {_start(body)}: {error!r}.") from error
@@ -256,8 +272,20 @@ class _Service:
         if isinstance(answer, dict):
             answer = answer[self.output if self.output in answer else "predictions"]
         if isinstance(answer, list) and any(isinstance(row, dict) for row in answer):
-            return [row[self.output] for row in answer]
-        return answer[self.output] if isinstance(self.output, int) else answer
+            answer = [row[self.output] for row in answer]
+        elif isinstance(self.output, int):
+            answer = answer[self.output]
+        if isinstance(answer, list):
+            _check_numbers(answer)
+        return answer
+
+
+def _check_numbers(rows):
+    """Raises a TypeError unless lists hold numbers; of texts NumPy would make an array as wide as the longest."""
+    for row in rows:
+        for value in row if isinstance(row, list) else (row,):
+            if not isinstance(value, int | float):
+                raise TypeError(f"expected numbers, got {type(value).__name__}")
 
 
 def _read(error):

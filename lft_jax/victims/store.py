@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 
 from lft_jax import base
 from lft_jax._files import load_arrays, replace_directory, save_arrays
+from lft_jax._reading import PIXELS, read_object
+from lft_jax.data.checks import MOST_CLASSES
 from lft_jax.victims.models import build_model
 from lft_jax.victims.training import apply_function
 
@@ -75,6 +78,18 @@ def save_victim(path: str | os.PathLike, victim: Victim) -> None:
         replace_directory(whole, path)
 
 
+def _check_card(card):
+    """Raises a ValueError unless the sizes in a card are those of a classifier of images."""
+    if missing := [name for name in _NEEDED if name not in card]:
+        raise ValueError(f"its card lacks {', '.join(missing)}")
+    classes, shape = card["num_classes"], card["image_shape"]
+    if type(classes) is not int or not 1 <= classes <= MOST_CLASSES:
+        raise ValueError(f"num_classes must be an integer from 1 to {MOST_CLASSES}, got {str(classes)[:80]}")
+    whole = isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
+    if not whole or math.prod(shape) > 4 * PIXELS:
+        raise ValueError(f"image_shape must be [H, W, C] of at most {4 * PIXELS} numbers, got {str(shape)[:80]}")
+
+
 def load_victim(path: str | os.PathLike) -> Victim:
     """Reads a victim that `save_victim` wrote.
 
@@ -92,11 +107,12 @@ def load_victim(path: str | os.PathLike) -> Victim:
     if not card_path.is_file():
         raise ValueError(f"path: there is no victim at {path}. {hint}")
     try:
-        card = json.loads(card_path.read_text())
+        card = read_object(card_path)
+        _check_card(card)
         model = build_model(card["architecture"], card["num_classes"])
         image = jax.ShapeDtypeStruct((1, *card["image_shape"]), jnp.float32)
         like = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0), image)
         variables = load_arrays(Path(path) / _WEIGHTS, dict(like))
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # flax and JAX raise many kinds of exceptions for a wrong card
         raise ValueError(f"path: the victim at {path} is damaged ({error}). {hint}") from error
     return Victim(variables, card)

@@ -7,7 +7,8 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-frameworks lint types docs package victims results results-render bench clean .venv
+.PHONY: quickstart test test-slow test-frameworks lint types docs package fuzz lock lock-check victims results results-render \
+	bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -27,6 +28,7 @@ test-frameworks: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m pip check
 
 types: $(INSTALLED)
 	$(RUN) -m pyrefly check
@@ -45,6 +47,20 @@ package:
 	$(VENV)-package/bin/python -m build --outdir dist . > /dev/null
 	$(VENV)-package/bin/python -m twine check --strict dist/*
 	$(PYTHON) .ci/check_package.py dist
+
+# Damaged files, cards, archives, flags, answers and folders: more than 10,000, in minutes on one core. See SECURITY.md.
+fuzz: $(INSTALLED)
+	$(RUN) -m tests.fuzz --output=results/fuzz.json
+
+# The versions of requirements.txt and of all below them, with the hashes of their files.
+lock: $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-input -r .ci/requirements-lock.txt
+	$(RUN) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" --output-file .ci/requirements.lock requirements.txt
+
+# Downloads all files of the lock, checks their hashes and that they fit together; installs nothing.
+lock-check: $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-input --dry-run --ignore-installed --require-hashes -r .ci/requirements.lock
 
 # Trains the victims that are missing in victims/, then runs the studies. They need TFDS_DATA_DIR.
 victims: $(INSTALLED)

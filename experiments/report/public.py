@@ -9,7 +9,7 @@ from experiments.report.tables import origin
 _METHODS = {
     "uap-linf": "the pretrained rule, on periods, from coarse to fine",
     "retrained": "the same rule with weights that were meta-trained from coarse to fine (decision 020)",
-    "open-periods": "the rule of decision 019, whose short periods are open from the first step, as `uap-linf` was then",
+    "open-periods": "the rule of decision 019: short periods are open from the first step, as `uap-linf` was then",
     "frequencies": "the rule of decision 017, which gated single frequencies, as `uap-linf` was before decision 019",
     "spatial-linf": "the pretrained rule on pixels",
     "pgd": "momentum sign steps with an untuned step size",

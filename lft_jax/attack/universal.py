@@ -284,7 +284,7 @@ def universal_perturbation(
                 break
             theta, state, metrics = step(problem, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
             queries += cost
-            if last:
+            if last and found is not None:
                 key_end = jax.random.fold_in(key, _KEY_END)
                 theta, metrics, kept = better(classifier, problem, found, theta, key_end, metrics)
                 queries += compared + kept * watched

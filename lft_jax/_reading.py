@@ -21,7 +21,7 @@ import numpy as np
 EXPANDED, RATIO = 2**28, 100
 #: Largest number of pixels of a picture: 8,192 x 8,192.
 PIXELS = 2**26
-_DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16|24|32)|[SU][1-9]\d{0,8})")
+_DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16|24|32)|[SU][1-9]\d{0,7})")
 _LONGEST_HEADER = 4096  # bytes
 _PIECE = 2**20  # bytes read at a time
 

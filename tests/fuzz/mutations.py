@@ -198,6 +198,15 @@ def npy_file(random, array):
     return damaged(random, npy(array))
 
 
+def stored(entries):
+    """The bytes of a zip file of `{name: content}`."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as made:
+        for name, content in entries.items():
+            made.writestr(name, content)
+    return file.getvalue()
+
+
 def archive(random, entries):
     """The bytes of a zip file of `{name: content}`: lies, bombs, odd names, other compression, or damage."""
     kind = random.randrange(8)

@@ -124,15 +124,7 @@ def npz(random, arrays):
         return file.getvalue()
     name = random.choice(list(arrays))
     entries[f"{name}.npy"] = random.choice((mutations.npy_file(random, arrays[name]), entries[f"{name}.npy"]))
-    return mutations.archive(random, entries) if random.random() < 0.7 else stored(entries)
-
-
-def stored(entries):
-    file = io.BytesIO()
-    with mutations.zipfile.ZipFile(file, "w") as made:
-        for name, content in entries.items():
-            made.writestr(name, content)
-    return file.getvalue()
+    return mutations.archive(random, entries) if random.random() < 0.7 else mutations.stored(entries)
 
 
 @target(1500, r"^--images: .*mine\.npz")

@@ -16,6 +16,7 @@ from lft_jax.cli._images import load_images
 from lft_jax.data import load_source
 from lft_jax.interop import load_perturbation
 from tests.fuzz import harness, mutations
+from tests.fuzz.targets import Target
 
 PACKAGE = Path(__file__).parents[2] / "lft_jax"
 #: Modules and functions that can run what is in a file.
@@ -124,7 +125,7 @@ def claiming(shape, dtype="<f4", data=bytes(64)):
         (claiming((17,)), "claims 68 bytes, shape \\(17,\\), of which 64 are there"),
         (claiming((-4, -4)), r"claims the shape \(-4, -4\)"),
         (claiming((16,), "|O"), "holds '|O', expected numbers or strings"),
-        (claiming((1,), "<U999999999"), "claims 3999999996 bytes"),
+        (claiming((1,), "<U99999999"), "claims 399999996 bytes"),
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(9), "its header claims 4294967295 bytes"),
         (b"", "does not begin as an array"),
     ],
@@ -221,17 +222,15 @@ def test_faults_are_seen(monkeypatch):
         else:
             raise MemoryError
 
-    monkeypatch.setitem(harness.TARGETS, "bad", harness.Target(reads, 1, "^path: "))
+    monkeypatch.setitem(harness.TARGETS, "bad", Target(reads, 1, "^path: "))
     found = {harness.one("bad", number, limit=False)[0] for number in range(20)}
     assert found == {"escape", "undocumented", "memory"}
-    monkeypatch.setattr(harness, "SECONDS", 0.05)
-    forever = harness.Target(lambda random, folder: [None for _ in iter(int, 1)], 1, "")
+    forever = Target(lambda random, folder: [None for _ in iter(int, 1)], 1, "")
     monkeypatch.setitem(harness.TARGETS, "bad", forever)
     monkeypatch.setattr(harness, "SECONDS", 0.01)
     assert harness.one("bad", 0, limit=False)[0] == "hang"
 
 
-def test_the_counts_of_the_last_run_have_no_faults():
-    path = PACKAGE.parent / "results" / "fuzz.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
-    assert results["inputs"] >= 10_000 and set(results["targets"]) >= set(harness.TARGETS) - {"perturbation_pt"}
+def test_the_counts_are_of_a_whole_run():
+    results = json.loads((PACKAGE.parent / "results" / "fuzz.json").read_text(encoding="utf-8"))
+    assert results["inputs"] >= 10_000 and set(results["targets"]) >= set(harness.TARGETS) - {"bad"}

@@ -19,7 +19,7 @@ PARTS = {
     "Beyond attacks": ["defence", "own_tasks", "meta_training", "quickstart", "scaling"],
     "Notebooks": ["notebooks/README"],
     "Evidence": ["results", "protocol", "reliability", "performance", "victims", "decisions/README"],
-    "Reference": ["api/README", "method", "layout", "contributing", "changelog"],
+    "Reference": ["api/README", "method", "layout", "contributing", "security", "changelog"],
 }
 FRAMEWORKS = ["jax", "pytorch", "keras", "onnx", "sklearn", "http"]
 API = ["attack", "recipe", "models", "optimizers", "oracles", "tasks", "meta", "data", "evaluation"]
@@ -31,7 +31,7 @@ BELOW = {  # pages below a page; a `*` stands for all
     "decisions/README": ["/decisions/0*"],
     "api/README": [f"/api/{name}" for name in API],
 }
-COPIES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+COPIES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md", "security": "SECURITY.md"}
 
 project, author, copyright = "lft_jax", "the lft_jax developers", "the lft_jax developers; Apache-2.0"
 version = release = lft_jax.__version__
@@ -71,7 +71,7 @@ copybutton_prompt_is_regexp = True
 
 
 def _read(app, page, source):
-    """Reads the two documents of the root, and appends the part of the navigation that begins at a page."""
+    """Reads the documents of the root, and appends the part of the navigation that begins at a page."""
     if page in COPIES:
         text = (ROOT / COPIES[page]).read_text(encoding="utf-8")
         source[0] = text.replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")

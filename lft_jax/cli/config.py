@@ -28,6 +28,8 @@ def required(help: str) -> Any:
     return dataclasses.field(metadata={"help": help, "choices": None})
 
 
+#: Characters of the name of a flag, at most.
+LONGEST_NAME = 100
 #: Named settings of a program: `{preset: {field: value}}`.
 Presets = Mapping[str, Mapping[str, Any]]
 
@@ -49,6 +51,10 @@ def main(
       renamed: old names of flags, which still work.
     """
     presets = presets or {}
+    try:
+        check_names(sys.argv[1:])
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     tune_process()
     define_flags(config_type, flags.FLAGS, presets)
     for old, new in (renamed or {}).items():
@@ -79,6 +85,14 @@ def main(
             raise SystemExit(f"{type(error).__name__}: {error}") from error
 
     app.run(from_flags)
+
+
+def check_names(arguments: Sequence[str]) -> None:
+    """Raises a ValueError for an argument whose name is no flag's: absl would look for similar ones without end."""
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if argument.startswith("-") and len(name) > LONGEST_NAME:
+            raise ValueError(f"unknown flag of {len(name)} characters, {name[:40]!r}...")
 
 
 def tune_process() -> None:

@@ -317,6 +317,7 @@ def command_line(random, folder):
     arguments = given + [
         mutations.damaged(random, text.encode()).decode("latin1") if whole(random) else text for text in chosen
     ]
+    config.check_names(arguments[1:])
     values(arguments)
     found = config.read_flags(program.Config, values)
     check_own(found)

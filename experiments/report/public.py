@@ -7,9 +7,9 @@ from experiments.report.tables import origin
 
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {
-    "uap-linf": "the pretrained rule, on periods, from coarse to fine",
-    "retrained": "the same rule with weights that were meta-trained from coarse to fine (decision 020)",
-    "open-periods": "the rule of decision 019: short periods are open from the first step, as `uap-linf` was then",
+    "uap-linf": "the pretrained rule, on periods",
+    "coarse-to-fine": "the same, with longer periods opened as a run goes on (decision 020, which did not adopt it)",
+    "open-periods": "the same as `uap-linf`, whose last perturbation was always the result (before decision 020)",
     "frequencies": "the rule of decision 017, which gated single frequencies, as `uap-linf` was before decision 019",
     "spatial-linf": "the pretrained rule on pixels",
     "pgd": "momentum sign steps with an untuned step size",

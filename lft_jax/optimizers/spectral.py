@@ -6,11 +6,10 @@ weighs the groups of frequencies that each period of `lft_jax._spectrum.GROUPS` 
 
     gradients --transform--> momentum M(f), noise N(f) --weights of periods--> w M(f) --inverse--> direction of a step
 
-A run goes from coarse to fine. Short periods, of which an image has many, take part from the start: they have few
-parameters, so that a few images tell where to go. Longer ones join as the run goes on. Others, and the frequencies of
-no period, take part when their momentum stands out of its noise. How far it has to, depends on the model and on the
-progress of the run, so an LSTM corrects it: one cell for each period, with shared weights, which sees a few numbers of
-that group. It holds at every size of an image, and costs nothing beside the transforms.
+Short periods, of which an image has many, take part from the start. A longer one, and the frequencies of no period, do
+when their momentum stands out of its noise: at 32 pixels from period 8 on, at 224 from 32. How far it has to, depends
+on the model and on the progress of the run, so an LSTM corrects it: one cell for each period, with shared weights,
+which sees a few numbers of that group. It holds at every size of an image, and costs nothing beside the transforms.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from lft_jax.optimizers.features import Signal, root_mean_square, unit_rms
 
 _NUM_FEATURES = 9
 _NO_PERIOD = 64  # pixels: the feature "period" of frequencies of no period
-_FIRST, _LAST = 16, 4  # times that an image has to repeat a period along a side, for it to be open, as a run goes on
+_REPEATS = 8  # times that an image has to repeat a period along a side, for it to be open
 _OPEN, _CLOSED = -4.0, math.log(8.0)  # log of the ratio of signal and noise that a period needs
 _TINY = 1e-12  # floor of powers in logarithms; the mean power of a gradient is 1
 
@@ -49,9 +48,10 @@ class SpectralRule:
         scale * step * (1 - (1 - final) * t) * exp(s) * m * sqrt((1 + u^2) / (m^2 + u^2)),    u = tau * exp(r)
 
     `|M|^2` is summed over channels. A group is that of a period of `p` pixels, or of no period; `c` is -4, which is
-    open, for the mean of the image and if it has `16 * 4^(-t)` periods or more along its sides, by their geometric
-    mean, and log 8 otherwise. For each group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from the mean
-    of these cells. All are near 0 before meta-training.
+    open, for the mean of the image and if it has 8 periods or more along its sides, by their geometric mean, and log 8
+    otherwise. For each
+    group, `a` and `b` come from a cell of an LSTM; `s` and `r` come from the mean of these cells. All are near 0 before
+    meta-training.
 
     Attributes:
       hidden: units of the LSTM, at least 1.
@@ -164,7 +164,7 @@ class SpectralRule:
         mean = jnp.sum(hidden * there[None], 1) / jnp.sum(there)
         longer, bend = affine(params["all"], mean[:, None])[:, 0]
 
-        evidence = evidence - _needed(shape, signal.progress) - jnp.clip(threshold, -4, 4)
+        evidence = evidence - jnp.asarray(_needed(shape), dtype) - jnp.clip(threshold, -4, 4)
         weight = jax.nn.sigmoid(jnp.exp(params["log_sharpness"].astype(dtype)) * evidence)
         weight = (weight * jnp.exp(jnp.clip(gain, -4, 4)))[of.group]
         real, imaginary = momentum * weight[None, ..., None]
@@ -200,16 +200,14 @@ def spectral_lstm(
 
 
 def _periods_in(shape):
-    """The periods of the groups `[groups]`, relative to the longest one of the start; no period is the side itself."""
+    """The periods of the groups `[groups]`, in units of an eighth of a side; no period is the side itself."""
     side = math.sqrt(shape[0] * shape[1])
-    return np.asarray([(period or side) * _FIRST / side for period in _spectrum.GROUPS])
+    return np.asarray([(period or side) * _REPEATS / side for period in _spectrum.GROUPS])
 
 
-def _needed(shape, progress):
+def _needed(shape):
     """The evidence `[groups]` that a group needs. The mean of an image is open at every size."""
-    periods = np.where(np.asarray(_spectrum.GROUPS) == 1, 1, _periods_in(shape))
-    opened = jnp.asarray(np.log(periods), progress.dtype) <= math.log(_FIRST / _LAST) * progress
-    return jnp.where(opened, jnp.asarray(_OPEN, progress.dtype), jnp.asarray(_CLOSED, progress.dtype))
+    return np.where((_periods_in(shape) <= 1) | (np.asarray(_spectrum.GROUPS) == 1), _OPEN, _CLOSED)
 
 
 def _features(of, shape, quantities, progress):
@@ -231,7 +229,7 @@ def _features(of, shape, quantities, progress):
         jnp.log1p(helds / counts),
         jnp.log(counts) / 5,
         jnp.asarray([math.log2(period or _NO_PERIOD) / 5 for period in _spectrum.GROUPS], dtype),
-        jnp.asarray(np.log2(_periods_in(shape) / 2) / 3, dtype),
+        jnp.asarray(np.log2(_periods_in(shape)) / 3, dtype),
         progress,
         _log_ratio(jnp.sum(powers), jnp.sum(noises)),
     )

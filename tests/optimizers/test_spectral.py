@@ -36,10 +36,9 @@ def _reference(rule, gradients, noises, theta, scale, progresses):
                 if (i * period) % rows == 0 and (j * period) % columns == 0:
                     group[i, j] = period
     side = np.sqrt(height * width)
+    needed = {p: np.exp(-4.0) if p == 1 or (p or side) <= side / 8 else 8.0 for p in _spectrum.GROUPS}
     momentum, noise_of_momentum, steps = 0.0, 0.0, []
     for gradient, noise, progress in zip(gradients, noises, progresses, strict=True):
-        most = side / 16 * 4**progress
-        needed = {p: np.exp(-4.0) if p == 1 or (p or side) <= most else 8.0 for p in _spectrum.GROUPS}
         size = np.sum(gradient**2)
         momentum = rule.decay * momentum + np.fft.fft2(gradient, (rows, columns), (0, 1)) / np.sqrt(size)
         noise_of_momentum = rule.decay**2 * noise_of_momentum + noise / size

@@ -168,7 +168,7 @@ def _array(file, size):
     if expected > size - start:
         raise ValueError(f"its header claims {expected} bytes, shape {shape}, of which {size - start} are there")
     content = np.empty(expected, np.uint8)
-    view, done = memoryview(content), 0
+    view, done = content.data, 0
     while done < expected:
         read = file.readinto(view[done : done + _PIECE])
         if not read:

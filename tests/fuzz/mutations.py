@@ -194,7 +194,8 @@ def npy_file(random, array):
         with np.errstate(all="ignore"):
             kinds = ("f2", "f8", ">f4", "i1", ">i8", "u8", "c8", "S3", "U2", "?", "f16")
             other = array.astype(random.choice(kinds)) if array.dtype.kind in "iufb" else array
-        return npy(random.choice((other, other.ravel()[:0], other[None], other.T, other.ravel(), np.zeros(()), np.flip(other))))
+        forms = (other, other.ravel()[:0], other[None], other.T, other.ravel(), np.zeros(()), np.flip(other))
+        return npy(random.choice(forms))
     return damaged(random, npy(array))
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from lft_jax._reading import read_npz
 from lft_jax.base import PyTree
 from lft_jax.tasks.perturbation import Constraint
 
@@ -156,16 +156,16 @@ class UniversalPerturbation:
           ValueError: for another file.
         """
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                fields = {name: stored[name] for name in stored.files}
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: of an .npy file
-            fields, reason = {}, error
-        else:
-            reason = None
-        if not {"perturbation", "norm"} <= fields.keys():
-            raise ValueError(f"path: {os.fspath(path)} is no .npz file of a result.") from reason
+            return cls._of_fields(read_npz(path))
+        except (ValueError, TypeError, KeyError) as error:  # also of the constructor, for other fields
+            raise ValueError(f"path: {os.fspath(path)} is no .npz file of a result ({error}).") from error
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, np.ndarray]) -> "UniversalPerturbation":
         history = {name.removeprefix("history/"): fields.pop(name) for name in list(fields) if "/" in name}
         perturbation, norm = fields.pop("perturbation"), fields.pop("norm").item()
+        if perturbation.ndim != 3 or perturbation.dtype.kind != "f" or not np.all(np.isfinite(perturbation)):
+            raise ValueError(f"perturbation must be [H, W, C], finite, got {perturbation.dtype} {perturbation.shape}")
         bounds = {name: fields.pop(name).item() for name in ("epsilon", "penalty") if name in fields}
         return cls(
             perturbation, history, Constraint(norm, **bounds), **{n: value.item() for n, value in fields.items()}

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lft_jax._files import replacing, write_bytes
+from lft_jax._reading import read_npy, read_object
 from lft_jax._version import __version__
 from lft_jax.auditing._plan import Cell, options
 from lft_jax.pretrained import load_pretrained
@@ -110,15 +111,15 @@ class Store:
         """The stored run of a cell; None if there is none, or one of other data, of another model, or damaged."""
         path = self.path(cell)
         try:
-            found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            perturbation = np.load(path, allow_pickle=False)
+            found = read_object(path.with_suffix(".json"))
+            perturbation = read_npy(path)
             if found.pop("key") != self.key(cell) or found.pop("perturbation") != digest(perturbation):
                 return None
             fields: dict[str, Any] = {**found, "cell": cell, "perturbation": perturbation}
             fields |= {name: np.asarray(found[name]) for name in ("predicted", "confidence")}
             fields["warnings"] = tuple(found["warnings"])
             return Run(**fields)
-        except (OSError, ValueError, EOFError, KeyError, TypeError):  # damaged, or of another version
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of another version
             return None
 
     def save(self, run: Run) -> None:
@@ -150,8 +151,8 @@ def _weights(optimizer):
 
 def _array(path):
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        return read_npy(path)
+    except (OSError, ValueError):
         return None
 
 

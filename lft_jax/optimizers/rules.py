@@ -348,6 +348,13 @@ def rule_from_dict(description: dict[str, Any]) -> UpdateRule:
     Raises:
       ValueError: for unknown or missing fields, or values that the rule does not accept.
     """
+    try:
+        return _rule(description)
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:  # values of other types
+        raise ValueError(f"a rule is described by what rule_to_dict returns, got {str(description)[:200]}.") from error
+
+
+def _rule(description):
     if description.keys() == {"spectral"}:
         return SpectralRule(**_known_fields(SpectralRule, description["spectral"]))
     described = dict(description)
@@ -369,4 +376,10 @@ def _known_fields(kind, described):
     known = {field.name for field in dataclasses.fields(kind)}
     if described.keys() != known:
         raise ValueError(f"the fields of a {kind.__name__} are {sorted(known)}, got {sorted(described)}.")
+    for name in ("hidden", "layers"):
+        if name in described and type(described[name]) is not int:
+            raise ValueError(f"{name} must be an integer, got {str(described[name])[:80]}.")
+    for size in described.get("maps", ()):
+        if type(size) is not int:
+            raise ValueError(f"maps must be integers, got {str(size)[:80]}.")
     return described

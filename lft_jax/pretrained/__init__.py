@@ -22,6 +22,7 @@ import optax
 
 from lft_jax import base
 from lft_jax._files import read_arrays, save_arrays
+from lft_jax._reading import read_object
 from lft_jax.optimizers.rules import UpdateRule, rule_from_dict, rule_to_dict
 from lft_jax.optimizers.transform import learned_fine_tuner
 
@@ -104,10 +105,7 @@ def pretrained_card(name: str) -> dict[str, Any]:
     """
     path = _locate(name).with_suffix(".json")
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(card, dict):
-            raise ValueError(f"it must be a JSON object, got {type(card).__name__}")
-        return card
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"name: the card {path} of {name!r} cannot be read ({error}).") from error
 
@@ -160,10 +158,21 @@ def _contents(name):
 def _load(path, weights, description):
     try:
         rule = rule_from_dict(json.loads(description))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _check_sizes(description, len(weights))
+    except ValueError as error:
         raise ValueError(f"name: the card of {path} does not describe a rule ({error}).") from error
     try:
         params = read_arrays(weights, jax.eval_shape(rule.init, jax.random.key(0)))
     except ValueError as error:
         raise ValueError(f"name: {path} {error}.") from error
     return params, rule, learned_fine_tuner(params, rule)
+
+
+def _check_sizes(description, size):
+    """Raises a ValueError for more units, layers or maps than a file of `size` bytes can have weights of."""
+    described = json.loads(description)
+    described = described.get("spectral", described)
+    for name in ("hidden", "layers", "maps"):
+        value = described.get(name, 0)
+        if max(value, default=0) > size if isinstance(value, list) else value > size:
+            raise ValueError(f"{name}={str(value)[:80]} is too large for weights of {size} bytes")

@@ -158,7 +158,7 @@ def _contents(name):
 def _load(path, weights, description):
     try:
         rule = rule_from_dict(json.loads(description))
-        _check_sizes(description, len(weights))
+        _check_sizes(description, max(len(weights), _SMALL))
     except ValueError as error:
         raise ValueError(f"name: the card of {path} does not describe a rule ({error}).") from error
     try:
@@ -166,6 +166,9 @@ def _load(path, weights, description):
     except ValueError as error:
         raise ValueError(f"name: {path} {error}.") from error
     return params, rule, learned_fine_tuner(params, rule)
+
+
+_SMALL = 1000  # bytes; a shorter file is truncated, which is said as such
 
 
 def _check_sizes(description, size):

@@ -35,8 +35,8 @@ class UniversalPerturbation:
 
     Attributes:
       perturbation: NumPy `[H, W, C]`, that of the last step, or the start that a search found if the steps ended no
-        better; if an error ended the run, the best one so far: the one
-        with the highest success rate, and among these with the lowest loss. `apply` adds it to images.
+        better; if an error ended the run, the best one so far: the one with the highest success rate, and among these
+        with the lowest loss. `apply` adds it to images.
       history: `{name: NumPy [number of steps]}`, measured after each step on the given images. Of more than 50, these
         are 50 random ones, the same in each step:
 

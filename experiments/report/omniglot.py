@@ -59,7 +59,7 @@ def omniglot_section(results: Mapping[str, Any], path: str, figures: str) -> str
     lines += _missing(results)
     for shots in _shown(results):
         lines += _compared(results, shots)
-    lines += [*_explained(results), f"![accuracies]({figures}.png)", "", "### By step, and incongruous tasks", ""]
+    lines += [*_explained(results), f"![accuracies]({figures}.png)", "", "**By step, and incongruous tasks.**", ""]
     return "\n".join([*lines, *classification_tables(results), ""])
 
 

@@ -79,12 +79,14 @@ def audit(
 
     Raises:
       ModuleNotFoundError: without matplotlib or jinja2 (the extra `audit`).
-      UserWarning: if the clean accuracy is not above one half: is the model asked as it should be?
       ValueError: for fewer than 20 images, invalid images, labels, radii, names or budgets, NaN logits of clean images,
         or if no query image is classified correctly.
       Exception: what the model raises for clean images; and what it raises in an attack, if all attacks fail. Failures
         of single attacks are listed in the report.
       KeyboardInterrupt: finished runs are in `output`; the same call goes on from there.
+
+    Warns:
+      UserWarning: if the clean accuracy is not above one half: is the model asked as it should be?
 
     Examples:
       A linear model of two classes, with a budget for a trial::

@@ -64,8 +64,8 @@ VICTIMS, DEFENCE = "docs/victims.md", "docs/defence.md"
 OVERVIEW = "all-victims"
 #: Prefix of files that `benchmarks.render` renders, into docs/performance.md.
 BENCHMARKS = "bench_"
-#: The counts of `make fuzz`, which have no page.
-FUZZ = "fuzz."
+#: What `make trust` merges into reliability.json, whose tables are part of docs/reliability.md.
+TRUST = ("fuzz.", "chaos.", "properties.", "meta_gradients.", "soak.", "reliability.")
 #: Groups of links in docs/results.md: title, prefixes of page names.
 GROUPS = (
     ("One image per class, exact gradients, linf ball (the table above)", ("hard-",)),
@@ -135,7 +135,7 @@ def render(flags: Config) -> None:
 def all_results(root: str | os.PathLike[str]) -> list[str]:
     """Paths, relative to `root`, of the results files that have a page, in alphabetical order."""
     paths = sorted(Path(root, RESULTS).rglob("*.json"))
-    return [path.relative_to(root).as_posix() for path in paths if not path.name.startswith((BENCHMARKS, FUZZ))]
+    return [path.relative_to(root).as_posix() for path in paths if not path.name.startswith((BENCHMARKS, *TRUST))]
 
 
 def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -8,6 +8,8 @@ from experiments.report.tables import origin
 #: Hardenings of the study.
 HARDENINGS = {
     "none": "trained on clean images",
+    "further clean epochs": "as many more epochs as the hardened networks have, on clean images",
+    "patterns alone": "`lft_jax.defence.harden` whose perturbations stay the searched patterns that they begin with",
     "learned": "`lft_jax.defence.harden`: the rule on pixels inside, several perturbations that begin again",
     "learned on periods": "the same with the rule on periods, `uap-linf`",
     "one perturbation": "the same with one perturbation throughout, moved by sign steps (after arXiv 1811.11304)",
@@ -33,6 +35,7 @@ def defence_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         f"{about['queries']:,} test images, in an {about['norm']} ball of {about['epsilon']:.4g}. Support images: "
         f"{support}. {origin(results, path)}",
         "",
+        *_resumed(results),
         f"Hardening is {about['epochs']} more epochs, {about['fraction']:.0%} of each minibatch perturbed.",
         "",
         *_table(rows, "hardening", "hardening", ATTACKS),
@@ -51,6 +54,12 @@ def defence_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     if results.get("audits"):
         lines += ["", *_audits(results["audits"])]
     return "\n".join([*lines, "", ""])
+
+
+def _resumed(results):
+    """A line on the commits at which rows were added."""
+    commits = results["provenance"].get("resumed_at_commits")
+    return [f"Rows were added at commit {', '.join(commits)}.", ""] if commits else []
 
 
 def defence_summary(found: Sequence[Mapping[str, Any]]) -> str:

@@ -4,12 +4,13 @@ r"""Universal adversarial training: clean accuracy, and success of fresh attacks
   python -m experiments.studies.defence --source=cifar10 --audit
 
 A small CNN is trained, then hardened from its weights: by `lft_jax.defence.harden` with the learned rule inside, and by
-its settings that are those of arXiv 1811.11304, one perturbation throughout, moved by sign steps. Attacks are made from
-validation images, and judged on test images. With `--art`, which needs the extra `art`, defences of the Adversarial
-Robustness Toolbox that change the images stand before the plain CNN: attacked by the perturbations that are made on it
-without them, and by queries through them. With `--audit`, which needs the extra `audit`, the network is audited before
-and after the hardening by the learned rule, on test images. The results file keeps what is finished; weights and the
-pages of the audits are in `--workdir`.
+its settings that are those of arXiv 1811.11304, one perturbation throughout, moved by sign steps. Two controls have
+equally many further epochs: on clean images, and with the searched patterns alone, which no attack moves. Attacks are
+made from validation images, and judged on test images. With `--art`, which needs the extra `art`, defences of the
+Adversarial Robustness Toolbox that change the images stand before the plain CNN: attacked by the perturbations that are
+made on it without them, and by queries through them. With `--audit`, which needs the extra `audit`, the network is
+audited before and after the hardening by the learned rule, on test images. The results file keeps what is finished;
+weights and the pages of the audits are in `--workdir`.
 """
 
 import dataclasses
@@ -45,6 +46,8 @@ SIGN = hand_designed.projected_gradient(0.4, 0.9, 0.1)
 #: `{name: settings}` of `lft_jax.defence.Hardening`; None for no hardening.
 HARDENINGS: dict[str, dict[str, Any] | None] = {
     "none": None,
+    "further clean epochs": {"attack": optax.set_to_zero(), "attack_steps": 2**29, "perturbations": 1, "search": None},
+    "patterns alone": {"attack": optax.set_to_zero()},
     "learned": {},
     "learned on periods": {"attack": "uap-linf"},
     "one perturbation": {
@@ -187,8 +190,12 @@ def _results(path, flags):
             raise ValueError(f"output: {path} is of other settings, {found['about']}, not {described}; name another.")
     else:
         found = {"about": described, "histories": {}, "rows": []}
+    now = provenance.describe(range(flags.draws))
+    made = found.get("provenance", now)
+    if now["commit"] not in (made["commit"], *made.get("resumed_at_commits", ())):
+        made["resumed_at_commits"] = [*made.get("resumed_at_commits", ()), now["commit"]]
     return {
-        "provenance": provenance.describe(range(flags.draws)),
+        "provenance": made,
         **{name: found[name] for name in ("about", "histories", "rows")},
         "audits": found.get("audits", {}),
     }

@@ -54,18 +54,17 @@ def draw():
             arrow(f"M 384 {middle} H 428", ORANGE),
             grid(472 - (cells - 4) * 4, top, cells, layers, lambda r, c, k: (r + c + k) // 2 % 2),
         ]
-        if layers == 1:
-            parts += [
-                text(194, middle - 10, "gradient", 12, colour=BLUE),
-                text(406, middle - 10, "update", 12, colour=ORANGE),
-            ]
+        parts += [
+            text(194, middle - 10, "gradient", 12, colour=BLUE),
+            text(406, middle - 10, "update", 12, colour=ORANGE),
+        ]
     parts += [
         f'<rect x="222" y="44" width="156" height="316" rx="14" fill="{GREEN}" fill-opacity=".12" stroke="{GREEN}" '
         'stroke-width="2.5"/>',
         text(300, 168, "a small LSTM with", 14, colour=GREEN),
         text(300, 187, "the same weights", 14, colour=GREEN),
         text(300, 206, "at every coordinate", 14, colour=GREEN),
-        text(300, 225, "of every task", 14, colour=GREEN),
+        text(300, 225, "or period", 14, colour=GREEN),
         arrow("M 505 372 V 402 H 300 V 368", GREY, dashed=True),
         text(402, 424, "loss on query images → meta-gradient", 14),
     ]

@@ -4,7 +4,7 @@ python -m experiments.attack --victim=victims/mnist_small_cnn_1000 --output=runs
 python -m experiments.attack --model=package.module:function --images=FOLDER --epsilon=8/255 --output=runs/uap
 
 Exit codes: 0 success; 1 unexpected error; 2 wrong flags, images or model; 3 ended early, partial result written; 130
-Ctrl-C before there was one.
+Ctrl-C and 143 SIGTERM before there was one.
 """
 
 from lft_jax.cli.attack import Config, attack, main

@@ -5,12 +5,19 @@ All of them share one set of meta-parameters:
   python -m experiments.meta_train --workdir=runs/lft \
     --victims=runs/victims/digits_small_cnn_0,runs/victims/mnist_5k_lenet_0 --epsilon=digits=0.25,mnist_5k=0.3
 
-Run it again to resume. Train victims with experiments.train_victim. `--preset=uap_linf` repeats the meta-training of
-the shipped rule.
+Run it again to resume. Exit codes: 0 success; 1 error; 130 Ctrl-C; 143 SIGTERM, once the meta-step is done and saved.
+However a run ends, it loses at most the meta-steps since its last checkpoint.
+
+Train victims with experiments.train_victim. `--preset=uap_linf` repeats the meta-training of the shipped rule.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import os
+import shutil
+import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -286,31 +293,51 @@ def load_learned(name: str) -> tuple[Config, comparison.Learned]:
 
 
 def meta_train(flags: Config) -> meta.MetaState:
-    """Runs or resumes the meta-training that the flags describe."""
+    """Runs or resumes the meta-training that the flags describe.
+
+    Raises:
+      MetaTrainingStopped: for SIGTERM, in the main thread; the run is saved.
+    """
     check(flags)
     if flags.coordinator is not None:
         address = None if flags.coordinator == "auto" else flags.coordinator
         jax.distributed.initialize(address, flags.num_processes, flags.process_id)
     learner = learner_of(flags)
     stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in WHERE}
-    state = run.train(
-        trainer_of(flags, learner),
-        jax.random.key(flags.seed),
-        flags.workdir,
-        config=stored,
-        upgrade=present_flags,
-        num_meta_steps=flags.meta_steps,
-        checkpoint_every=flags.checkpoint_every,
-        validate=_validation(flags, learner) if flags.validation_tasks else None,
-    )
+    main = threading.current_thread() is threading.main_thread()
+    with run.stop_on_sigterm() if main else contextlib.nullcontext() as stop:
+        try:
+            state = run.train(
+                trainer_of(flags, learner),
+                jax.random.key(flags.seed),
+                flags.workdir,
+                config=stored,
+                upgrade=present_flags,
+                num_meta_steps=flags.meta_steps,
+                checkpoint_every=flags.checkpoint_every,
+                validate=_validation(flags, learner) if flags.validation_tasks else None,
+                stop=stop,
+            )
+        except run.MetaTrainingStopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise
     path = Path(flags.workdir) / "rule.safetensors"
     # A rule that is there already was stored by the call that made it, and its card describes that call. A rule with a
     # sampler is not stored, since `universal_perturbation` takes no sampler.
     alone = flags.learner in ("lft", "l2o") and not flags.sampler
     if alone and jax.process_index() == 0 and not path.exists():
         card = {**provenance.describe([flags.seed]), "meta_training": stored}
-        pretrained.save_rule(path, state.params, rule_of(flags), card)
+        _store_rule(path, state.params, rule_of(flags), card)
     return state
+
+
+def _store_rule(path, params, rule, card):
+    """Stores a rule: its card first, so that one with weights is complete whenever the process is killed."""
+    scratch = path.with_name(f".{path.stem}.partial")  # `run.train` deletes one that is left
+    pretrained.save_rule(scratch / path.name, params, rule, card)
+    for suffix in (".json", path.suffix):
+        os.replace((scratch / path.name).with_suffix(suffix), path.with_suffix(suffix))
+    shutil.rmtree(scratch)
 
 
 def trainer_of(flags: Config, learner: Learner) -> meta.MetaTrainer:

@@ -113,6 +113,14 @@ def replace_directory(new: str | os.PathLike, path: str | os.PathLike) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_directory(path: str | os.PathLike) -> None:
+    """Deletes a directory. If it is interrupted, there is no half of it under its name."""
+    aside = Path(f"{path}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
 def _named(tree):
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]

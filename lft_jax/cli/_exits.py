@@ -1,14 +1,16 @@
 """Exit codes of a console script, and the one line that it says with them.
 
 Exit codes: 0 success; 1 unexpected error, with a traceback; 2 wrong usage; 3 the run ended early and what it had found
-is written; 130 interrupted before there was anything to write.
+is written; 130 Ctrl-C and 143 SIGTERM, before there was anything to write, or where the same command goes on.
 """
 
+import contextlib
+import signal
 import sys
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,11 +19,18 @@ from absl import app, flags
 from lft_jax.cli import config
 
 PACKAGE = Path(__file__).parents[1]
-WRONG_USAGE, ENDED_EARLY, INTERRUPTED = 2, 3, 130
+WRONG_USAGE, ENDED_EARLY, INTERRUPTED, TERMINATED = 2, 3, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is dealt with as Ctrl-C is."""
+
+    def __init__(self):
+        super().__init__("SIGTERM")
 
 
 class EndedEarly(Exception):
-    """An error or Ctrl-C ended the run; what it had found is written. The cause says why.
+    """An error, Ctrl-C or SIGTERM ended the run; what it had found is written. The cause says why.
 
     Attributes:
       code: exit code.
@@ -31,9 +40,11 @@ class EndedEarly(Exception):
 
 
 class Kept(EndedEarly):
-    """Ctrl-C ended the run; the same command goes on."""
+    """Ctrl-C or SIGTERM ended the run; the same command goes on."""
 
-    code = INTERRUPTED
+    def __init__(self, message: str, cause: KeyboardInterrupt):
+        super().__init__(message)
+        self.code = _code(cause)
 
 
 class LimitExceeded(EndedEarly):
@@ -51,11 +62,12 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
 
     def coded(flags):
         try:
-            run(flags)
+            with _terminated_as_interrupted():
+                run(flags)
         except EndedEarly as error:
             _exit(error.code, str(error))
-        except KeyboardInterrupt:
-            _exit(INTERRUPTED, "interrupted; nothing was written")
+        except KeyboardInterrupt as stop:
+            _exit(_code(stop), "interrupted; nothing was written")
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             _exit(WRONG_USAGE, described(error))
 
@@ -68,6 +80,25 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
             wrong = isinstance(stop.__context__, flags.Error | app.UsageError)
             raise SystemExit(WRONG_USAGE if wrong else 0) from stop
         raise
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Raises `Terminated` where the first SIGTERM comes. A second one ends the process at once."""
+
+    def terminate(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    former = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+
+
+def _code(stop):
+    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def described(error: BaseException) -> str:

@@ -19,8 +19,9 @@ labels, the model's own predictions are the labels. The rates are measured on th
 Written are OUTPUT.npy (the perturbation), OUTPUT.json (rates, history, flags, provenance) and, with the extra plots,
 OUTPUT.png (images before and after).
 
-Exit codes: 0 success; 1 unexpected error, with a traceback; 2 wrong flags, images or model; 3 an error or Ctrl-C ended
-the run and the best perturbation so far is written, with "complete": false; 130 Ctrl-C before there was one.
+Exit codes: 0 success; 1 unexpected error, with a traceback; 2 wrong flags, images or model; 3 an error, Ctrl-C or
+SIGTERM ended the run and the best perturbation so far is written, with "complete": false; 130 Ctrl-C and 143 SIGTERM
+before there was one.
 """
 
 import dataclasses
@@ -102,7 +103,8 @@ def attack(flags: Config) -> dict[str, Any]:
     """Runs the attack, writes its files and returns the contents of the .json file.
 
     Raises:
-      EndedEarly: if an error or KeyboardInterrupt ended the run and what it had found is written.
+      EndedEarly: if an error, or KeyboardInterrupt, as which SIGTERM counts, ended the run and what it had found is
+        written.
       ValueError: for flags, images or models that do not fit.
     """
     _check(flags)

@@ -18,7 +18,7 @@ Written are DIR/index.html (one page that needs no other file), report.json (wha
 perturbation.npy (that of the verdict), junit.xml, and runs/ (each run). Interrupted, the same command goes on.
 
 Exit codes: 0 success; 1 unexpected error, with a traceback; 2 wrong flags, images or model; 3 the lower bound of the
-success rate is above --fail_above; 130 Ctrl-C, finished runs are kept.
+success rate is above --fail_above; 130 Ctrl-C and 143 SIGTERM, finished runs are kept.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def run(flags: Config) -> AuditReport:
 
     Raises:
       LimitExceeded: if the lower bound of the success rate is above `fail_above`; all is written.
-      Kept: for KeyboardInterrupt; finished runs are kept.
+      Kept: for KeyboardInterrupt, as which SIGTERM counts; finished runs are kept.
       ValueError: for flags, images or models that do not fit.
     """
     check_own(flags)
@@ -105,7 +105,8 @@ def run(flags: Config) -> AuditReport:
             about=_about(flags, images, len(rows)),
         )
     except KeyboardInterrupt as stop:
-        raise _exits.Kept(f"interrupted; finished runs are in {flags.out}, the same command goes on") from stop
+        said = f"interrupted; finished runs are in {flags.out}, the same command goes on"
+        raise _exits.Kept(said, stop) from stop
     report.save(flags.out, fail_above=flags.fail_above)
     print(report)
     print(f"written: {Path(flags.out) / 'index.html'}, report.json, perturbation.npy, junit.xml, runs/")

@@ -33,7 +33,7 @@ def held(workdir: Path) -> Generator[None, None, None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file, free = _open(path)
     except OSError as error:
-        raise PermissionError(f"workdir: {workdir} cannot be written ({error}); choose another.") from error
+        raise _unwritable(workdir, error) from error
     with file:
         holder, here = _read(file), socket.gethostname()
         if free is None:  # a file system without locks
@@ -47,14 +47,20 @@ def held(workdir: Path) -> Generator[None, None, None]:
         if holder:
             warnings.warn(f"workdir: {path} was left by {who}, which has ended; it is taken over.", stacklevel=4)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps({"host": here, "process": os.getpid(), "started": now}) + "\n")
-        file.flush()
         try:
+            try:
+                os.ftruncate(file.fileno(), 0)
+                says = json.dumps({"host": here, "process": os.getpid(), "started": now}) + "\n"
+                os.pwrite(file.fileno(), says.encode(), 0)
+            except OSError as error:  # as of a full disk
+                raise _unwritable(workdir, error) from error
             yield
         finally:
             path.unlink(missing_ok=True)  # while it is locked: afterwards it may be the file of another run
+
+
+def _unwritable(workdir, error):
+    return PermissionError(f"workdir: {workdir} cannot be written ({error}); choose another.")
 
 
 def _open(path):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
 
     Raises:
       ValueError: if a leaf is not an array, or an array without elements (orbax does not store these).
+      OSError: if writing fails, as on a full disk.
 
     Examples:
       >>> import tempfile
@@ -49,8 +51,13 @@ def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
     scratch = path.with_name(path.name + ".partial")  # one name for all processes
     first = jax.process_index() == 0
     try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(scratch / "tree", args=ocp.args.StandardSave(tree), force=True)
+        try:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(scratch / "tree", args=ocp.args.StandardSave(tree), force=True)
+        except ValueError as error:  # also tensorstore's way to say that the disk is full
+            if number := re.search(r"os_error_code='(\d+)'", str(error)):
+                raise OSError(int(number[1]), f"{os.strerror(int(number[1]))}: {path}") from error
+            raise
         if first:
             sums = json.dumps(_checksums(scratch / "tree"), indent=1)
             (scratch / "tree" / CHECKSUMS).write_text(sums + "\n", encoding="utf-8")
@@ -116,9 +123,10 @@ def _check_files(folder):
 
 @contextlib.contextmanager
 def _checkpointer():
-    """An orbax checkpointer that logs warnings only; at the info level it logs thirty lines per checkpoint."""
+    """An orbax checkpointer that logs nothing: at the info level thirty lines per checkpoint, and errors twice, which
+    it raises too."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(min(verbosity, logging.WARNING))
+    logging.set_verbosity(min(verbosity, logging.FATAL))
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             yield checkpointer

@@ -122,7 +122,7 @@ def adaptive_lft(
     return dataclasses.replace(learner, adaptation_steps=steps, adaptation_rate=learning_rate)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _rule_optimizer(rule, sampler):
     # One function object per rule, so that jitted functions of learners of equal rules are compiled once.
     if sampler is None:
@@ -386,7 +386,7 @@ def joint(rule: UpdateRule, *, second_order: bool = False) -> Learner:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _joint_optimizer(rule):
     return lambda params: learned_fine_tuner(params["rule"], rule)
 

@@ -4,28 +4,87 @@ import contextlib
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from jax.experimental import multihost_utils
 from jaxtyping import PRNGKeyArray
 
 from lft_jax import base
-from lft_jax._files import write_bytes
-from lft_jax._reading import parse_json, read_object
+from lft_jax._files import remove_directory, write_bytes
+from lft_jax._reading import read_object
 from lft_jax.base import PyTree
 from lft_jax.meta import _lock, checkpoints
+from lft_jax.meta._log import Log
 from lft_jax.meta.trainer import MetaState, MetaTrainer
+
+#: Exit code of a process that `MetaTrainingStopped` ends: 128 + SIGTERM, as shells report it.
+STOPPED = 143
+#: Checkpoints that are kept.
+KEPT = 2
 
 
 class MetaTrainingDiverged(RuntimeError):
     """Too many meta-gradients in a row were not finite."""
+
+
+class MetaTrainingStopped(SystemExit):
+    """The run was asked to stop, and has saved a checkpoint: the same call goes on.
+
+    Not caught, it ends the process with exit code 143.
+
+    Attributes:
+      workdir: folder of the run.
+      step: meta-steps done.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        super().__init__(STOPPED)
+        self.workdir, self.step = workdir, step
+
+    def __str__(self):
+        return f"stopped after meta-step {self.step}, which is saved in {self.workdir}; the same command goes on"
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Takes note of SIGTERM in a `with` block, where it would end the process: makes the `stop` of `train`.
+
+    Only the first one is noted: a second one has its former effect, which usually is to end the process at once. Only
+    the main thread can use it. Under `jax.distributed`, use it after `jax.distributed.initialize`.
+
+    Yields:
+      A function that says whether SIGTERM has come.
+
+    Raises:
+      ValueError: outside of the main thread.
+
+    Examples:
+      >>> with stop_on_sigterm() as stop:
+      ...     before = stop()
+      ...     os.kill(os.getpid(), signal.SIGTERM)
+      ...     before, stop()
+      (False, True)
+    """
+    came = threading.Event()
+
+    def note(number, frame):
+        came.set()
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+
+    former = signal.signal(signal.SIGTERM, note)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
 def train(
@@ -39,6 +98,7 @@ def train(
     checkpoint_every: int = 100,
     max_skipped_in_a_row: int = 20,
     validate: Callable[[PyTree], Mapping[str, float]] | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> MetaState:
     """Meta-trains in `workdir`, resuming from its last checkpoint if there is one.
@@ -46,6 +106,10 @@ def train(
     A resumed run gives the same numbers as an uninterrupted one, since its complete state is in the checkpoint. Writes
     `config.json`, `checkpoints/`, `metrics.jsonl` (one line per meta-step) and TensorBoard event files. Under
     `jax.distributed` every process must call this with the same workdir on shared storage; the first one writes.
+
+    A process that is killed, at whatever moment, loses the meta-steps since the last checkpoint, which are run again.
+    The last two checkpoints are kept. If the last one is damaged, the one before it is used, with a warning, and the
+    damaged one is renamed to `STEP.damaged`.
 
     During a run the file `run.lock` in the workdir names its host and process, and a second run there is refused. A
     file that a killed process has left is taken over on the same host, with a warning; on another one, delete it.
@@ -60,16 +124,25 @@ def train(
       checkpoint_every: number of meta-steps between checkpoints (and validations).
       max_skipped_in_a_row: number of consecutive meta-gradients that are not finite after which the run stops.
       validate: `params -> {name: number}`, called at every checkpoint; the result is added to the metrics.
+      stop: asked before each meta-step whether to stop; None for never. `stop_on_sigterm` makes one. Under
+        `jax.distributed` all processes need one, and all stop if one of them says so.
       progress: whether to show a progress bar.
 
     Returns:
       The state after `num_meta_steps` meta-steps.
 
     Raises:
-      ValueError: for a workdir that another run uses, with another configuration, or with damaged metrics or a damaged
-        last checkpoint, and for numbers below 1.
+      ValueError: for a workdir that another run uses, with another configuration, or with damaged metrics or no
+        checkpoint that can be read, and for numbers below 1.
       PermissionError: for a workdir that cannot be written.
+      OSError: if writing fails during the run, as on a full disk, or the workdir is moved or deleted. The last good
+        checkpoint stays, and is named.
       MetaTrainingDiverged: see `max_skipped_in_a_row`.
+      MetaTrainingStopped: if `stop` says so; the last meta-step is saved.
+
+    Warns:
+      UserWarning: of a damaged checkpoint, of lines of `metrics.jsonl` that are removed since their meta-steps are run
+        again, and of the `run.lock` of a process that has ended.
 
     Examples:
       >>> import tempfile
@@ -90,19 +163,27 @@ def train(
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(_lock.held(workdir))
+            _remove_leftovers(workdir)
         _claim(workdir, config, upgrade, write=first)
         state = trainer.init(key)
-        state = _latest(workdir, like=state) or state
-        start = int(state.step)
-        metrics_path = workdir / "metrics.jsonl" if first else Path(os.devnull)
-        if first:
-            _keep_before(metrics_path, start)
-        lines = stack.enter_context(open(metrics_path, "a", encoding="utf-8"))
-        options = {"logdir": str(workdir / "tensorboard"), "purge_step": start, "write_to_disk": first}
-        board = stack.enter_context(tensorboardX.SummaryWriter(**options))
+        state = _latest(workdir, like=state, rename=first) or state
+        start = saved = int(state.step)
+        with _writing(workdir):
+            log = stack.enter_context(Log(workdir, start)) if first else None
         options = {"desc": "meta-training", "unit": "step", "disable": not (progress and first)}
         bar = stack.enter_context(tqdm.tqdm(total=num_meta_steps, initial=start, **options))
+
+        def save():
+            with _writing(workdir):
+                if log is not None:
+                    log.flush()  # so that the metrics of all meta-steps before a checkpoint are on disk
+                _save(workdir, state)
+
         for step in range(start, num_meta_steps):
+            if _asked_to_stop(stop):
+                if saved < step:
+                    save()
+                raise MetaTrainingStopped(workdir, step)
             began = time.perf_counter()
             state, metrics = trainer.step(state)
             record = {name: np.asarray(value).tolist() for name, value in metrics.items()}
@@ -116,20 +197,43 @@ def train(
             due = step + 1 == num_meta_steps or (step + 1) % checkpoint_every == 0
             if due and validate is not None:
                 record |= validate(state.params)
-            lines.write(json.dumps(record) + "\n")
-            for name, value in record.items():
-                if name != "step" and np.ndim(value) == 0:
-                    board.add_scalar(name, value, step)
+            if log is not None:
+                with _writing(workdir):
+                    log.write(record)
             if due:
-                lines.flush()  # so that the metrics of all meta-steps before a checkpoint are on disk
-                _save(workdir, state)
+                save()
+                saved = step + 1
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.4f}", skipped=record["skipped"], refresh=False)
     return state
 
 
+def _asked_to_stop(stop):
+    """Whether `stop` says so in any process."""
+    if stop is None:
+        return False
+    asked = bool(stop())
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(asked)))) if jax.process_count() > 1 else asked
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+    """Adds to an OSError which folder could not be written, and from where the run will go on."""
+    try:
+        yield
+    except OSError as error:
+        steps = _steps(workdir / "checkpoints")
+        kept = f"the last good checkpoint is that of meta-step {steps[-1]}" if steps else "there is no checkpoint in it"
+        # With the number of the error Python makes the type that belongs to it.
+        raise OSError(
+            error.errno, f"workdir: {workdir} could not be written; {kept}, and the same call goes on. {error}"
+        ) from error
+
+
 def load_run(workdir: str | os.PathLike[str], like: Callable[[dict[str, Any]], MetaState]) -> tuple[MetaState, dict]:
     """Loads the last checkpoint of a run.
+
+    If it is damaged, the one before it is used, with a warning.
 
     Args:
       workdir: directory of the run.
@@ -174,29 +278,54 @@ def _save(workdir, state):
     checkpoints.save_tree(workdir / "checkpoints" / step, fields)
     if jax.process_index() > 0:
         return
+    kept = _steps(workdir / "checkpoints")[-KEPT:]
     for folder in (workdir / "checkpoints", workdir / "particles"):
-        for step in _steps(folder)[:-2]:
-            shutil.rmtree(folder / str(step))
+        for step in _steps(folder):
+            if step not in kept:  # nor are particles whose checkpoint a crash has prevented
+                remove_directory(folder / str(step))
 
 
-def _latest(workdir, like):
-    """The state of the last checkpoint, or None if there is none."""
-    steps = _steps(workdir / "checkpoints")
-    if not steps:
-        return None
-    last, *older = reversed(steps)
-    try:
-        return _load(workdir, last, like)
-    except ValueError as error:
-        for step in older:
-            with contextlib.suppress(ValueError):
-                _load(workdir, step, like)
-                advice = f"Checkpoint {step} is good; to go on from it, delete {workdir / 'checkpoints' / str(last)}."
-                break
+def _remove_leftovers(workdir):
+    """Deletes what processes that were killed have left of files and folders that they were writing or deleting."""
+    found = [*workdir.glob(".*.partial")]
+    for folder in (workdir / "checkpoints", workdir / "particles"):
+        found += [path for suffix in ("partial", "replaced", "removed") for path in folder.glob(f"*.{suffix}")]
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            advice = "No older checkpoint can be read; to begin again, choose another workdir."
-        reason = "is damaged, or of another rule or meta-optimizer"
-        raise ValueError(f"workdir: checkpoint {last} of {workdir} {reason}. {advice} {error}") from error
+            path.unlink(missing_ok=True)
+
+
+def _latest(workdir, like, *, rename=False):
+    """The state of the last checkpoint that can be read, or None if there is no checkpoint.
+
+    Warns of later ones that are damaged, and renames them if asked to.
+    """
+    folder, damaged = workdir / "checkpoints", []
+    for step in reversed(_steps(folder)):
+        try:
+            state = _load(workdir, step, like)
+        except ValueError as error:
+            damaged.append((step, error))
+            continue
+        for bad, error in damaged:
+            done = f"renamed to {bad}.damaged" if rename else "left out"
+            used = f"is {done}; that of meta-step {step} is used instead"
+            warnings.warn(f"workdir: checkpoint {bad} of {workdir} is damaged and {used}. {error}", stacklevel=3)
+            if rename:
+                aside = folder / f"{bad}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                with _writing(workdir):
+                    os.replace(folder / str(bad), aside)
+        return state
+    if damaged:
+        last, error = damaged[0]
+        raise ValueError(
+            f"workdir: checkpoint {last} of {workdir} is damaged, or of another rule or meta-optimizer, and no older "
+            f"one can be read; to begin again, choose another workdir. {error}"
+        ) from error
+    return None
 
 
 def _load(workdir, step, like):
@@ -235,32 +364,3 @@ def _claim(workdir, config, upgrade, write):
 def _as_stored(config):
     """The configuration as it is read from JSON: tuples become lists."""
     return json.loads(json.dumps(config))
-
-
-def _keep_before(path, step):
-    """Removes the lines of meta-steps that will be run again, and a last line that a crash left incomplete.
-
-    Warns of lines that it removes. Raises a ValueError for a damaged line elsewhere.
-    """
-    if not path.exists():
-        return
-    lines, kept, again = path.read_bytes().splitlines(keepends=True), [], 0
-    for number, line in enumerate(lines, 1):
-        try:
-            before = int(parse_json(line)["step"]) < step
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            if line.endswith(b"\n"):
-                raise ValueError(
-                    f"workdir: line {number} of {path} is damaged: {line[:60]!r}. Correct or delete the line, or move "
-                    f"the file elsewhere; the run goes on from its checkpoint of meta-step {step} in any case."
-                ) from error
-            warnings.warn(f"{path}: the last line is incomplete and is removed: {line[:60]!r}.", stacklevel=3)
-            continue
-        again += not before
-        if before:
-            kept.append(line.rstrip(b"\n") + b"\n")
-    if again:
-        done = f"the run goes on from its checkpoint of meta-step {step}"
-        warnings.warn(f"{path}: {done}; {again} later meta-steps are run again, and their lines removed.", stacklevel=3)
-    if kept != lines:
-        write_bytes(path, b"".join(kept))

@@ -81,7 +81,7 @@ def meta_gradient_gap(
     return _gap(learner, params, family, keys, num_steps, step_weights, min(batch_size, len(keys)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@functools.partial(BoundedJit, static=(0, 4, 5, 6))
 def _gap(learner, params, family, keys, num_steps, step_weights, batch_size):
     def task(key):
         def optimizees(params):

@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
+import re
+import signal
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from lft_jax.meta import learners, run
 from lft_jax.meta.checkpoints import save_tree
 from lft_jax.meta.evolution import PersistentEvolutionStrategies
 from lft_jax.meta.imitation import Imitation
-from lft_jax.meta.run import MetaTrainingDiverged, load_run
+from lft_jax.meta.run import MetaTrainingDiverged, MetaTrainingStopped, load_run, stop_on_sigterm
 from lft_jax.meta.trainer import init_state, meta_trainer
 from lft_jax.optimizers.rules import coordinate_lstm
 from lft_jax.tasks.quadratic import quadratic_family
@@ -68,6 +70,16 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def timeless(workdir):
+    """The lines of the metrics without their times."""
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in lines(workdir)]
+
+
+def saved(workdir):
+    """What is in the folder of the checkpoints."""
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
 def like(hidden=3):
     return lambda config: init_state(learners.lft(rule(hidden)), (), OPTIMIZER, jax.random.key(0))
 
@@ -99,9 +111,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(trainer, whole, begun):
     assert [entry["step"] for entry in lines(begun)] == [0, 1, 2]
     resumed = train(trainer, begun, 6)
     assert_same(resumed, whole[1])
-    timeless = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in lines(w)] for w in (begun, whole[0])]
-    assert timeless[0] == timeless[1]
-    assert [entry["step"] for entry in timeless[0]] == list(range(6))
+    assert timeless(begun) == timeless(whole[0])
+    assert [entry["step"] for entry in lines(begun)] == list(range(6))
     assert_same(train(trainer, begun, 6), resumed)  # nothing left to do
     assert len(lines(begun)) == 6
 
@@ -210,6 +221,77 @@ def test_validation_is_written_at_checkpoints(trainer, tmp_path):
     np.testing.assert_allclose(sizes[-1], optax.tree.norm(state.params), rtol=1e-6)
 
 
+# ---- Stopping ----
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(trainer, whole, tmp_path):
+    asked = iter([False, False, False, True, True])
+    validated = {"validate": lambda params: {"size": float(optax.tree.norm(params))}}
+    with pytest.raises(MetaTrainingStopped, match=rf"stopped after meta-step 3, which is saved in {tmp_path};") as stop:
+        train(trainer, tmp_path, 6, stop=lambda: next(asked), **validated)
+    assert (stop.value.code, stop.value.step, stop.value.workdir) == (143, 3, tmp_path)
+    assert saved(tmp_path) == ["2", "3"]
+    assert not (tmp_path / "run.lock").exists()
+    with pytest.raises(MetaTrainingStopped, match="stopped after meta-step 3"):  # at once
+        train(trainer, tmp_path, 6, stop=lambda: next(asked), **validated)
+    assert_same(train(trainer, tmp_path, 6, **validated), whole[1])
+    # The checkpoint that no schedule has asked for has no validation either.
+    assert ["size" in entry for entry in lines(tmp_path)] == [False, True] * 3
+
+
+def test_a_run_that_is_asked_to_stop_before_its_first_step(trainer, whole, tmp_path):
+    with pytest.raises(MetaTrainingStopped, match="stopped after meta-step 0"):
+        train(trainer, tmp_path, 6, stop=lambda: True)
+    assert not (tmp_path / "checkpoints").exists()
+    assert_same(train(trainer, tmp_path, 6), whole[1])
+
+
+def test_a_run_is_complete_before_it_is_asked_again(trainer, whole, tmp_path):
+    calls = []
+    assert_same(train(trainer, tmp_path, 6, stop=lambda: calls.append(0)), whole[1])
+    assert len(calls) == 6
+
+
+def test_sigterm_stops_a_run(trainer, whole, tmp_path):
+    def step(state):
+        if int(state.step) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return trainer.step(state)
+
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(MetaTrainingStopped, match="after meta-step 3"), stop_on_sigterm() as stop:
+        train(trainer._replace(step=step), tmp_path, 6, stop=stop)
+    assert signal.getsignal(signal.SIGTERM) is former
+    assert_same(train(trainer, tmp_path, 6), whole[1])
+
+
+def test_a_second_sigterm_has_its_former_effect():
+    came = []
+    former = signal.signal(signal.SIGTERM, lambda *_: came.append(0))
+    try:
+        with stop_on_sigterm() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop() and not came
+            signal.raise_signal(signal.SIGTERM)
+            assert came
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_sigterm_is_noted_in_the_main_thread_only():
+    found = []
+
+    def elsewhere():
+        with pytest.raises(ValueError, match="main thread"), stop_on_sigterm():
+            pass
+        found.append(0)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found
+
+
 # ---- Diverging ----
 
 
@@ -257,30 +339,34 @@ def truncate(folder):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_truncated_checkpoint_is_refused_and_the_one_before_it_named(trainer, whole, begun):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(trainer, whole, begun):
     truncate(begun / "checkpoints" / "3")
-    message = (
-        rf"workdir: checkpoint 3 of {begun} is damaged, .* Checkpoint 2 is good; to go on from it, delete "
-        rf"{begun}/checkpoints/3\. path: the checkpoint at {begun}/checkpoints/3 is damaged: .*sha256\.json"
+    damaged = (
+        rf"workdir: checkpoint 3 of {begun} is damaged and is %s; that of meta-step 2 is used instead\. path: .*/3"
     )
-    for use in (lambda: train(trainer, begun, 6), lambda: load_run(begun, like())):
-        with pytest.raises(ValueError, match=message):
-            use()
-    assert len(lines(begun)) == 3
-    shutil.rmtree(begun / "checkpoints" / "3")
-    with pytest.warns(UserWarning, match="checkpoint of meta-step 2; 1 later meta-steps are run again"):
+    with pytest.warns(UserWarning, match=damaged % "left out"):
+        state, _ = load_run(begun, like())
+    assert int(state.step) == 2
+    assert saved(begun) == ["2", "3"]  # as it was
+    with pytest.warns(UserWarning) as warned:
         assert_same(train(trainer, begun, 6), whole[1])
-    assert [entry["step"] for entry in lines(begun)] == list(range(6))
+    first, second = (str(warning.message) for warning in warned)
+    assert re.match(damaged % r"renamed to 3\.damaged", first)
+    assert "goes on from its checkpoint of meta-step 2; 1 later meta-steps are run again" in second
+    assert timeless(begun) == timeless(whole[0])
+    assert saved(begun) == ["3.damaged", "4", "6"]
 
 
 def test_a_run_with_no_good_checkpoint_is_refused(trainer, begun):
     for step in (2, 3):
         truncate(begun / "checkpoints" / str(step))
-    with pytest.raises(
-        ValueError, match=r"checkpoint 3 of .* is damaged.* No older checkpoint can be read; .* another"
-    ):
-        train(trainer, begun, 6)
+    for use in (lambda: train(trainer, begun, 6), lambda: load_run(begun, like())):
+        with pytest.raises(
+            ValueError, match=r"checkpoint 3 of .* is damaged, or .* no older one can be read; .* another"
+        ):
+            use()
     assert len(lines(begun)) == 3
+    assert saved(begun) == ["2", "3"]
 
 
 @pytest.mark.parametrize("damage", [b"\x00\xff\x00", b"[1, 2]", b'{"loss": 1.0}', b""])

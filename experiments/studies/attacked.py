@@ -52,12 +52,13 @@ def victim(name: str, *, split: str = "own", queries: int = 0, data_dir: str | N
     Args:
       name: of `public_models.MODELS`, or of a folder in victims/. The images of such a one are halves of the test split
         of its source, or for those that settings are chosen on, of the validation split.
-      split: "own", or the role of a public model whose images are taken.
+      split: "own", or the role of a public model whose images are taken. For a stored victim "own" or "choosing", halves
+        of the validation split.
       queries: number of query images; 0 for all.
       data_dir: folder of TFDS data sets; TFDS_DATA_DIR if None.
 
     Raises:
-      ValueError: for unknown names, a negative number, or a split for a stored victim.
+      ValueError: for unknown names or splits, or a negative number.
     """
     check_at_least("queries", queries, 0)
     stored = sorted(path.name for path in FOLDER.glob("*") if path.is_dir())
@@ -68,12 +69,12 @@ def victim(name: str, *, split: str = "own", queries: int = 0, data_dir: str | N
         split = role if split == "own" else split
         images = public_models.load_images(source, split, data_dir=data_dir)
     else:
-        if split != "own":
-            raise ValueError(f"split: the stored victim {name} has images of its own only, got {split!r}.")
+        check_name("split", split, ("own", "choosing"))
         own = load_victim(FOLDER / name)
         source, model = own.card["source"], models.from_function(own.logits_fn)
         role, epsilon = "test" if own.card["seed"] >= _TEST_SEED else "choosing", EPSILON[source]
-        split = "test" if role == "test" or source == "digits" else "validation"
+        of_test = split == "own" and (role == "test" or source == "digits")
+        split = "test" if of_test else "validation"
         data = load_source(source, split, data_dir=data_dir)
         half = len(data.labels) // 2
         images = public_models.PublicImages(

@@ -19,6 +19,13 @@ def test_a_stored_victim_has_halves_of_its_source():
     np.testing.assert_array_equal(found.clean, np.argmax(logits, -1))
 
 
+def test_settings_of_a_stored_victim_are_chosen_on_validation_images():
+    found = attacked.victim("digits_small_cnn_1000", split="choosing")
+    joined = np.concatenate([found.images.query, found.images.support])
+    np.testing.assert_array_equal(joined, load_source("digits", "validation").images)
+    assert (found.about["split"], found.about["role"]) == ("validation", "test")
+
+
 def test_fewer_queries_leave_the_support_images():
     whole, few = (attacked.victim("digits_lenet_1001", queries=count) for count in (0, 20))
     np.testing.assert_array_equal(few.images.query, whole.images.query[:20])
@@ -28,7 +35,7 @@ def test_fewer_queries_leave_the_support_images():
 def test_unknown_victims_and_splits_are_refused():
     with pytest.raises(ValueError, match=r"model: unknown name 'resnet23'\. Did you mean 'resnet32'"):
         attacked.victim("resnet23")
-    with pytest.raises(ValueError, match="split: the stored victim digits_lenet_1001 has images of its own only"):
+    with pytest.raises(ValueError, match="split: unknown name 'test'"):
         attacked.victim("digits_lenet_1001", split="test")
     with pytest.raises(ValueError, match="queries must be at least 0"):
         attacked.victim("digits_lenet_1001", queries=-1)

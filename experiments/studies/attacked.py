@@ -52,8 +52,8 @@ def victim(name: str, *, split: str = "own", queries: int = 0, data_dir: str | N
     Args:
       name: of `public_models.MODELS`, or of a folder in victims/. The images of such a one are halves of the test split
         of its source, or for those that settings are chosen on, of the validation split.
-      split: "own", or the role of a public model whose images are taken. For a stored victim "own" or "choosing", halves
-        of the validation split.
+      split: "own", or the role of a public model whose images are taken. For a stored victim "own" or "choosing",
+        which is halves of the validation split.
       queries: number of query images; 0 for all.
       data_dir: folder of TFDS data sets; TFDS_DATA_DIR if None.
 

@@ -1,0 +1,225 @@
+"""Kills runs at random moments and has them resumed: what `make chaos` does.
+
+One process imports everything and starts no thread and no backend of JAX; each run is a fork of it. A run is killed,
+started again, killed, and so on until it is complete; then it is compared, bit for bit, with one that was not killed.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.chaos import target
+from tests.chaos.target import EVERY, STEPS, Plan
+
+#: Phases in which a process can die. After "saved" old checkpoints are deleted: that is still a save.
+PHASES = ("start-up", "compilation", "step", "save")
+_PHASE_OF = {"saved": "save"}
+#: Shares of the runs by their compilation cache: none, a new one for each run, one that all share.
+CACHES = {"none": 0.1, "new": 0.3, "shared": 0.6}
+#: Shares of the ways to end a process, and of the phases in which a timer is started.
+MEANS = {"time": 0.6, "operation": 0.35, "sigterm": 0.05}
+WEIGHTS = {"start-up": 0.2, "compilation": 0.25, "step": 0.2, "save": 0.35}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a process ended: its wait status as an exit code, negative for a signal, and what it said."""
+
+    code: int
+    events: list[dict]
+    cpu_seconds: float
+
+    @property
+    def phase(self) -> str:
+        """The phase in which it ended."""
+        name = self.events[-1]["phase"] if self.events else "start-up"
+        return _PHASE_OF.get(name, name)
+
+    def first(self, name: str) -> dict | None:
+        """The first thing it said of this kind."""
+        return next((event for event in self.events if event["phase"] == name), None)
+
+    @property
+    def saved(self) -> int:
+        """The last meta-step of which it has said that it is saved; 0 for none."""
+        return max((event["step"] for event in self.events if event["phase"] == "saved"), default=0)
+
+
+def launch(workdir: Path, cache: Path | None, log: Path, plan: Plan) -> Outcome:
+    """Forks a process, and waits until it has ended."""
+    assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1  # a fork has no other threads
+    receive, send = os.pipe()
+    number = os.fork()
+    if number == 0:
+        os.close(receive)
+        target.process(workdir, cache, send, log, plan)
+    os.close(send)
+    with os.fdopen(receive, "rb") as pipe:
+        lines = pipe.read().splitlines(keepends=True)
+    _, status, usage = os.wait4(number, 0)
+    events = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return Outcome(os.waitstatus_to_exitcode(status), events, usage.ru_utime + usage.ru_stime)
+
+
+class Chaos:
+    """Counts, and what they need.
+
+    Attributes:
+      kills: kills by phase and means.
+      survived: those of them after which the run was completed with the same numbers.
+      findings: what must not happen.
+    """
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], object] = print):
+        self.folder, self.rng, self.say = folder, np.random.default_rng(seed), say
+        self.kills, self.survived = collections.Counter(), collections.Counter()
+        self.terminated = collections.Counter()
+        self.runs = collections.Counter()
+        self.lost, self.cpu_seconds, self.processes = [], 0.0, 0
+        self.findings: list[str] = []
+        self.durations: dict[str, list[float]] = collections.defaultdict(list)
+
+    def reference(self) -> None:
+        """Runs it twice without a kill, for the numbers to compare with, the time that phases take and their counts."""
+        found = []
+        for name, cache in (("reference", None), ("cached", self.folder / "shared")):
+            outcome = self._launch(self.folder / name, cache, Plan("none"), name)
+            if outcome.code:
+                raise RuntimeError(f"the run itself fails: {(self.folder / f'{name}.log').read_text()[-2000:]}")
+            found.append({key: outcome.events[-1][key] for key in ("digests", "files")})
+        if found[0] != found[1]:
+            self.findings.append(f"numbers depend on the compilation cache: {found}")
+        self.expected = found[0]
+
+    def until(self, kills: int) -> None:
+        """Kills until there are so many kills, and completes the last run."""
+        while self.kills.total() < kills:
+            self._run(kills)
+
+    def _launch(self, workdir, cache, plan, name):
+        outcome = launch(workdir, cache, self.folder / f"{name}.log", plan)
+        self.processes += 1
+        self.cpu_seconds += outcome.cpu_seconds
+        kind = "cached " if cache is not None and cache.name == "shared" else ""
+        for event, after in zip(outcome.events, outcome.events[1:], strict=False):
+            phase = event["phase"]
+            self.durations[kind * (phase == "compilation") + phase].append(after["at"] - event["at"])
+        return outcome
+
+    def _plan(self, shared: bool, left: int) -> Plan:
+        """How to end the next process, which has so many meta-steps left."""
+        means = self.rng.choice(list(MEANS), p=list(MEANS.values()))
+        if means == "operation":  # about 45 of a save, 20 before the first one
+            return Plan("operation", number=int(self.rng.integers(1, 20 + 45 * (1 + left // EVERY))))
+        phase = str(self.rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
+        most = {"step": max(1, 2 * left - 1), "save": -(-left // EVERY)}.get(phase, 1)
+        kind = "cached " if shared and phase == "compilation" else ""
+        typical = statistics.median(self.durations[kind + phase][-50:] or self.durations[phase][-50:])
+        return Plan(str(means), phase, int(self.rng.integers(1, most + 1)), float(self.rng.uniform(0, 1.1 * typical)))
+
+    def _run(self, kills: int) -> None:
+        """One run, killed until it is complete, or until there are enough kills."""
+        number, caches = self.runs.total(), dict(CACHES)
+        kind = str(self.rng.choice(list(caches), p=list(caches.values())))
+        name = f"{number:03d}"
+        workdir = self.folder / name
+        cache = {"none": None, "new": self.folder / f"{name}-cache", "shared": self.folder / "shared"}[kind]
+        self.runs[kind] += 1
+        saved, done, here = 0, 0, collections.Counter()
+        while True:
+            enough = self.kills.total() >= kills
+            plan = Plan("none") if enough else self._plan(kind == "shared", STEPS - saved)
+            outcome = self._launch(workdir, cache, plan, name)
+            trouble = self._checked(outcome, plan, saved)
+            begun = outcome.first("compilation")
+            if begun and done:
+                self.lost.append(done - begun["step"])
+            if trouble:
+                self.findings.append(f"run {name}, {plan}: {trouble}; log: {self._end_of_log(name)}")
+                self.say(self.findings[-1])
+                return
+            steps = [event["step"] for event in outcome.events if event["phase"] == "step"]
+            done = max([saved, outcome.saved, *steps])
+            saved = max(saved, outcome.saved)
+            if outcome.code == -signal.SIGKILL:
+                here[outcome.phase, plan.means] += 1
+                self.kills[outcome.phase, plan.means] += 1
+                if self.kills.total() % 50 == 0:
+                    self.say(f"{self.kills.total()} kills")
+            elif outcome.code == target.run.STOPPED:
+                self.terminated[outcome.phase] += 1
+            else:
+                break
+        self.survived.update(here)
+        for path in (workdir, self.folder / f"{name}-cache"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _checked(self, outcome: Outcome, plan: Plan, saved: int) -> str:
+        """What is wrong with how a process ended, if anything is."""
+        begun = outcome.first("compilation")
+        if begun and begun["step"] < saved:
+            return f"it goes on from meta-step {begun['step']}, though {saved} was saved"
+        if outcome.code == 0:
+            found = outcome.events[-1]
+            different = [k for k, v in self.expected["digests"].items() if found["digests"].get(k) != v]
+            if different:
+                return f"{', '.join(different)} differ from those of the run that was not killed"
+            if extra := sorted(set(found["files"]) ^ set(self.expected["files"])):
+                return f"left or missing files: {', '.join(extra)}"
+            return ""
+        if outcome.code == -signal.SIGKILL and plan.means in ("time", "operation"):
+            return ""
+        if outcome.code == target.run.STOPPED and plan.means == "sigterm":
+            steps = [event["step"] for event in outcome.events if event["phase"] == "step"]
+            return "" if max(steps, default=0) <= max(saved, outcome.saved) else "SIGTERM lost a meta-step"
+        return f"exit code {outcome.code} in the phase {outcome.phase}"
+
+    def _end_of_log(self, name):
+        path = self.folder / f"{name}.log"
+        return path.read_text()[-1500:] if path.exists() else ""
+
+    def report(self) -> dict[str, Any]:
+        """The counts."""
+        logs = "".join(path.read_text(errors="replace") for path in self.folder.glob("*.log"))
+        phases = {
+            phase: {
+                "tried": sum(count for (of, _), count in self.kills.items() if of == phase),
+                "survived": sum(count for (of, _), count in self.survived.items() if of == phase),
+            }
+            for phase in (*PHASES, *sorted({of for of, _ in self.kills} - set(PHASES)))
+        }
+        return {
+            "kills": {"tried": self.kills.total(), "survived": self.survived.total()},
+            "by_phase": phases,
+            "by_means": {
+                name: sum(count for (_, of), count in self.kills.items() if of == name)
+                for name in ("time", "operation")
+            },
+            "sigterm": {"stopped": self.terminated.total(), "by_phase": dict(self.terminated)},
+            "runs": {"completed": self.runs.total(), "by_cache": dict(self.runs)},
+            "processes": self.processes,
+            "meta_steps": STEPS,
+            "checkpoint_every": EVERY,
+            "most_meta_steps_lost": max(self.lost, default=0),
+            "compared": sorted(self.expected["digests"]),
+            "bit_equal": not self.findings,
+            "damaged_cache_entries": logs.count("Error reading persistent compilation cache entry"),
+            "findings": self.findings,
+            "cpu_seconds": round(self.cpu_seconds, 1),
+        }
+
+
+def clock() -> float:
+    """Seconds."""
+    return time.perf_counter()

@@ -134,29 +134,44 @@ def steps_to_reach(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def public(results: Mapping[str, Any], path: Path) -> None:
-    """Draws success rate against the number of steps, with 95% intervals, for methods with several; or nothing."""
-    curves: dict[tuple[str, int], list] = {}
-    for row in sorted(results["rows"], key=lambda row: row["steps"]):
-        curves.setdefault((row["method"], row["images"]), []).append(row)
-    curves = {name: rows for name, rows in curves.items() if len(rows) > 1}
+    """Draws success rate against K and against the number of support images, for methods with several; or nothing."""
+    panels = {"K": ("steps", "images"), "support images": ("images", "steps")}
+    curves = {label: _public_curves(results["rows"], *names) for label, names in panels.items()}
+    curves = {label: found for label, found in curves.items() if found}
     if not curves:
         return
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    colours = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
-    ordered = sorted(curves.items(), key=lambda curve: -curve[1][-1]["asr"])
-    for number, ((method, images), rows) in enumerate(ordered):
-        steps, asr = ([row[name] for row in rows] for name in ("steps", "asr"))
-        widths = [row["asr_interval"] or 0 for row in rows]
-        colour, style = colours[number % len(colours)], "-o" if number < len(colours) else "--s"
-        label = method if len({count for _, count in curves}) == 1 else f"{method}, {images} images"
-        axis.errorbar(steps, asr, widths, fmt=style, color=colour, markersize=3, linewidth=1, capsize=2, label=label)
-    axis.set(xlabel="K", ylabel="success rate", xscale="log", ylim=(0, None))
-    ticks = sorted({row["steps"] for rows in curves.values() for row in rows})
-    axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-    axis.set_xticks([], minor=True)
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    size, colours = (6.4, 4 * len(curves)), plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+    figure, axes = plt.subplots(len(curves), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, (label, found) in zip(axes[:, 0], curves.items(), strict=True):
+        name, fixed = panels[label]
+        for number, ((method, other), rows) in enumerate(sorted(found.items(), key=lambda c: -c[1][-1]["asr"])):
+            at, asr = ([row[key] for row in rows] for key in (name, "asr"))
+            widths = [row["asr_interval"] or 0 for row in rows]
+            colour, style = colours[number % len(colours)], "-o" if number < len(colours) else "--s"
+            several = len({count for _, count in found}) > 1
+            words = f"{method}, {'K = ' if fixed == 'steps' else ''}{other}" if several else method
+            words += " images" if several and fixed == "images" else ""
+            axis.errorbar(at, asr, widths, fmt=style, color=colour, markersize=3, linewidth=1, capsize=2, label=words)
+        axis.set(xlabel=label, ylabel="success rate", ylim=(0, None))
+        if name == "images":
+            axis.set_xscale("symlog")  # there may be none
+            axis.set_xlim(left=-0.3)
+        else:
+            axis.set_xscale("log")
+        ticks = sorted({row[name] for rows in found.values() for row in rows})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     save(figure, path)
+
+
+def _public_curves(rows, name, fixed):
+    """Rows by method and value of `fixed`, sorted by `name`, of which there are several."""
+    curves: dict[tuple[str, int], list] = {}
+    for row in sorted(rows, key=lambda row: row[name]):
+        curves.setdefault((row["method"], row[fixed]), []).append(row)
+    return {at: found for at, found in curves.items() if len(found) > 1}
 
 
 def sine(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -59,8 +59,8 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     if results["ceiling"]:
         lines += [_ceiling(results["ceiling"]), ""]
     lines += _legend(row["method"] for row in rows)
-    if len({row["steps"] for row in rows}) > 1:
-        lines += [f"![success rate against K]({figures}.png)", ""]
+    if any(len({row[name] for row in rows}) > 1 for name in ("steps", "images")):
+        lines += [f"![success rate against K and the number of support images]({figures}.png)", ""]
     if results.get("picture"):
         shown = ", ".join(f"`{name}`" for name in results["picture"])
         lines += [

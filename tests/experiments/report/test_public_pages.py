@@ -81,9 +81,23 @@ def test_what_is_measured_besides_is_shown(results, tmp_path):
     }
     text = public.public_section(results, "results/public/toy.json", "../toy")
     assert "Ceiling: 90.0" in text and "2 runs of 7 momentum" in text and "loss hinge, start tiles; 2800" in text
-    assert "![success rate against K](../toy.png)" in text and "(../toy_perturbations.png)" in text
+    assert "![success rate against K and the number of support images](../toy.png)" in text
+    assert "(../toy_perturbations.png)" in text
     figures.public(results, tmp_path / "toy.png")
     assert (tmp_path / "toy.png").stat().st_size > 5000
+
+
+def test_numbers_of_images_have_a_panel_of_their_own(results, tmp_path, monkeypatch):
+    results["rows"] += [row("sga", 0.5, images=0), row("sga", 0.7, images=500), row("uap-linf", 0.4, steps=5)]
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    figures.public(results, tmp_path / "toy.png")
+    steps, images = drawn[0].axes
+    assert (steps.get_xlabel(), images.get_xlabel()) == ("K", "support images")
+    (line,) = images.containers
+    x, y = line.lines[0].get_data()
+    known = next(each for each in results["rows"] if each["method"] == "sga")
+    assert (list(x), list(y)) == ([0, known["images"], 500], [0.5, known["asr"], 0.7])
 
 
 def test_one_number_of_steps_has_no_curve(results, tmp_path):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lft_jax._bounded import BoundedJit
 from lft_jax._present import grey, present
 from lft_jax.attack._run import Run
 from lft_jax.attack._steps import Problem
@@ -182,7 +183,7 @@ def _called_quickly(classifier, x):
     return call
 
 
-@jax.jit
+@BoundedJit
 def _called(function, images):
     return function(images)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from lft_jax._bounded import BoundedJit
 from lft_jax.models import Classifier, replayed
 from lft_jax.optimizers.fine_tuning import fine_tune_step
 from lft_jax.oracles import ZerothOrder
@@ -100,7 +101,7 @@ def _eager_step(update, model, problem, theta, state, key, progress):
     return theta, state, _metrics(problem, model(images), theta)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(BoundedJit, static=(0,))
 def _traced_step(tx, model, problem, theta, state, key, progress):
     theta, state, images = _update_and_perturb(model, tx, None, problem, theta, state, key, progress)
     return theta, state, _metrics(problem, model(images), theta)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lft_jax._bounded import BoundedJit
 from lft_jax.data import unit_range
 from lft_jax.models import Classifier, as_classifier, on_numpy
 
@@ -53,7 +54,7 @@ class Asked:
         return np.concatenate(found).astype(np.float32)
 
 
-@jax.jit
+@BoundedJit
 def _answer(function, images):
     return function(images)
 

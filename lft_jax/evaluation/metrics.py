@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, Shaped
 
 from lft_jax import oracles
+from lft_jax._bounded import BoundedJit
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.evaluation import baselines
 from lft_jax.evaluation.baselines import Baseline, Setting
@@ -75,7 +76,7 @@ def _nothing_to_learn(key, families):
     raise ValueError("this learner is only evaluated.")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@functools.partial(BoundedJit, static=(0, 4, 5, 6), kept=32)  # a grid goes over many optimizers and victims
 def _evaluate(learner, params, family, keys, num_steps, at, batch_size):
     rows = np.asarray(at) - 1
 
@@ -113,7 +114,7 @@ def evaluate_fixed(
     return _evaluate_fixed(theta, family.refreshed(), keys, min(batch_size, len(keys)))
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(BoundedJit, static=(3,))
 def _evaluate_fixed(theta, family, keys, batch_size):
     def task(key):
         episode = family.sample(jax.random.split(key, 3)[0])
@@ -145,7 +146,7 @@ def first_perturbation(
     return _first_perturbation(_only_fine_tuning(learner), params, family.refreshed(), key, num_steps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(BoundedJit, static=(0, 4))
 def _first_perturbation(learner, params, family, key, num_steps):
     _, trajectory = run_task(learner, params, family, key, num_steps=num_steps)
     return jax.tree.map(lambda x: x[-1], trajectory.thetas)
@@ -246,8 +247,8 @@ def steps_to_reach(curve: Sequence[float], target: float) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "batch_size"))
-def _full_data_run(families, theta, key, step, loss, *, num_steps, batch_size):
+@functools.partial(BoundedJit, static=(5, 6))
+def _full_data_run(families, theta, key, step, loss, num_steps, batch_size):
     def minibatch_oracle(theta, key):
         def attack(family, key):
             batch = family.batch(jax.random.randint(key, (batch_size,), 0, len(family.labels)))
@@ -314,14 +315,14 @@ def full_data_uap(
     best, records = (-math.inf, theta0), []
     for kind, target, step in runs:
         loss = AttackLoss(kind, kappa=judge.objective.kappa, target=target)
-        theta = _full_data_run(families, theta0, key, step, loss, num_steps=num_steps, batch_size=batch_size)
+        theta = _full_data_run(families, theta0, key, step, loss, num_steps, batch_size)
         metrics = _judged(judge, theta, batch)
         records.append({"loss": kind, "target": target, "step": step, "asr": float(metrics["asr"])})
         best = max(best, (float(merit(judge, metrics)), theta), key=lambda pair: pair[0])
     return best[1], records
 
 
-@jax.jit
+@BoundedJit
 def _judged(family, theta, batch):
     return family.metrics(theta, batch)
 

@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Key, Real
 
 from lft_jax import base
+from lft_jax._bounded import BoundedJit
 from lft_jax._deprecation import renamed
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.meta import outer_loss

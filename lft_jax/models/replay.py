@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lft_jax._bounded import BoundedJit
 from lft_jax.models._preparation import as_logits
 from lft_jax.models.classifier import Classifier
 
@@ -100,7 +101,8 @@ def replayed(program: Callable[..., Any], *, static: tuple[int, ...] = ()) -> Ca
         except _Asked as asked:
             return asked.question
 
-    compiled = jax.jit(until_question, static_argnums=(0, *(n + 2 for n in static)))
+    # A program has a structure for each number of answers.
+    compiled = BoundedJit(until_question, static=(0, *(n + 2 for n in static)), kept=64)
 
     def run(classifier: Classifier, *args: Any) -> Any:
         host, answers, pulls = classifier.host, (), []

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float
 
 from lft_jax import base
+from lft_jax._bounded import BoundedJit
 from lft_jax.data import ImageSource, check_images_labels, unit_range
 from lft_jax.victims.models import build_model
 
@@ -152,7 +153,7 @@ def clean_accuracy(
     return correct / (len(images) - missing)
 
 
-@jax.jit
+@BoundedJit
 def _count_correct(logits_fn, images, labels):
     return jnp.sum(jnp.argmax(logits_fn(unit_range(images)), -1).astype(jnp.int32) == labels)
 
@@ -202,7 +203,7 @@ def train_victim(
     return variables, tuple(history)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=8)  # programs of megabytes
 def _programs(architecture, num_classes, steps, learning_rate, augment):
     """The jitted initialization and epoch, cached so that victims of different seeds share a compilation."""
     model = build_model(architecture, num_classes)

@@ -96,15 +96,15 @@ def test_the_first_perturbation_is_that_of_the_first_task(evaluated):
 
 
 def test_settings_losses_and_learners_of_one_rule_share_a_compilation(evaluated):
-    before = metrics._evaluate._cache_size()
+    before = metrics._evaluate.compiled()
     cross_entropy = metrics.minimising(FAMILY, AttackLoss("cross_entropy", beta=3.0))
     other = evaluate(params={"step": 0.2, "decay": 0.5, "final": 1.0}, family=cross_entropy)
-    assert metrics._evaluate._cache_size() == before
+    assert metrics._evaluate.compiled() == before
     assert not np.array_equal(other["loss"], evaluated["loss"])
     rule = coordinate_lstm(2, 1, features="raw")
     params = rule.init(KEYS[0])
     lft, l2o = (evaluate(make(rule), params, num_steps=1, at=(1,)) for make in (learners.lft, learners.l2o))
-    assert metrics._evaluate._cache_size() == before + 1
+    assert metrics._evaluate.compiled() == before + 1
     jax.tree.map(np.testing.assert_array_equal, lft, l2o)
 
 
@@ -215,7 +215,7 @@ def test_the_full_data_perturbation_is_the_best_of_its_runs(targeted):
 def test_the_full_data_perturbation_uses_the_kappa_of_its_judge(monkeypatch):
     tried = []
 
-    def run(families, theta, key, step, loss, **options):
+    def run(families, theta, key, step, loss, *options):
         tried.append((loss.kind, loss.kappa))
         return theta
 

@@ -1,0 +1,76 @@
+"""Compiled programs of models, of which only the last few are kept.
+
+`jax.jit` keeps a program for as long as its function, and with it all that its arguments hold besides arrays: of a
+model that is a closure, the weights. The function of a module stays for good, so models that are gone would not be
+freed.
+"""
+
+import collections
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+#: Structures of arguments whose programs a function keeps.
+KEPT = 8
+
+
+class BoundedJit:
+    """`jax.jit` that keeps the programs of the structures of arguments that were used last.
+
+    A structure is all of the arguments but the arrays in them: static ones, functions, types. Programs for other shapes
+    of the arrays are kept with it.
+
+    Args:
+      function: a pure function of pytrees, given by position.
+      static: numbers of the arguments that are static, in ascending order from 0.
+      kept: number of structures, at least 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> apply = BoundedJit(lambda model, x: model(x), kept=2)
+      >>> for factor in range(5):
+      ...     y = apply(jax.tree_util.Partial(lambda x, factor=factor: factor * x), jnp.ones(()))
+      >>> float(y), len(apply)
+      (4.0, 2)
+    """
+
+    def __init__(self, function: Callable[..., Any], *, static: tuple[int, ...] = (), kept: int = KEPT):
+        self._function, self._static, self._kept = function, static, kept
+        self._programs: collections.OrderedDict[Any, Callable[..., Any]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        given = tuple(args[n] for n in self._static)
+        leaves, structure = jax.tree.flatten([arg for n, arg in enumerate(args) if n not in self._static])
+        key = given, structure
+        with self._lock:
+            program = self._programs.get(key)
+            if program is None:
+                program = self._programs[key] = self._program(given, structure)
+                if len(self._programs) > self._kept:
+                    self._programs.popitem(last=False)
+            else:
+                self._programs.move_to_end(key)
+        return program(leaves)
+
+    def __len__(self) -> int:
+        """The number of structures whose programs it keeps."""
+        return len(self._programs)
+
+    def compiled(self) -> int:
+        """The number of programs that it keeps."""
+        return sum(program._cache_size() for program in self._programs.values())
+
+    def _program(self, given, structure):
+        function, static = self._function, self._static
+
+        def of_leaves(leaves):
+            args = jax.tree.unflatten(structure, leaves)
+            for number, value in zip(static, given, strict=True):
+                args.insert(number, value)
+            return function(*args)
+
+        of_leaves.__name__ = getattr(function, "__name__", "program")  # in profiles
+        return jax.jit(of_leaves)

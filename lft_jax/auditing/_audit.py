@@ -158,7 +158,7 @@ def audit(
         )
         | {
             "warnings": problem.all_warnings(),
-            "evaluations": asked.evaluations + sum(r.evaluations for r in problem.runs),
+            "evaluations": asked.evaluations + problem.evaluations_before() + sum(r.evaluations for r in problem.runs),
         },
         runs=tuple(problem.runs),
         examples=_findings.examples(images, given, clean, split, best, image_names),
@@ -182,11 +182,13 @@ class _Problem:
     runs: list[Run] = dataclasses.field(default_factory=list)
     failures: list[dict[str, str]] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    stored: int = 0
 
     def run_all(self, cells: Sequence[Cell], per_image: float) -> None:
         """Runs all cells that are not stored."""
         found = {cell: self.store.load(cell) for cell in cells}
         missing = [cell for cell in cells if found[cell] is None]
+        self.stored += len(cells) - len(missing)
         self.tracker.plan(missing, len(cells) - len(missing), per_image)
         error = self._run(missing, found)
         self.runs = [run for run in found.values() if run is not None]
@@ -197,6 +199,7 @@ class _Problem:
         """Runs cells that are added to the plan."""
         found = {cell: self.store.load(cell) for cell in cells}
         missing = [cell for cell in cells if found[cell] is None]
+        self.stored += len(cells) - len(missing)
         for cell in missing:
             self.tracker.add(cell)
         self._run(missing, found)
@@ -232,6 +235,10 @@ class _Problem:
         if said not in self.warnings:
             self.warnings.append(said)
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    def evaluations_before(self) -> int:
+        """Those by which stored runs were judged, before this process."""
+        return self.stored * (len(self.split.choice) + len(self.split.query))
 
     def all_warnings(self) -> list[str]:
         """Those of this process and of stored runs, each once."""

@@ -225,7 +225,7 @@ def test_it_goes_on_where_it_was_interrupted(attacks, tmp_path):
     report = run(opaque, SMALL, output=tmp_path / "part", l2_epsilons=(), progress=seen.append)
     assert len(attacks.made) == 2 and seen[-1]["stored"] == 3 and seen[-1]["done"] == seen[-1]["runs"] == 5
     assert seen[-1]["left"] == 0 and all(entry["left"] >= 0 for entry in seen)
-    for name in ("headline", "collapse", "rows", "verdict"):
+    for name in ("headline", "collapse", "rows", "verdict", "evaluations"):
         a, b = (
             json.dumps({**r.results, "headline": {**r.results["headline"], "seconds": 0}}[name])
             for r in (whole, report)

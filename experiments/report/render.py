@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config
-from experiments.report import defence, figures, omniglot, public, queries, sections, tables, victims
+from experiments.report import defence, figures, objectives, omniglot, public, queries, sections, tables, victims
 
 
 def _draw_comparison(results, path):
@@ -51,6 +51,7 @@ KINDS = {
     "breadth": (sections.breadth_section, _draw_nothing),
     "public": (public.public_section, figures.public),
     "public_queries": (queries.queries_section, queries.draw_queries),
+    "objectives": (objectives.objectives_section, _draw_nothing),
     "defence": (defence.defence_section, _draw_nothing),
     "ablation": (sections.ablation_section, _draw_nothing),
     "directions": (sections.directions_section, _draw_nothing),

@@ -4,6 +4,7 @@ The counts go into a JSON file; the exit code is 1 if a run did not go on with t
 """
 
 import argparse
+import gc
 import importlib.metadata
 import os
 import sys
@@ -22,6 +23,8 @@ def main(arguments=None):
     os.environ.update(JAX_PLATFORMS="cpu", OPENBLAS_NUM_THREADS="1", XLA_FLAGS=_quick())
     from tests.chaos import harness
 
+    gc.collect()
+    gc.freeze()  # or each fork would look through all that has been imported
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         chaos = harness.Chaos(Path(folder), given.seed)

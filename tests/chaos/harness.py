@@ -12,7 +12,6 @@ import shutil
 import signal
 import statistics
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tests.chaos import target
 from tests.chaos.target import EVERY, STEPS, Plan
 
 #: Phases in which a process can die. After "saved" old checkpoints are deleted: that is still a save.
-PHASES = ("start-up", "compilation", "step", "save")
+PHASES = ("start-up", "compilation", "step", "save", "end")
 _PHASE_OF = {"saved": "save"}
 #: Shares of the runs by their compilation cache: none, a new one for each run, one that all share.
 CACHES = {"none": 0.1, "new": 0.3, "shared": 0.6}
@@ -91,16 +90,22 @@ class Chaos:
         self.durations: dict[str, list[float]] = collections.defaultdict(list)
 
     def reference(self) -> None:
-        """Runs it twice without a kill, for the numbers to compare with, the time that phases take and their counts."""
-        found = []
-        for name, cache in (("reference", None), ("cached", self.folder / "shared")):
+        """Runs it without a kill, for the numbers to compare with, the time of phases and the number of operations."""
+        found, shared = {}, self.folder / "shared"
+        for name, cache in (("uncached", None), ("caching", shared), ("cached", shared), ("damaged cache", shared)):
+            if name == "damaged cache":
+                shared = shutil.copytree(shared, self.folder / "damaged")
+                for path in shared.glob("*-cache"):
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                cache = shared
             outcome = self._launch(self.folder / name, cache, Plan("none"), name)
             if outcome.code:
-                raise RuntimeError(f"the run itself fails: {(self.folder / f'{name}.log').read_text()[-2000:]}")
-            found.append({key: outcome.events[-1][key] for key in ("digests", "files")})
-        if found[0] != found[1]:
-            self.findings.append(f"numbers depend on the compilation cache: {found}")
-        self.expected = found[0]
+                raise RuntimeError(f"the run itself fails, {name}: {self._end_of_log(name)}")
+            found[name] = {key: outcome.events[-1][key] for key in ("digests", "files")}
+            if found[name] != found["uncached"]:
+                self.findings.append(f"numbers depend on the compilation cache, {name}: {found}")
+        self.expected = found["uncached"]
+        self.operations = outcome.first("compilation")["operations"], outcome.events[-1]["operations"]
 
     def until(self, kills: int) -> None:
         """Kills until there are so many kills, and completes the last run."""
@@ -120,10 +125,11 @@ class Chaos:
     def _plan(self, shared: bool, left: int) -> Plan:
         """How to end the next process, which has so many meta-steps left."""
         means = self.rng.choice(list(MEANS), p=list(MEANS.values()))
-        if means == "operation":  # about 45 of a save, 20 before the first one
-            return Plan("operation", number=int(self.rng.integers(1, 20 + 45 * (1 + left // EVERY))))
+        if means == "operation":
+            first, last = self.operations
+            return Plan("operation", number=int(self.rng.integers(1, first + (last - first) * left / STEPS + 1)))
         phase = str(self.rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
-        most = {"step": max(1, 2 * left - 1), "save": -(-left // EVERY)}.get(phase, 1)
+        most = max(1, {"step": 2 * left - 1, "save": -(-left // EVERY)}.get(phase, 1))
         kind = "cached " if shared and phase == "compilation" else ""
         typical = statistics.median(self.durations[kind + phase][-50:] or self.durations[phase][-50:])
         return Plan(str(means), phase, int(self.rng.integers(1, most + 1)), float(self.rng.uniform(0, 1.1 * typical)))
@@ -157,7 +163,7 @@ class Chaos:
                 self.kills[outcome.phase, plan.means] += 1
                 if self.kills.total() % 50 == 0:
                     self.say(f"{self.kills.total()} kills")
-            elif outcome.code == target.run.STOPPED:
+            elif outcome.code in (target.run.STOPPED, -signal.SIGTERM):
                 self.terminated[outcome.phase] += 1
             else:
                 break
@@ -183,6 +189,9 @@ class Chaos:
         if outcome.code == target.run.STOPPED and plan.means == "sigterm":
             steps = [event["step"] for event in outcome.events if event["phase"] == "step"]
             return "" if max(steps, default=0) <= max(saved, outcome.saved) else "SIGTERM lost a meta-step"
+        last = outcome.phase == "end" or outcome.saved == STEPS
+        if outcome.code == -signal.SIGTERM and plan.means == "sigterm" and (outcome.phase == "start-up" or last):
+            return ""  # before or after the run
         return f"exit code {outcome.code} in the phase {outcome.phase}"
 
     def _end_of_log(self, name):
@@ -191,13 +200,13 @@ class Chaos:
 
     def report(self) -> dict[str, Any]:
         """The counts."""
-        logs = "".join(path.read_text(errors="replace") for path in self.folder.glob("*.log"))
+        logs = "".join(path.read_text(errors="replace") for path in self.folder.glob("[0-9]*.log"))
         phases = {
             phase: {
                 "tried": sum(count for (of, _), count in self.kills.items() if of == phase),
                 "survived": sum(count for (of, _), count in self.survived.items() if of == phase),
             }
-            for phase in (*PHASES, *sorted({of for of, _ in self.kills} - set(PHASES)))
+            for phase in PHASES
         }
         return {
             "kills": {"tried": self.kills.total(), "survived": self.survived.total()},
@@ -218,8 +227,3 @@ class Chaos:
             "findings": self.findings,
             "cpu_seconds": round(self.cpu_seconds, 1),
         }
-
-
-def clock() -> float:
-    """Seconds."""
-    return time.perf_counter()

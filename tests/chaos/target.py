@@ -1,6 +1,6 @@
-"""The run that is killed: `experiments.meta_train` with a tiny rule, on tasks of a linear classifier.
+"""The run that is killed: `experiments.meta_train` with a tiny rule, on quadratic tasks.
 
-Everything in it is as in a real run, except that the classifier is not read from disk and that provenance is a
+Everything in it is as in a real run, except that there are no victims to read from disk and that provenance is a
 constant.
 """
 
@@ -20,12 +20,12 @@ import numpy as np
 
 from experiments import meta_train
 from lft_jax.meta import checkpoints, run
-from lft_jax.tasks.uap import uap_family
+from lft_jax.tasks.quadratic import quadratic_family
 
 #: The run: nine meta-steps, with a checkpoint after every second one and after the last.
 STEPS, EVERY = 9, 2
 FLAGS = {
-    "victims": ("linear",),
+    "victims": ("none",),
     "rule": "coordinate_lstm",
     "features": ("raw",),
     "hidden": 3,
@@ -61,20 +61,29 @@ class Plan:
 
 
 class Reporter:
-    """Tells the parent process what the run does, and starts the timer."""
+    """Tells the parent process what the run does, counts file operations, and ends the process."""
 
     def __init__(self, pipe: int, plan: Plan):
-        self.pipe, self.plan, self.counts = pipe, plan, {}
+        self.pipe, self.plan, self.counts, self.operations = pipe, plan, {}, 0
+        sys.addaudithook(self._hook)
 
     def __call__(self, phase: str, **more) -> None:
         """Says that a phase begins."""
-        os.write(self.pipe, (json.dumps({"phase": phase, "at": time.perf_counter(), **more}) + "\n").encode())
+        said = {"phase": phase, "at": time.perf_counter(), "operations": self.operations, **more}
+        os.write(self.pipe, (json.dumps(said) + "\n").encode())
         self.counts[phase] = self.counts.get(phase, 0) + 1
         if self.plan.means in ("time", "sigterm") and (phase, self.counts[phase]) == (
             self.plan.phase,
             self.plan.number,
         ):
             start_timer(self.plan.delay, signal.SIGKILL if self.plan.means == "time" else signal.SIGTERM)
+
+    def _hook(self, event, arguments):
+        """Called before each operation. Opening a file counts if it is for writing."""
+        if event in OPERATIONS and (event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            self.operations += 1
+            if self.plan.means == "operation" and self.operations == self.plan.number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Event(ctypes.Structure):
@@ -97,20 +106,6 @@ def start_timer(seconds: float, number: int) -> None:
         raise OSError(ctypes.get_errno(), "no timer")
 
 
-def kill_at_operation(number: int) -> None:
-    """Kills this process before a file operation; opening a file counts if it is for writing."""
-    left = number
-
-    def hook(event, arguments):
-        nonlocal left
-        if event in OPERATIONS and (event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
 def process(workdir: Path, cache: Path | None, pipe: int, log: Path, plan: Plan) -> None:
     """What a forked process does; it never returns."""
     signal.alarm(HANGS)
@@ -124,10 +119,8 @@ def process(workdir: Path, cache: Path | None, pipe: int, log: Path, plan: Plan)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
             say = Reporter(pipe, plan)
-            if plan.means == "operation":
-                kill_at_operation(plan.number)
             state = _meta_train(workdir, say)
-            say("done", **described(workdir, state))
+            say("end", **described(workdir, state))
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -143,14 +136,7 @@ def process(workdir: Path, cache: Path | None, pipe: int, log: Path, plan: Plan)
 def _meta_train(workdir, say):
     """The run, which says when a phase begins."""
     say("start-up")
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=(16, 3)).astype(np.float32)
-    images, labels = rng.uniform(size=(30, 4, 4, 1)).astype(np.float32), np.arange(30) % 3
-
-    def linear(images):
-        return images.reshape(len(images), -1) @ weights
-
-    family = uap_family(images, labels, linear, ways=2, query_shots=2, epsilon=0.3)
+    family = quadratic_family(np.linspace(0.5, 2, 3, dtype=np.float32), support=2, query=2)
     make_trainer, save_tree = meta_train.trainer_of, checkpoints.save_tree
     compiled = False
 

@@ -17,6 +17,7 @@ import lft_jax
 from benchmarks import timing
 from experiments import config
 from lft_jax.cli import provenance
+from lft_jax.tasks import Proxies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,44 +78,47 @@ MODULES: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
-def passes(module: Any, images: np.ndarray, steps: int) -> Callable[[], object]:
-    """What an attack asks of the module, in PyTorch alone: clean images; per step forward, backward and forward."""
+def passes(module: Any, images: np.ndarray, batches: int, forwards: int) -> Callable[[], object]:
+    """So many gradients of a batch of images, and forward passes of as many images, in PyTorch alone."""
     import torch
 
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
     labels = torch.arange(len(x)) % 10
 
     def run():
-        with torch.inference_mode():
-            module(x)
-        for _ in range(steps):
+        for _ in range(batches):
             inputs = x.clone().requires_grad_(True)
             torch.autograd.grad(torch.nn.functional.cross_entropy(module(inputs), labels), inputs)
-            with torch.inference_mode():
-                module(x)
+        with torch.inference_mode():
+            for start in range(0, forwards, len(x)):
+                module(x[: min(len(x), forwards - start)])
 
     return run
 
 
 def measure(name: str, flags: Config) -> dict[str, Any]:
-    """Times of an attack and of the module's own passes, and their ratios."""
+    """Times of attacks, and of the passes that they ask of the module, and their ratios."""
     build, side = MODULES[name]
     module = build().eval().requires_grad_(False)
     images = np.random.default_rng(0).uniform(size=(10, side, side, 3)).astype(np.float32)
     model = lft_jax.models.from_torch(module)
     signs = optax.chain(optax.trace(0.9), optax.scale_by_sign(), optax.scale(-1 / 255))
-    programs = {"module": passes(module, images, flags.steps)}
-    for label, optimizer in {"signs": signs, "uap-linf": "uap-linf"}.items():
+    whole = lft_jax.AttackRecipe()  # whose steps see the images themselves, changed
+    attacks = {"signs": (signs, whole), "uap-linf": ("uap-linf", whole), "default": ("uap-linf", None)}
+    programs, of = {}, {}
+    for label, (optimizer, recipe) in attacks.items():
         options = {"epsilon": 8 / 255, "steps": flags.steps, "optimizer": optimizer, "key": jax.random.key(0)}
-        options["recipe"] = lft_jax.AttackRecipe()  # whose steps see the images themselves, changed
-        programs[label] = lambda options=options: lft_jax.universal_perturbation(
-            model, images, progress=False, **options
-        )
+        options |= {"recipe": recipe, "progress": False}
+        programs[label] = lambda options=options: lft_jax.universal_perturbation(model, images, **options)
+        queries = programs[label]().queries
+        batch = images if recipe else np.repeat(images, Proxies().size // len(images), 0)
+        of[label] = f"module: {queries} evaluations"
+        programs[of[label]] = passes(module, batch, flags.steps, queries - flags.steps * len(batch))
     times = timing.alternate(programs, flags.repeats)
-    own = times["module"]["seconds"]
-    for label, found in times.items():
-        print(f"{name}: {label}: {found['seconds']:.3f} s, {found['seconds'] / own:.3f} x its own passes")
-    return {label: {**found, "ratio": found["seconds"] / own} for label, found in times.items()}
+    for label in attacks:
+        times[label]["ratio"] = times[label]["seconds"] / times[of[label]]["seconds"]
+        print(f"{name}: {label}: {times[label]['seconds']:.3f} s, {times[label]['ratio']:.3f} x {of[label]}")
+    return times
 
 
 def bench(flags: Config) -> dict[str, Any]:

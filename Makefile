@@ -20,10 +20,12 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -m slow $(PYTEST_FLAGS)
 
-# Adapters against the frameworks themselves, which are large: they are installed here only.
+# Adapters against the frameworks themselves, which are large: they are installed here only. Torchattacks goes into a
+# folder of its own, since it asks for versions of 2020 that it does not need, which `pip check` would find.
 test-frameworks: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r .ci/requirements-frameworks.txt
-	$(RUN) -m pytest -m frameworks tests/models tests/interop tests/docs tests/experiments/studies/test_public_models.py $(PYTEST_FLAGS)
+	$(RUN) -m pip install --quiet --no-input --no-deps --upgrade --target $(VENV)-torchattacks torchattacks==3.5.1
+	PYTHONPATH=$(VENV)-torchattacks $(RUN) -m pytest -m frameworks tests/models tests/interop tests/docs tests/experiments/studies/test_public_models.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -145,5 +147,5 @@ $(INSTALLED): requirements.txt setup.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-package build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-package $(VENV)-torchattacks build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find lft_jax experiments benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -89,7 +89,9 @@ def _torchattacks_class():
         def __init__(self, model, eps, norm, steps, batch_size, settings):
             super().__init__("LearnedUniversalPerturbation", model)
             self.eps, self.norm, self.steps = eps, norm, steps
-            self._batch_size, self._settings, self._result = batch_size, settings, None
+            self._batch_size, self._result = batch_size, None
+            # Attack.__setattr__ compares the values of a dictionary, which arrays and keys refuse.
+            object.__setattr__(self, "_settings", settings)
 
         @property
         def result(self):

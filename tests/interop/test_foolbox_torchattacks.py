@@ -106,8 +106,9 @@ def test_torchattacks_returns_the_images_of_the_attack_on_the_model_itself(capsy
     torch.testing.assert_close(attack(tensor, labels), expected, atol=1e-5, rtol=1e-5)
     assert attack.result.constraint.epsilon == 0.25 and "eps=0.25" in repr(attack)
     key = jax.random.key(1)
-    other = interop.torchattacks_attack(module(), eps=0.25, steps=4, settings={**SETTINGS, "key": key})
-    multi = torchattacks.MultiAttack([torchattacks.VANILA(module()), other])
+    net = module()
+    other = interop.torchattacks_attack(net, eps=0.25, steps=4, settings={**SETTINGS, "key": key})
+    multi = torchattacks.MultiAttack([torchattacks.VANILA(net), other])
     assert multi(tensor, labels).shape == tensor.shape
     with pytest.raises(ValueError, match="norm: unknown name 'linf'"):
         interop.torchattacks_attack(module(), norm="linf")

@@ -1,6 +1,6 @@
 """Markdown section of the study of public models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.report.tables import origin
@@ -70,6 +70,43 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
             "",
         ]
     return "\n".join([*lines, ""])
+
+
+#: Methods that were stages of `uap-linf`, or other shipped rules: they are no rivals of it in `public_brief`.
+_OWN = ("coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
+
+
+def public_brief(found: Sequence[Mapping[str, Any]]) -> str:
+    """The shipped rule and its strongest rival on each model, from the same ten images and in as many steps."""
+    lines = ["| model | radius | strongest other method | `uap-linf` | against it |", "|---" * 5 + "|"]
+    for results in found:
+        about = results["about"]
+        rows = [row for row in results["rows"] if row["images"] == 10]
+        for own in sorted((row for row in rows if row["method"] == "uap-linf"), key=lambda row: -row["steps"]):
+            others = [row for row in rows if row["steps"] == own["steps"] and "difference" in row]
+            rivals = [row for row in others if not row["method"].startswith(_OWN)]
+            if not rivals:
+                continue
+            rival = max(rivals, key=lambda row: row["asr"])
+            trained = ", trained here" if about["model"].startswith(about["source"]) else ""
+            cells = [
+                f"`{about['model']}`{trained}, K = {own['steps']}",
+                f"{255 * about['epsilon']:.3g}/255",
+                f"{_percent(rival['asr'], rival['asr_interval'])} (`{rival['method']}`, of {len(rivals)})",
+                _percent(own["asr"], own["asr_interval"]),
+                _relation(rival["difference"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _relation(difference):
+    """Of the shipped rule to a rival, from the difference of the rival to it."""
+    mean, width = -difference["asr"], difference["interval"]
+    if width is None:
+        return f"{100 * mean:+.1f}, one draw"
+    relation = "level" if abs(mean) <= width else ("ahead" if mean > 0 else "behind")
+    return f"{relation} ({_percent(mean, width, '+')})"
 
 
 def _elsewhere(rows, device):

@@ -10,7 +10,7 @@ Without `--document` the documents are
 - `docs/results/NAME.md`, one page per results file, generated completely;
 - `docs/results/all-victims.md`, all comparisons side by side, generated completely;
 - `docs/results.md`: a summary and links to the pages, between its `<!-- results -->` marks;
-- `README.md`: a short summary, between its marks;
+- `README.md`: the shipped rule on the public models, between its marks;
 - `docs/victims.md`: the table of the stored victims, between its marks;
 - `docs/defence.md`: the tables of the study of defences, between its marks.
 
@@ -90,7 +90,12 @@ GROUPS = (
 ORDER = ("mnist", "mnist_vgg", "cifar10", "cifar10_vgg", "digits", "mnist_5k")
 #: Comparisons that are left out of all-victims.md.
 APART = ("quickstart",)
-#: Results files of the summaries, and victims of the summary in the README.
+#: Models of the summary in the README: test models, on which nothing was chosen.
+PUBLIC = (
+    *("resnet32", "efficientnet_lite0", "cifar10_vgg_1001", "cifar10_small_cnn_1000", "mnist_vgg_1001"),
+    *("mnist_small_cnn_1000", "digits_small_cnn_1000", "digits_lenet_1001"),
+)
+#: Results files of the summaries of comparisons, and victims of the brief one.
 HEADLINE = tuple(f"hard/{name}.json" for name in ORDER[:5])
 SHOWN = ("mnist_small_cnn_1000", "cifar10_small_cnn_1000", "cifar10_vgg_1001", "digits_small_cnn_1000")
 
@@ -156,7 +161,8 @@ def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str,
     headline = _headline(found)
     links = "\n".join(_links(pages, headings))
     documents[SUMMARY] = _between_marks(Path(root, SUMMARY), f"{tables.summary(headline)}\n{links}\n")
-    documents[README] = _between_marks(Path(root, README), tables.brief(headline, SHOWN))
+    shown = [found[path] for path in (f"{RESULTS}/public/{name}.json" for name in PUBLIC) if path in found]
+    documents[README] = _between_marks(Path(root, README), public.public_brief(shown))
     documents[VICTIMS] = _between_marks(Path(root, VICTIMS), victims.victims_table(root))
     defended = [pages[name][1] for name in _ordered(pages) if name.startswith("defence-")]
     documents[DEFENCE] = _between_marks(Path(root, DEFENCE), defence.defence_summary(defended))

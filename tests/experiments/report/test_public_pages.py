@@ -109,3 +109,20 @@ def test_settings_of_a_grid_have_a_page_of_their_own(results):
     results["rows"] = [row("sga step=0.4 final=1", 0.5)]
     text = public.public_section(results, "results/public/grid/toy.json", "../toy")
     assert "## Settings of baselines on `toy`" in text and "- `sga`" in text
+
+
+def test_the_brief_names_the_strongest_rival(results):
+    results["rows"] += [row("spatial-linf-plain", 0.9, difference=0.2), row("sga", 0.99, images=50, difference=0.3)]
+    lines = public.public_brief([results]).splitlines()
+    assert lines[2:] == [
+        "| `toy`, K = 20 | 8/255 | 72.0 ± 1.5 (`sga`, of 2) | 70.0 ± 1.5 | level (-2.0 ± 2.0) |",
+    ]
+    results["rows"][1]["difference"]["asr"] = -0.03
+    assert "ahead (+3.0 ± 2.0)" in public.public_brief([results])
+    results["rows"][1]["difference"] |= {"asr": 0.1, "interval": None}
+    assert "-10.0, one draw" in public.public_brief([results])
+
+
+def test_a_model_without_rivals_is_left_out_of_the_brief(results):
+    results["rows"] = results["rows"][:1]
+    assert public.public_brief([results]).count("\n") == 2

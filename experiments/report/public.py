@@ -78,21 +78,19 @@ _OWN = ("coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
 
 def public_brief(found: Sequence[Mapping[str, Any]]) -> str:
     """The shipped rule and its strongest rival on each model, from the same ten images and in as many steps."""
-    lines = ["| model | radius | strongest other method | `uap-linf` | against it |", "|---" * 5 + "|"]
+    lines = ["| model | K | strongest other method | `uap-linf` | against it |", "|---" * 5 + "|"]
     for results in found:
-        about = results["about"]
-        rows = [row for row in results["rows"] if row["images"] == 10]
+        about, rows = results["about"], [row for row in results["rows"] if row["images"] == 10]
         for own in sorted((row for row in rows if row["method"] == "uap-linf"), key=lambda row: -row["steps"]):
             others = [row for row in rows if row["steps"] == own["steps"] and "difference" in row]
             rivals = [row for row in others if not row["method"].startswith(_OWN)]
             if not rivals:
                 continue
             rival = max(rivals, key=lambda row: row["asr"])
-            trained = ", trained here" if about["model"].startswith(about["source"]) else ""
             cells = [
-                f"`{about['model']}`{trained}, K = {own['steps']}",
-                f"{255 * about['epsilon']:.3g}/255",
-                f"{_percent(rival['asr'], rival['asr_interval'])} (`{rival['method']}`, of {len(rivals)})",
+                f"`{about['model']}`",
+                str(own["steps"]),
+                f"`{rival['method']}`, {_percent(rival['asr'], rival['asr_interval'])}",
                 _percent(own["asr"], own["asr_interval"]),
                 _relation(rival["difference"]),
             ]

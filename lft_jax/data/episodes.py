@@ -75,7 +75,7 @@ def draw_rows(
     # The largest of uniform scores are a sample without replacement; excluded entries have the score -1.
     scores = jnp.where(counts >= size.per_class, jax.random.uniform(key_classes, counts.shape), -1)
     classes = jax.lax.top_k(scores, size.ways)[1]
-    real = jnp.arange(table.shape[1])[None] < counts[classes][:, None]
+    real = jnp.arange(table.shape[1], dtype=counts.dtype)[None] < counts[classes][:, None]
     scores = jnp.where(real, jax.random.uniform(key_images, real.shape), -1)
     columns = jax.lax.top_k(scores, size.per_class)[1]
     rows = jnp.take_along_axis(table[classes], columns, axis=1)

@@ -147,7 +147,8 @@ class AttackLoss:
         log_probabilities = jax.nn.log_softmax(logits)
         entropy = -jnp.take_along_axis(log_probabilities, goal[:, None], axis=-1)[:, 0]
         distances = jnp.minimum(-log_probabilities, jnp.asarray(_REACH, logits.dtype))
-        shared = jnp.all(labels[:, None] == jnp.arange(logits.shape[-1])[None], axis=0)  # true class of all images
+        classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)
+        shared = jnp.all(labels[:, None] == classes[None], axis=0)  # true class of all images
         means = jnp.where(shared, jnp.inf, jnp.mean(distances, 0))
         dominant = jnp.argmin(means) if self.target is None else self.target
         pull = jnp.take(distances, dominant, axis=1)

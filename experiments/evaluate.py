@@ -5,13 +5,18 @@ r"""Compares meta-learned fine-tuners with tuned baselines on unseen tasks. Writ
 
 Victims that a learned method was meta-trained on are marked as seen. Runs that differ only in --seed become one row.
 Baselines are tuned on meta-validation tasks of each victim.
+
+Killed, the same command goes on: victims that were finished are in OUTPUT.unfinished until the results are complete.
 """
 
 import dataclasses
 import functools
 from pathlib import Path
 
+import jax
+
 from experiments import common, config, meta_train
+from experiments.cells import Cells
 from experiments.report import figures, tables
 from lft_jax.cli import provenance
 from lft_jax.cli.picture import attack_picture
@@ -64,7 +69,6 @@ def evaluate(flags: Config) -> dict:
     if not flags.learned or not flags.victims:
         raise ValueError("learned, victims: expected at least one folder of each.")
     runs = [meta_train.load_learned(workdir) for workdir in flags.learned]
-    origin = provenance.describe([of.seed for of, _ in runs])  # now, since the checkout may change during the run
     seen = {Path(path).resolve() for of, _ in runs for path in of.victims}
     tasks_config = meta_train.tasks_of(runs[0][0])
     for of, _ in runs[1:]:
@@ -94,17 +98,27 @@ def evaluate(flags: Config) -> dict:
         seed=flags.task_seed,
     )
     output, rows = Path(flags.output), []
+    described = {"tasks": dataclasses.asdict(tasks_config), "protocol": dataclasses.asdict(protocol)}
+    described |= {
+        "meta_training": [{k: v for k, v in dataclasses.asdict(of).items() if k != "data_dir"} for of, _ in runs]
+    }
+    victims = {path: load_victim(path).card for path in flags.victims}
+    params = [jax.tree.leaves(params) for _, learned in runs for params in learned.params]
+    cells = Cells(output, {**described, "victims": victims, "transfer": flags.transfer, "params": params})
+    origin = cells.provenance([of.seed for of, _ in runs])  # now, since the checkout may change during the run
     for path in flags.victims:
         target = common.make_target(path, Path(path).resolve() in seen, tasks_config, flags.data_dir)
         learned = _methods(runs, target.source)
         transfer = _transfer_families(runs, target.source, tasks_config, flags) if flags.transfer else []
-        new, perturbations = comparison.compare(target, learned, protocol, transfer_from=transfer, report=print)
+        compare = functools.partial(comparison.compare, transfer_from=transfer, report=print)
+        new, perturbations = cells.get(path, compare, target, learned, protocol)
         rows += new
         name = f"{output.stem}_{target.victim}.png"
         test = load_source(target.source, "test", data_dir=flags.data_dir)
         attack_picture(target.test.logits_fn, test, perturbations, output.with_name(name))
         # After each victim, so that an interrupted run keeps its rows.
-        results = _write(output, rows, tasks_config, protocol, runs, origin)
+        results = _write(output, {**described, "rows": rows, "provenance": origin}, tasks_config.penalty is not None)
+    cells.finish()
     print("\n" + tables.comparison_table(rows, tasks_config.penalty is not None))
     print(f"wrote {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
     return results
@@ -117,19 +131,10 @@ def _comparison_key(run, steps):
     return dataclasses.replace(tasks, waves=0, num_directions=min(tasks.num_directions, 1)), spent
 
 
-def _write(output, rows, tasks_config, protocol, runs, origin):
-    results = {
-        "tasks": dataclasses.asdict(tasks_config),
-        "protocol": dataclasses.asdict(protocol),
-        "meta_training": [{k: v for k, v in dataclasses.asdict(of).items() if k != "data_dir"} for of, _ in runs],
-        "rows": rows,
-        "provenance": origin,
-    }
+def _write(output, results, penalty):
     provenance.write_json(output, results)
-    output.with_suffix(".md").write_text(
-        tables.comparison_table(rows, tasks_config.penalty is not None), encoding="utf-8"
-    )
-    figures.asr_against_step(rows, output.with_suffix(".png"))
+    output.with_suffix(".md").write_text(tables.comparison_table(results["rows"], penalty), encoding="utf-8")
+    figures.asr_against_step(results["rows"], output.with_suffix(".png"))
     return results
 
 

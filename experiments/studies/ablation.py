@@ -6,7 +6,7 @@ r"""Ablation: removes or adds one part of the fine-tuner at a time and attacks v
 Victims and images are those of meta-validation, so that no choice depends on the unseen victims of the studies. A
 variant has the settings of a study except for its own, and the study's radii. All variants are compared with the first
 one, at the same number of queries, paired by task and averaged over --seeds. Runs are kept in --workdir and not
-repeated.
+repeated; nor is, if the program is killed, what was evaluated before.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from experiments import common, config, meta_train
+from experiments.cells import Cells
 from experiments.studies import study, victims
 from lft_jax import evaluation, tasks
 from lft_jax.base import check_at_least, check_name
@@ -130,7 +131,9 @@ def ablate(flags: Config) -> None:
     if known[names[0]].judged:
         raise ValueError(f"variants: {names[0]!r} is not meta-trained, so it cannot be the reference.")
     output = flags.output or f"results/ablation_{flags.study}.json"
-    origin, rows, first, reference = provenance.describe(list(range(flags.seeds))), [], None, {}
+    described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
+    cells = Cells(output, {"flags": described, "variants": [dataclasses.asdict(known[name]) for name in names]})
+    origin, rows, first, reference = cells.provenance(list(range(flags.seeds))), [], None, {}
     for name in names:
         print(f"{name}", flush=True)
         if not known[name].judged:
@@ -143,21 +146,26 @@ def ablate(flags: Config) -> None:
         at = (*(k for k in flags.at if k < settings.num_steps), settings.num_steps)
         learner = meta_train.learner_of(settings)
         for victim, family in _families(settings, flags).items():
-            keys = jax.random.split(jax.random.key(0), flags.num_tasks)
-            found = [evaluation.evaluate(learner, of, family, keys, num_steps=at[-1], at=at) for of in params]
-            asr = np.asarray([seed["asr"] for seed in found], np.float64)
+            asr, queries = cells.get(f"{name}, {victim}", _asr, learner, params, family, flags.num_tasks, at)
             rows.append(_row(name, victim, at, asr, reference.setdefault(victim, asr[..., -1])))
-            rows[-1]["queries"] = float(np.mean(found[0]["queries"][:, -1]))
+            rows[-1]["queries"] = queries
             if rows[-1]["queries"] != rows[0]["queries"]:
                 raise ValueError(
                     f"at: after {at[-1]} steps {name!r} has made {rows[-1]['queries']:.0f} queries, {names[0]!r} "
                     f"{rows[0]['queries']:.0f}; expected equal numbers."
                 )
             print(f"  {victim}: " + ", ".join(f"{mean:.3f}" for mean in rows[-1]["asr"]), flush=True)
-        described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("data_dir", "workdir", "output")}
         described |= {"meta_steps": first[0].meta_steps, "epsilon": _epsilon(flags)}
         provenance.write_json(output, {"provenance": origin, "flags": described, "rows": rows})
+    cells.finish()
     print(f"wrote {output}")
+
+
+def _asr(learner, params, family, num_tasks, at):
+    """ASR `[seeds, tasks, steps]`, and the mean number of queries after the last step."""
+    keys = jax.random.split(jax.random.key(0), num_tasks)
+    found = [evaluation.evaluate(learner, of, family, keys, num_steps=at[-1], at=at) for of in params]
+    return np.asarray([seed["asr"] for seed in found], np.float64), float(np.mean(found[0]["queries"][:, -1]))
 
 
 def _settings(name: str, variant: Variant, seed: int, flags: Config) -> meta_train.Config:

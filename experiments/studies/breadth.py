@@ -4,6 +4,8 @@ r"""Tests a pretrained rule outside its meta-training: other image sizes, radii,
 
 Attacks the unseen victims of the studies. For larger images, a stored victim sees them scaled down to its own size. For
 fewer classes, its other logits are dropped. PGD is tuned for each case.
+
+Killed, it goes on after the last finished case.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import config
+from experiments.cells import Cells
 from experiments.studies import victims
 from lft_jax import evaluation, learners, tasks
 from lft_jax.attack import stored_second_loss
@@ -92,13 +95,15 @@ def measure(flags: Config) -> None:
     """Runs every case and writes the results file after each."""
     params, rule = load_pretrained(flags.optimizer)
     second = stored_second_loss(flags.optimizer)
-    origin, rows = provenance.describe([0]), []
+    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k != "data_dir"}
+    cells = Cells(flags.output, {**settings, "params": jax.tree.leaves(params)})
+    origin, rows = cells.provenance([0]), []
     for case in CASES:
-        rows.append(_row(case, learners.lft(rule), params, second, flags))
+        rows.append(cells.get(str(case), _row, case, learners.lft(rule), params, second, flags))
         asr = ", ".join(f"{name} {100 * found['asr']:.1f}" for name, found in rows[-1]["methods"].items())
         print(f"{case}: {asr}", flush=True)
-        settings = {k: v for k, v in dataclasses.asdict(flags).items() if k != "data_dir"}
         provenance.write_json(flags.output, {"provenance": origin, "flags": settings, "rows": rows})
+    cells.finish()
     print(f"wrote {flags.output}")
 
 

@@ -6,7 +6,8 @@ More directions give a better estimate of each gradient and leave fewer steps: e
 evaluations of the support images. Hand-designed methods are tuned for each number of directions, on validation tasks of
 the victim. They run as published, and again (", augmented") with everything that the learned rule has: augmented
 images, a start from the search of plane waves (which takes part of the evaluations), and different directions for each
-image, constant on tiles. The smoothing is that of the learned rule for all.
+image, constant on tiles. The smoothing is that of the learned rule for all. Killed, it goes on after the last finished
+victim.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from experiments import common, config, meta_train
+from experiments.cells import Cells
 from lft_jax import evaluation
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
@@ -66,16 +68,22 @@ def measure(flags: Config) -> None:
     seen = {Path(path).resolve() for path in of.victims}
     described = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("output", "data_dir")}
     described |= {"meta_trained_at": of.num_directions, "smoothing": of.smoothing}
-    results = {"provenance": provenance.describe([of.seed]), "flags": described, "rows": []}
+    cells = Cells(flags.output, {**described, "params": jax.tree.leaves(learned.params[0])})
+    results = {"provenance": cells.provenance([of.seed]), "flags": described, "rows": []}
     for path in flags.victims:
         target = common.make_target(path, Path(path).resolve() in seen, tasks_config, flags.data_dir)
         victim = {"victim": target.victim, "seen_victim": target.seen, "epsilon": float(target.test.constraint.epsilon)}
-        rows = [{**victim, **row} for row in _rows(target, learned, table, flags)]
+        rows = [{**victim, **row} for row in cells.get(path, _all_rows, target, learned, table, flags)]
         if len(made := {row["queries"] for row in rows}) > 1:
             raise ValueError(f"evaluations: expected equal numbers of queries, got {sorted(made)}.")
         results["rows"] += rows
         provenance.write_json(flags.output, results)
+    cells.finish()
     print(f"wrote {flags.output}")
+
+
+def _all_rows(*arguments):
+    return list(_rows(*arguments))
 
 
 def num_steps(family: UapFamily, evaluations: int) -> int:

@@ -18,6 +18,7 @@ import optax
 
 import lft_jax
 from experiments import common, config
+from experiments.cells import Cells
 from experiments.report import figures
 from lft_jax.base import Learner
 from lft_jax.cli import provenance
@@ -62,7 +63,8 @@ class Config:
 def sine(flags: Config) -> dict[str, Any]:
     """Runs the experiment, writes its files and returns the results."""
     described = {name: value for name, value in dataclasses.asdict(flags).items() if name not in ("output", "workdir")}
-    results = {"provenance": provenance.describe(flags.seeds), "flags": described, "rows": [], "published": []}
+    cells = Cells(flags.output, described)
+    results = {"provenance": cells.provenance(flags.seeds), "flags": described, "rows": [], "published": []}
     families = {width: sine_family(widths=(width, width)) for width in flags.widths}
     lft = learners.lft(lft_jax.coordinate_lstm(features="adam"))
     options = {
@@ -75,18 +77,15 @@ def sine(flags: Config) -> dict[str, Any]:
     rule = [train(seed, flags.lft_steps) for seed in flags.seeds]
     for width, family in families.items():
         test = dataclasses.replace(family, query_shots=100)
-        errors = {"lft": _errors(lft, rule, test, flags)}
+        errors = {"lft": cells.get(f"width {width}: lft", _errors, lft, rule, test, flags)}
         settings = {}
         for name, grid in GRIDS.items():
-            learner = learners.fixed(name, OPTIMIZERS[name])
-            tried = [{key: np.float32(value) for key, value in setting.items()} for setting in grid]
-            options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks, "largest": False}
-            best = common.best_of(learner, tried, test, "error", **options)
+            best, errors[name] = cells.get(f"width {width}: {name}", _tuned, name, grid, test, flags)
             settings[name] = {"setting": grid[best], "settings_tried": len(grid)}
-            errors[name] = _errors(learner, [tried[best]], test, flags)
         if width == flags.widths[0]:  # an initialization fits one network only
             for learner, params in _initializations(family, 25, flags.maml_steps, flags, "maml"):
-                errors[learner.name] = _errors(learner, params(), test, flags)
+                cell = f"width {width}: {learner.name}"
+                errors[learner.name] = cells.get(cell, _initialized, learner, params, test, flags)
         for name, values in errors.items():
             row = common.curve_row("error", values, {rival: errors[rival] for rival in OPTIMIZERS})
             results["rows"].append({"width": width, "method": name, **row, **settings.get(name, {})})
@@ -95,20 +94,35 @@ def sine(flags: Config) -> dict[str, Any]:
                 f"{values[:, -1].mean():.3f} after {NUM_STEPS}"
             )
         provenance.write_json(flags.output, results)
-    results["published"] += _compared_with_published(flags)
+    results["published"] += _compared_with_published(flags, cells)
     provenance.write_json(flags.output, results)
     figures.sine(results["rows"], Path(flags.output).with_suffix(".png"))
+    cells.finish()
     return results
 
 
-def _compared_with_published(flags: Config) -> Iterator[dict[str, Any]]:
+def _tuned(name: str, grid: Sequence[dict[str, float]], test: SineFamily, flags: Config) -> tuple[int, np.ndarray]:
+    """Number of the best setting of an optimizer, and its errors."""
+    learner = learners.fixed(name, OPTIMIZERS[name])
+    tried = [{key: np.float32(value) for key, value in setting.items()} for setting in grid]
+    options = {"num_steps": NUM_STEPS, "num_tasks": flags.num_tasks, "largest": False}
+    best = common.best_of(learner, tried, test, "error", **options)
+    return best, _errors(learner, [tried[best]], test, flags)
+
+
+def _initialized(learner: Learner, params: Callable[[], list[Any]], test: SineFamily, flags: Config) -> np.ndarray:
+    """Errors of meta-trained initializations."""
+    return _errors(learner, params(), test, flags)
+
+
+def _compared_with_published(flags: Config, cells: Cells) -> Iterator[dict[str, Any]]:
     """Yields a row for each learner with a published error, on curves whose frequency varies too."""
     family = sine_family(widths=(flags.widths[0],) * 2, frequency=PUBLISHED_FREQUENCY)
     test = dataclasses.replace(family, query_shots=100)
     for learner, params in _initializations(family, 4, flags.published_steps, flags, "published"):
         if learner.name not in PUBLISHED:
             continue
-        values = _errors(learner, params(), test, flags)
+        values = cells.get(f"published: {learner.name}", _initialized, learner, params, test, flags)
         print(f"varying frequency: {learner.name}: error {values[:, 0].mean():.3f} after 1 step", flush=True)
         row = {"width": flags.widths[0], "method": learner.name, **common.curve_row("error", values, {})}
         yield {**row, "published_error": PUBLISHED[learner.name]}

@@ -4,7 +4,7 @@ r"""Measures the gap between the meta-gradients of LFT and L2O against the numbe
   python -m experiments.studies.theory_gap --victim=runs/victims/mnist_5k_small_cnn_1000
 
 Writes a results file and, beside it, a figure. An exponent of 0.5 means that the gap on one task falls with the square
-root of the number of images.
+root of the number of images. Killed, it goes on after the last finished number of images.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from experiments import common, config
+from experiments.cells import Cells
 from experiments.report import figures
 from lft_jax import learners, pretrained
 from lft_jax.attack import stored_second_loss
@@ -49,8 +50,11 @@ def measure(flags: Config) -> dict:
     learner = learners.lft(rule)
     weights = {"untrained": rule.init(jax.random.key(flags.seed)), "meta-trained": trained}
     keys = jax.random.split(jax.random.key(flags.seed), flags.num_tasks)
+    cells = Cells(
+        flags.output, {**dataclasses.asdict(flags), "victim": victim.card, "params": jax.tree.leaves(trained)}
+    )
     results = {
-        "provenance": provenance.describe([flags.seed]),
+        "provenance": cells.provenance([flags.seed]),
         "victim": victim.card,
         "flags": dataclasses.asdict(flags),
     }
@@ -62,8 +66,8 @@ def measure(flags: Config) -> dict:
         family = common.make_family(victim, "train", tasks, flags.data_dir)
         family = family.with_recipe(second_loss=second_loss)
         for name, params in weights.items():
-            found = theory.meta_gradient_gap(learner, params, family, keys, num_steps=flags.num_steps, batch_size=5)
-            found = jax.tree.map(np.asarray, found)
+            found = cells.get(f"{shots} images per class, {name}", _gap, learner, params, family, keys, flags.num_steps)
+            found = theory.MetaGradientGap(**found)
             gaps[name].append(found.gaps)
             rows[name].append(
                 {
@@ -86,7 +90,12 @@ def measure(flags: Config) -> dict:
     for name, decay in results.get("decay", {}).items():
         print(f"{name}: exponent {decay['exponent']:.3f}, 95% interval {decay['low']:.3f} to {decay['high']:.3f}")
     figures.theory_gap(results, Path(flags.output).with_suffix(".png"))
+    cells.finish()
     return results
+
+
+def _gap(learner, params, family, keys, num_steps):
+    return theory.meta_gradient_gap(learner, params, family, keys, num_steps=num_steps, batch_size=5)._asdict()
 
 
 def _mean(values):

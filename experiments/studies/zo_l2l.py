@@ -15,6 +15,8 @@ Differences to the authors' code:
 - LSTMs have biases.
 - The output of the sampler has no penalty.
 - At test time the sampler is used at every step; theirs is used at a random half of the steps.
+
+Killed, it goes on after the last finished meta-training, tuning or attack.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ import optax
 
 import lft_jax
 from experiments import config
+from experiments.cells import Cells
 from experiments.report import figures
 from lft_jax import evaluation, learners
 from lft_jax.base import Learner
@@ -68,8 +71,9 @@ class Config:
 def zo_l2l(flags: Config) -> dict[str, Any]:
     """Runs the experiment, writes its files and returns the results."""
     victim = load_victim(flags.victim)
+    cells = Cells(flags.output, {**dataclasses.asdict(flags), "victim": victim.card})
     results = {
-        "provenance": provenance.describe([flags.seed]),
+        "provenance": cells.provenance([flags.seed]),
         "victim": victim.card,
         "flags": dataclasses.asdict(flags),
         "meta_training": {},
@@ -83,11 +87,12 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
 
     update_rnn = lft_jax.coordinate_lstm(10, 1, features="raw", output_scale=flags.output_scale)
     update, both = learners.l2o(update_rnn), learners.l2o(update_rnn, sampler=sampling.QUERY_RNN)
-    rule, losses = _meta_trained(update, optax.adam(1e-3), family, flags, flags.update_steps)
+    rule, losses = cells.get("update_rnn", _meta_trained, update, optax.adam(1e-3), family, flags, flags.update_steps)
     results["meta_training"]["update_rnn"] = losses
     stages = {"train": optax.adam(5e-3), "hold": optax.set_to_zero()}
     second_stage = optax.partition(stages, {"rule": "hold", "sampler": "train"})
-    weights, losses = _meta_trained(both, second_stage, family, flags, flags.query_steps, rule)
+    arguments = both, second_stage, family, flags, flags.query_steps, rule
+    weights, losses = cells.get("query_rnn", _meta_trained, *arguments)
     results["meta_training"]["query_rnn"] = losses
 
     guided = dataclasses.replace(
@@ -100,35 +105,47 @@ def zo_l2l(flags: Config) -> dict[str, Any]:
         "update_rnn + query_rnn": (both, weights, {}),
         "update_rnn + guided": (guided, rule, {}),
     }
-    methods |= _baselines(family, flags)
+    methods |= _baselines(family, flags, cells)
     found = {}
     for name, (learner, params, setting) in methods.items():
-        each = [
-            _attacks(learner, params, _only(attacked, number), flags.runs, flags, seed=2 + number)
-            for number in range(flags.images)
-        ]
-        found[name] = {metric: np.stack([of_image[metric] for of_image in each]) for metric in each[0]}
+        found[name] = cells.get(f"attacks, {name}", _all_attacks, learner, params, attacked, flags)
         results["rows"].append({"method": name, **setting, **_row(found[name], found["update_rnn"])})
         results["rows"].sort(key=lambda row: row["loss"][-1])
         provenance.write_json(flags.output, results)  # after each method, so that an interrupted run keeps its rows
         print(f"{name}: {found[name]['loss'][..., -1].mean():.3f}", flush=True)
     figures.zo_l2l(results, Path(flags.output).with_suffix(".png"))
+    cells.finish()
     return results
 
 
-def _baselines(family, flags):
+def _all_attacks(learner, params, attacked, flags):
+    """Metrics `{name: [images, runs, K]}`."""
+    each = [
+        _attacks(learner, params, _only(attacked, number), flags.runs, flags, seed=2 + number)
+        for number in range(flags.images)
+    ]
+    return {metric: np.stack([of_image[metric] for of_image in each]) for metric in each[0]}
+
+
+def _baselines(family, flags, cells):
     """The baselines with published and with tuned learning rates: `{name: (learner, params, notes)}`."""
     methods, size = {}, family.images[0].size
     for name, (make, published) in BASELINES.items():
         learner = learners.fixed(name, make)
-        tried = [_attacks(learner, _rate(c, size), family, flags.images, flags, seed=1) for c in RATES]
-        scores = [float(np.nan_to_num(found["loss"][:, -1].mean(), nan=np.inf)) for found in tried]
+        scores = cells.get(f"tuning, {name}", _scores, learner, family, flags)
         chosen = RATES[int(np.argmin(scores))]
         print(f"{name}: learning rate {chosen} / d, losses {dict(zip(RATES, scores, strict=True))}", flush=True)
         methods[name] = (learner, _rate(published, size), {"rate_times_d": published})
         setting = {"rate_times_d": chosen, "settings_tried": len(RATES), "tuning_losses": scores}
         methods[f"{name} (tuned)"] = (learner, _rate(chosen, size), setting)
     return methods
+
+
+def _scores(learner, family, flags):
+    """The final loss of each learning rate."""
+    size = family.images[0].size
+    tried = [_attacks(learner, _rate(c, size), family, flags.images, flags, seed=1) for c in RATES]
+    return [float(np.nan_to_num(found["loss"][:, -1].mean(), nan=np.inf)) for found in tried]
 
 
 def _meta_trained(learner: Learner, optimizer, family, flags, meta_steps, rule=None):

@@ -4,6 +4,8 @@ The counts go into a JSON file; the exit code is 1 if a run did not go on with t
 """
 
 import argparse
+import contextlib
+import functools
 import gc
 import importlib.metadata
 import os
@@ -27,9 +29,10 @@ def main(arguments=None):
     gc.freeze()  # or each fork would look through all that has been imported
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        chaos = harness.Chaos(Path(folder), given.seed)
+        chaos = harness.Chaos(Path(folder), given.seed, functools.partial(print, flush=True))
         chaos.reference()
-        chaos.until(given.kills)
+        with contextlib.suppress(KeyboardInterrupt):
+            chaos.until(given.kills)
         report = chaos.report()
     report["seconds"] = round(time.perf_counter() - began, 1)
     for phase, counts in report["by_phase"].items():

@@ -27,8 +27,10 @@ _PHASE_OF = {"saved": "save"}
 #: Shares of the runs by their compilation cache: none, a new one for each run, one that all share.
 CACHES = {"none": 0.1, "new": 0.3, "shared": 0.6}
 #: Shares of the ways to end a process, and of the phases in which a timer is started.
-MEANS = {"time": 0.6, "operation": 0.35, "sigterm": 0.05}
-WEIGHTS = {"start-up": 0.2, "compilation": 0.25, "step": 0.2, "save": 0.35}
+MEANS = {"time": 0.65, "operation": 0.3, "sigterm": 0.05}
+WEIGHTS = {"start-up": 0.25, "compilation": 0.3, "step": 0.15, "save": 0.3}
+#: Saves that a process makes at most before it is ended: most of its time goes into what precedes them.
+SAVES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Chaos:
     Attributes:
       kills: kills by phase and means.
       survived: those of them after which the run was completed with the same numbers.
+      runs: completed runs by their compilation cache.
       findings: what must not happen.
     """
 
@@ -108,7 +111,7 @@ class Chaos:
         self.operations = outcome.first("compilation")["operations"], outcome.events[-1]["operations"]
 
     def until(self, kills: int) -> None:
-        """Kills until there are so many kills, and completes the last run."""
+        """Kills until there are so many kills, and completes the last run. Ctrl-C ends it before."""
         while self.kills.total() < kills:
             self._run(kills)
 
@@ -125,26 +128,27 @@ class Chaos:
     def _plan(self, shared: bool, left: int) -> Plan:
         """How to end the next process, which has so many meta-steps left."""
         means = self.rng.choice(list(MEANS), p=list(MEANS.values()))
+        saves = min(SAVES, -(-left // EVERY))
         if means == "operation":
             first, last = self.operations
-            return Plan("operation", number=int(self.rng.integers(1, first + (last - first) * left / STEPS + 1)))
+            return Plan(
+                "operation", number=int(self.rng.integers(1, first + (last - first) * saves * EVERY / STEPS + 1))
+            )
         phase = str(self.rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
-        most = max(1, {"step": 2 * left - 1, "save": -(-left // EVERY)}.get(phase, 1))
+        most = max(1, {"step": 2 * EVERY * saves - 1, "save": saves}.get(phase, 1))
         kind = "cached " if shared and phase == "compilation" else ""
         typical = statistics.median(self.durations[kind + phase][-50:] or self.durations[phase][-50:])
         return Plan(str(means), phase, int(self.rng.integers(1, most + 1)), float(self.rng.uniform(0, 1.1 * typical)))
 
     def _run(self, kills: int) -> None:
         """One run, killed until it is complete, or until there are enough kills."""
-        number, caches = self.runs.total(), dict(CACHES)
-        kind = str(self.rng.choice(list(caches), p=list(caches.values())))
-        name = f"{number:03d}"
+        kind = str(self.rng.choice(list(CACHES), p=list(CACHES.values())))
+        name = f"{self.runs.total() + len(self.findings):03d}"
         workdir = self.folder / name
         cache = {"none": None, "new": self.folder / f"{name}-cache", "shared": self.folder / "shared"}[kind]
-        self.runs[kind] += 1
         saved, done, here = 0, 0, collections.Counter()
         while True:
-            enough = self.kills.total() >= kills
+            enough = self.kills.total() + here.total() >= kills
             plan = Plan("none") if enough else self._plan(kind == "shared", STEPS - saved)
             outcome = self._launch(workdir, cache, plan, name)
             trouble = self._checked(outcome, plan, saved)
@@ -152,6 +156,7 @@ class Chaos:
             if begun and done:
                 self.lost.append(done - begun["step"])
             if trouble:
+                self.kills.update(here)
                 self.findings.append(f"run {name}, {plan}: {trouble}; log: {self._end_of_log(name)}")
                 self.say(self.findings[-1])
                 return
@@ -160,14 +165,14 @@ class Chaos:
             saved = max(saved, outcome.saved)
             if outcome.code == -signal.SIGKILL:
                 here[outcome.phase, plan.means] += 1
-                self.kills[outcome.phase, plan.means] += 1
-                if self.kills.total() % 50 == 0:
-                    self.say(f"{self.kills.total()} kills")
             elif outcome.code in (target.run.STOPPED, -signal.SIGTERM):
                 self.terminated[outcome.phase] += 1
             else:
                 break
+        self.kills.update(here)
         self.survived.update(here)
+        self.runs[kind] += 1
+        self.say(f"{self.kills.total()} kills, {self.runs.total()} runs")
         for path in (workdir, self.folder / f"{name}-cache"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-frameworks lint types docs package fuzz lock lock-check victims results results-render \
+.PHONY: quickstart test test-slow test-frameworks lint types docs package fuzz soak lock lock-check victims results results-render \
 	bench clean .venv
 
 quickstart: $(INSTALLED)
@@ -53,6 +53,10 @@ package:
 # Damaged files, cards, archives, flags, answers and folders: more than 10,000, in minutes on one core. See SECURITY.md.
 fuzz: $(INSTALLED)
 	$(RUN) -m tests.fuzz --output=results/fuzz.json
+
+# Attacks on 1,000 models, and meta-training, in one process for half an hour: what does its memory do?
+soak: $(INSTALLED)
+	$(RUN) -m tests.soak --output=results/soak.json
 
 # The versions of requirements.txt and of all below them, with the hashes of their files.
 lock: $(INSTALLED)

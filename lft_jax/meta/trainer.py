@@ -28,6 +28,7 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from lft_jax import base
+from lft_jax._bounded import BoundedJit
 from lft_jax._deprecation import old_keywords
 from lft_jax.base import Learner, PyTree, TaskFamily
 from lft_jax.meta._gradients import family_gradient, first_particles, mean_gradient
@@ -228,7 +229,7 @@ def meta_trainer(
     gradients = [_stage_gradient(s, learner, unroll, meta_gradient, **options) for s in every_stage]
     optimizer = _skipping(meta_optimizer)
 
-    @jax.jit
+    @BoundedJit
     def step(state, groups):
         """One meta-step: sample tasks, fine-tune, outer loss, its gradient, update."""
         sizes = [group.size for group in groups]

@@ -1,0 +1,96 @@
+"""Attacks many models and meta-trains in one process, and measures what it holds: `make soak`.
+
+Models come and go: closures and objects that are compiled anew, modules that share programs, host models. Beside them
+a meta-training run is resumed and saved again and again. After a warm-up, memory, compiled programs, file descriptors,
+threads, and models that were deleted and are still in memory, are counted every few attacks. The slopes go into a JSON
+file; the exit code is 1 if something grows without bound.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+#: Attacks between samples, evaluations, restarts of the meta-training, and new victims of it.
+SAMPLED, EVALUATED, TRAINED, RENEWED = 10, 20, 20, 100
+#: Highest lower ends of the slopes' intervals per 1,000 attacks; "models" is the highest number of them.
+LIMITS = {"rss": 50.0, "arrays": 0.5, "programs": 50.0, "descriptors": 1.0, "threads": 1.0, "models": 40}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--attacks", type=int, default=1000, help="number of attacks")
+    parser.add_argument("--minutes", type=float, default=30.0, help="over which the attacks are spread")
+    parser.add_argument("--warm_up", type=float, default=0.4, help="share of the attacks before the first sample")
+    parser.add_argument("--seed", type=int, default=0, help="of models and images")
+    parser.add_argument("--output", default="", help="JSON file for the slopes; none if empty")
+    given = parser.parse_args(arguments)
+    # Before JAX is imported. Numbers do not matter, time does.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", _quick())
+    from tests.soak import measure, work
+
+    began, cpu = time.perf_counter(), time.process_time()
+    attacks, samples = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        soak = work.Soak(Path(folder), given.seed)
+        while soak.number < given.attacks:
+            time.sleep(max(0, began + 60 * given.minutes * soak.number / given.attacks - time.perf_counter()))
+            soak.attack()
+            for every, do in ((RENEWED, soak.renew), (TRAINED, soak.train), (EVALUATED, soak.evaluate)):
+                if soak.number % every == 0:
+                    do()
+            if soak.number % SAMPLED == 0 and soak.number >= given.warm_up * given.attacks:
+                samples.append(measure.sample() | {"models": soak.alive()})
+                attacks.append(soak.number)
+                print(soak.number, *(f"{name} {value:.6g}" for name, value in samples[-1].items()), flush=True)
+    report = {
+        "attacks": soak.number,
+        "meta_steps": soak.meta_steps,
+        "checkpoints": soak.meta_steps,
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "warm_up_attacks": attacks[0],
+        "quantities": measure.slopes(attacks, samples),
+    }
+    report["findings"] = findings(report["quantities"])
+    for name, found in report["quantities"].items():
+        line = found["per_1000_attacks"]
+        print(
+            f"{name:12} {found['first']:9.1f} to {found['last']:9.1f}; {line['slope']:+8.2f} per 1,000 attacks", end=""
+        )
+        print(f" ({line['low']:+.2f} to {line['high']:+.2f})")
+    print(f"{soak.number} attacks and {soak.meta_steps} meta-steps in {report['seconds']:.0f} s,", *report["findings"])
+    if given.output:
+        from lft_jax.cli import provenance
+
+        report["series"] = {"attacks": attacks} | {n: [round(one[n], 3) for one in samples] for n in samples[0]}
+        provenance.write_json(given.output, {**report, "provenance": provenance.describe([given.seed])})
+    return 1 if report["findings"] else 0
+
+
+def findings(quantities):
+    """What grows without bound, in words."""
+    found = []
+    for name, limit in LIMITS.items():
+        if name == "models":
+            if quantities[name]["highest"] > limit:
+                found.append(f"{quantities[name]['highest']:.0f} deleted models are in memory, more than {limit}")
+        elif (low := quantities[name]["per_1000_attacks"]["low"]) > limit:
+            found.append(f"{name} grows by at least {low:.1f} in 1,000 attacks, more than {limit}")
+    return found
+
+
+def _quick():
+    """Flags of XLA, as of the tests."""
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags += " --xla_cpu_parallel_codegen_split_count=1"
+    old = importlib.metadata.version("jaxlib").startswith("0.10.")
+    return flags + " --xla_cpu_use_fusion_emitters=false" * old
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,8 +7,8 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-frameworks lint types docs package fuzz soak lock lock-check victims results results-render \
-	bench clean .venv
+.PHONY: quickstart test test-slow test-frameworks lint types docs package fuzz soak trust lock lock-check victims \
+	results results-render bench clean .venv
 
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart $(QUICKSTART_FLAGS)
@@ -57,6 +57,10 @@ fuzz: $(INSTALLED)
 # Attacks on 1,000 models, and meta-training, in one process for half an hour: what does its memory do?
 soak: $(INSTALLED)
 	$(RUN) -m tests.soak --output=results/soak.json
+
+# All that measures reliability: killed runs, properties, meta-gradients, fuzz, soak. Goes on where it stopped.
+trust: $(INSTALLED)
+	$(RUN) -m tests.trust --output=results/reliability.json
 
 # The versions of requirements.txt and of all below them, with the hashes of their files.
 lock: $(INSTALLED)

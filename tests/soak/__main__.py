@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 #: Attacks between samples, evaluations, restarts of the meta-training, and new victims of it.
-SAMPLED, EVALUATED, TRAINED, RENEWED = 10, 20, 20, 100
+SAMPLED, EVALUATED, TRAINED, RENEWED = 10, 40, 25, 200
+#: On a machine that is too slow, the soak ends after so many times `--minutes`, with fewer attacks.
+LATEST = 1.5
 #: Highest lower ends of the slopes' intervals per 1,000 attacks; "models" is the highest number of them.
 LIMITS = {"rss": 50.0, "arrays": 0.5, "programs": 50.0, "descriptors": 1.0, "threads": 1.0, "models": 40}
 
@@ -24,7 +26,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--attacks", type=int, default=1000, help="number of attacks")
     parser.add_argument("--minutes", type=float, default=30.0, help="over which the attacks are spread")
-    parser.add_argument("--warm_up", type=float, default=0.4, help="share of the attacks before the first sample")
+    parser.add_argument("--warm_up", type=float, default=0.3, help="share of the attacks before the first sample")
     parser.add_argument("--seed", type=int, default=0, help="of models and images")
     parser.add_argument("--output", default="", help="JSON file for the slopes; none if empty")
     given = parser.parse_args(arguments)
@@ -37,7 +39,8 @@ def main(arguments=None):
     attacks, samples = [], []
     with tempfile.TemporaryDirectory() as folder:
         soak = work.Soak(Path(folder), given.seed)
-        while soak.number < given.attacks:
+        latest = began + 60 * given.minutes * LATEST if given.minutes else float("inf")
+        while soak.number < given.attacks and time.perf_counter() < latest:
             time.sleep(max(0, began + 60 * given.minutes * soak.number / given.attacks - time.perf_counter()))
             soak.attack()
             for every, do in ((RENEWED, soak.renew), (TRAINED, soak.train), (EVALUATED, soak.evaluate)):
@@ -49,6 +52,7 @@ def main(arguments=None):
                 print(soak.number, *(f"{name} {value:.6g}" for name, value in samples[-1].items()), flush=True)
     report = {
         "attacks": soak.number,
+        "attacks_asked": given.attacks,
         "meta_steps": soak.meta_steps,
         "checkpoints": soak.meta_steps,
         "seconds": round(time.perf_counter() - began, 1),

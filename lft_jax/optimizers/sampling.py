@@ -18,7 +18,7 @@ import optax
 
 from lft_jax.base import PyTree, check_at_least
 from lft_jax.optimizers.rules import Rule, coordinate_lstm
-from lft_jax.optimizers.transform import initial_states, leaf_signals
+from lft_jax.optimizers.transform import check_weights, initial_states, leaf_signals
 
 #: The sampler of ZO-L2L (Ruan et al. 2020, arXiv 1910.09464, section 4.1).
 QUERY_RNN = coordinate_lstm(10, 1, features=("raw", "update"), output_scale=1.0)
@@ -60,7 +60,8 @@ def learned_sampler(
       The transformation, to be used with a zeroth-order oracle.
 
     Raises:
-      ValueError: if the rule has a base update; in `init`, if a leaf is not floating-point.
+      ValueError: if the rule has a base update, or a weight is NaN, infinite or above 1e4 (not checked where it is
+        traced); in `init`, if a leaf is not floating-point.
 
     Examples:
       >>> rule = coordinate_lstm(2, 1, features=("raw", "update"), output_scale=1.0)
@@ -75,6 +76,7 @@ def learned_sampler(
     """
     if rule.base_update is not None:
         raise ValueError(f"rule: the rule of a sampler must not have a base update, got {rule.base_update!r}.")
+    check_weights(params)
     weights = params
     optimizer = optax.with_extra_args_support(optimizer)
 

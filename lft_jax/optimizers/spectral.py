@@ -165,7 +165,8 @@ class SpectralRule:
         longer, bend = affine(params["all"], mean[:, None])[:, 0]
 
         evidence = evidence - jnp.asarray(_needed(shape), dtype) - jnp.clip(threshold, -4, 4)
-        weight = jax.nn.sigmoid(jnp.exp(params["log_sharpness"].astype(dtype)) * evidence)
+        sharpness = jnp.exp(jnp.clip(params["log_sharpness"].astype(dtype), -10, 10))
+        weight = jax.nn.sigmoid(sharpness * evidence)
         weight = (weight * jnp.exp(jnp.clip(gain, -4, 4)))[of.group]
         real, imaginary = momentum * weight[None, ..., None]
         step = _bent(unit_rms(_spectrum.image_of(jax.lax.complex(real, imaginary), shape)), self.tau, bend)

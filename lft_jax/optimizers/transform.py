@@ -13,6 +13,8 @@ from lft_jax.base import PyTree
 from lft_jax.optimizers.features import Signal
 from lft_jax.optimizers.rules import UpdateRule
 
+#: Largest absolute value of a weight. Those of the shipped rules are below 3; beyond it a network could overflow.
+LARGEST_WEIGHT = 1e4
 #: Dtypes of arrays that are no parameters: they have no gradient.
 _WITHOUT_GRADIENT = (jnp.integer, jnp.bool_, jax.dtypes.prng_key)
 
@@ -54,7 +56,8 @@ def learned_fine_tuner(
     Others are ignored.
 
     Args:
-      params: the rule's weights, from `rule.init(key)`, meta-training or `load_pretrained`.
+      params: the rule's weights, from `rule.init(key)`, meta-training or `load_pretrained`; at most 1e4 in absolute
+        value.
       rule: the update rule.
       scale: size of a coordinate in the feasible set, for calls of `update` without `scale`. The updates of a rule
         with a base update are in units of it. A number above 0, which may be traced, or a schedule: a function of the
@@ -64,7 +67,8 @@ def learned_fine_tuner(
       The transformation. Its state keeps its structure, shapes and dtypes.
 
     Raises:
-      ValueError: if `scale` is not a scalar above 0 (not checked where it is traced, or a schedule's); in `init`, if a
+      ValueError: if a weight is NaN, infinite or above 1e4, or `scale` is not a scalar above 0 (neither is checked where
+        it is traced, nor a schedule); in `init`, if a
         leaf is of another kind, a function or a complex array for example; in `update`, if the parameters, `spread`,
         `second` or `context` do not have the structure of the gradients, or the state is of other parameters.
 
@@ -92,6 +96,7 @@ def learned_fine_tuner(
     """
     if not callable(scale):
         _check_scale(scale)
+    check_weights(params)
     weights = params  # in `init` and `update`, optax requires the name `params` for what is fine-tuned
 
     def init_fn(params):
@@ -116,6 +121,19 @@ def learned_fine_tuner(
         return jax.tree.unflatten(structure, steps), LearnedFineTunerState(state.count + 1, leaves)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_weights(params: PyTree) -> None:
+    """Raises a ValueError for weights that are NaN, infinite or above `LARGEST_WEIGHT`, where they are not traced."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
+            continue
+        sizes = np.abs(np.asarray(leaf))
+        if not np.all(sizes <= LARGEST_WEIGHT):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} must be weights of a rule, at most {LARGEST_WEIGHT:g} in absolute "
+                f"value, got {np.max(sizes)}."
+            )
 
 
 def initial_states(rule: UpdateRule, params: PyTree, *, integers: bool = False) -> list[PyTree]:

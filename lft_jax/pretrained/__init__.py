@@ -165,7 +165,10 @@ def _load(path, weights, description):
         params = read_arrays(weights, jax.eval_shape(rule.init, jax.random.key(0)))
     except ValueError as error:
         raise ValueError(f"name: {path} {error}.") from error
-    return params, rule, learned_fine_tuner(params, rule)
+    try:
+        return params, rule, learned_fine_tuner(params, rule)
+    except ValueError as error:  # weights of no rule
+        raise ValueError(f"name: {path}: {error}") from error
 
 
 _SMALL = 1000  # bytes; a shorter file is truncated, which is said as such

@@ -12,7 +12,8 @@ Without `--document` the documents are
 - `docs/results.md`: a summary and links to the pages, between its `<!-- results -->` marks;
 - `README.md`: the shipped rule on the public models, between its marks;
 - `docs/victims.md`: the table of the stored victims, between its marks;
-- `docs/defence.md`: the tables of the study of defences, between its marks.
+- `docs/defence.md`: the tables of the study of defences, between its marks;
+- `docs/reliability.md`: what `make trust` measured, between its marks.
 
 With `--document` only that file changes, between its marks. It gets the sections of `--results`, or their summary. The
 text depends only on the results files and on the cards of the victims.
@@ -26,7 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config
-from experiments.report import defence, figures, objectives, omniglot, public, queries, sections, tables, victims
+from experiments.report import (
+    defence,
+    figures,
+    objectives,
+    omniglot,
+    public,
+    queries,
+    reliability,
+    sections,
+    tables,
+    victims,
+)
 
 
 def _draw_comparison(results, path):
@@ -61,7 +73,7 @@ KINDS = {
 COMPARISON = (tables.results_section, _draw_comparison)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 RESULTS, PAGES, SUMMARY, README = "results", "docs/results", "docs/results.md", "README.md"
-VICTIMS, DEFENCE = "docs/victims.md", "docs/defence.md"
+VICTIMS, DEFENCE, RELIABILITY = "docs/victims.md", "docs/defence.md", "docs/reliability.md"
 OVERVIEW = "all-victims"
 #: Prefix of files that `benchmarks.render` renders, into docs/performance.md.
 BENCHMARKS = "bench_"
@@ -166,6 +178,10 @@ def all_documents(root: str | os.PathLike[str], found: Mapping[str, Mapping[str,
     documents[VICTIMS] = _between_marks(Path(root, VICTIMS), victims.victims_table(root))
     defended = [pages[name][1] for name in _ordered(pages) if name.startswith("defence-")]
     documents[DEFENCE] = _between_marks(Path(root, DEFENCE), defence.defence_summary(defended))
+    trust = Path(root, RESULTS, "reliability.json")
+    if trust.is_file():
+        section = reliability.reliability_section(_read(trust), trust.relative_to(root).as_posix())
+        documents[RELIABILITY] = _between_marks(Path(root, RELIABILITY), section)
     return documents
 
 

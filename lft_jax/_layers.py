@@ -7,6 +7,7 @@ times for the kernel. Here each case is written in the form that was measured to
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,31 @@ def depthwise_conv(images: jax.Array | np.ndarray, kernel: jax.Array, *, stride:
     return _depthwise(images, kernel, stride, _same_padding(images.shape, kernel.shape, stride))
 
 
+def padded_conv(images: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[int, int]]) -> jax.Array:
+    """`conv` with any kernel `[k, k', I, O]`, stride and padding `((top, bottom), (left, right))`, also below 0."""
+    if kernel.shape[:2] == (1, 1):
+        images = _padded(images, padding)[:, ::stride, ::stride]
+        return images @ kernel[0, 0]
+    reached = []  # the padding without what no output sees
+    for length, size, (low, high) in zip(images.shape[1:3], kernel.shape[:2], padding, strict=True):
+        reached.append((low, high - (length + low + high - size) % stride))
+    if any(not 0 <= pad < size for size, pads in zip(kernel.shape[:2], reached, strict=True) for pad in pads):
+        images, reached = _padded(images, reached), ((0, 0), (0, 0))
+    return _conv(images, kernel, stride, tuple(reached))
+
+
+def padded_depthwise_conv(
+    images: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """`depthwise_conv` with any kernel `[k, k', C]`, stride and padding `((top, bottom), (left, right))`."""
+    return _depthwise(images, kernel, stride, tuple(map(tuple, padding)))
+
+
+def _padded(images, padding):
+    """Images with zeros around them, or cut off where the padding is below 0."""
+    return lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)])
+
+
 def conv_by_patches(images: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     """`conv` as one matrix product with all patches, for `vmap` over tasks that each have a kernel.
 
@@ -61,7 +87,7 @@ def conv_by_patches(images: jax.Array, kernel: jax.Array, *, stride: int = 1) ->
     """
     padding = _same_padding(images.shape, kernel.shape, stride)
     height, width = (-(-length // stride) for length in images.shape[1:3])
-    patches = _patches(jnp.pad(images, ((0, 0), *padding, (0, 0))), kernel.shape[:2], stride, height, width)
+    patches = _patches(_padded(images, padding), kernel.shape[:2], stride, height, width)
     return (patches @ kernel.reshape(-1, kernel.shape[3])).reshape(len(images), height, width, kernel.shape[3])
 
 
@@ -75,14 +101,18 @@ def _same_padding(shape, kernel_shape, stride):
 
 #: Largest number of input channels for which matrix products are faster than XLA's convolution.
 _FEW_CHANNELS = 3
+#: Number of inputs of an output above which XLA's convolution of few channels with a stride is faster.
+_LARGE_PATCH = 27
+#: Largest number of entries of the matrix of a whole convolution: 64 MiB.
+_LARGEST_MATRIX = 2**24
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(images, kernel, stride, padding):
     channels, features = kernel.shape[2:]
-    if stride == 1 and images.shape[1] * images.shape[2] <= kernel.shape[0] * kernel.shape[1]:
+    if stride == 1 and _is_small(images.shape, kernel.shape):
         return _conv_of_small_images(images, kernel, padding)
-    if channels > _FEW_CHANNELS:
+    if channels > _FEW_CHANNELS or (stride > 1 and math.prod(kernel.shape[:3]) > _LARGE_PATCH):
         return lax.conv_general_dilated(
             images, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -90,10 +120,16 @@ def _conv(images, kernel, stride, padding):
     # it wherever it is read, with different rounding, and a max pool would not find its own maximum again.
     if stride == 1:
         return _conv_by_blocks(images, kernel, padding)
-    padded, size = jnp.pad(images, ((0, 0), *padding, (0, 0))), kernel.shape[:2]
+    padded, size = _padded(images, padding), kernel.shape[:2]
     height, width = ((length - k) // stride + 1 for length, k in zip(padded.shape[1:3], size, strict=True))
     outputs = _patches(padded, size, stride, height, width) @ kernel.reshape(-1, features)
     return outputs.reshape(len(images), height, width, features)
+
+
+def _is_small(shape, kernel_shape):
+    pixels, (channels, features) = shape[1] * shape[2], kernel_shape[2:]
+    few = pixels <= kernel_shape[0] * kernel_shape[1]
+    return few and (pixels * channels) * (pixels * features) <= _LARGEST_MATRIX
 
 
 def _conv_by_blocks(images, kernel, padding):
@@ -104,7 +140,7 @@ def _conv_by_blocks(images, kernel, padding):
     width, block = length + left + right - more, max(4, more)
     blocks = -(-width // block)
     right = (blocks + 1) * block - left - length
-    lines = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    lines = _padded(images, ((top, bottom), (left, right)))
     lines = lines.reshape(n, -1, blocks + 1, block * channels)  # inputs of a block: itself and a part of the next
     seen = [
         part
@@ -178,7 +214,7 @@ def _shifted(shape, kernel, stride, padding, cotangent):
     n, height, width, features = cotangent.shape
     offsets, channels = kernel.shape[:2], kernel.shape[2]
     down, right = ((size - 1) // stride for size in offsets)  # largest shifts
-    padded = jnp.pad(cotangent, ((0, 0), (0, down), (0, right), (0, 0)))
+    padded = _padded(cotangent, ((0, down), (0, right)))
     height, width = height + down, width + right
     length, farthest = n * height * width, down * width + right
     lines = jnp.concatenate([jnp.zeros((farthest, features), padded.dtype), padded.reshape(length, features)])
@@ -216,7 +252,7 @@ def _scattered(shape, kernel, stride, padding, cotangent):
 
 
 def _kernel_gradient(images, shape, stride, padding, cotangent):
-    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    padded = _padded(images, padding)
     n, height, width, features = cotangent.shape
     cotangent = cotangent.reshape(n * height * width, features)
     if shape[2] <= _FEW_CHANNELS:
@@ -293,3 +329,55 @@ def max_pool(images: jax.Array) -> jax.Array:
     height, width = height // 2, width // 2
     windows = images[:, : 2 * height, : 2 * width].reshape(n, height, 2, width, 2, channels)
     return jnp.max(windows, axis=(2, 4))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def window_max(x: jax.Array, size: tuple[int, ...], padding: tuple[tuple[int, int], ...]) -> jax.Array:
+    """The largest entry of each window, equal to `lax.reduce_window` with `lax.max` and windows side by side.
+
+    Forwards and backwards 1.3 to 1.7 times as fast on a CPU. The first one of equal entries has the gradient, as there.
+
+    Args:
+      x: floating-point, of any number of axes.
+      size: of a window along each axis, which is the stride too.
+      padding: `(low, high)` of each axis.
+    """
+    windows, axes = _windows(x, size, padding, -np.inf)
+    return jnp.max(windows, axes)
+
+
+@window_max.defjvp
+def _window_max_jvp(size, padding, primals, tangents):
+    windows, axes = _windows(*primals, size, padding, -np.inf)
+    largest, places = None, None
+    for number, offset in enumerate(np.ndindex(*[windows.shape[axis] for axis in axes])):
+        place = dict(zip(axes, offset, strict=True))
+        entry = windows[tuple(place.get(axis, slice(None)) for axis in range(windows.ndim))]
+        if largest is None or places is None:
+            largest, places = entry, jnp.zeros(entry.shape, np.uint8)
+            continue
+        places = jnp.where(entry > largest, np.uint8(number), places)
+        largest = jnp.maximum(entry, largest)
+    # The numbers of the entries, not the entries again: XLA may compute these twice, and round them in two ways.
+    numbers = np.arange(math.prod(size), dtype=np.uint8)
+    numbers = numbers.reshape([n if axis in axes else 1 for axis, n in enumerate(windows.shape)])
+    changes, _ = _windows(*tangents, size, padding, 0)
+    chosen = jnp.expand_dims(places, axes) == numbers
+    return largest, jnp.sum(jnp.where(chosen, changes, jnp.zeros((), changes.dtype)), axes)
+
+
+def _windows(x, size, padding, fill):
+    """Padded and cut into windows, whose entries have axes of their own: the array and these axes."""
+    pads = [
+        (low, high - (length + low + high) % k, 0)
+        for length, k, (low, high) in zip(x.shape, size, padding, strict=True)
+    ]
+    if any(map(any, pads)):
+        x = lax.pad(x, jnp.asarray(fill, x.dtype), pads)
+    shape, axes = [], []
+    for length, k in zip(x.shape, size, strict=True):
+        shape.append(length // k)
+        if k > 1:
+            axes.append(len(shape))
+            shape.append(k)
+    return x.reshape(shape), tuple(axes)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from lft_jax._rewriting import fast, rewritten
+
 
 class _Program:
     """A function as a static argument: equal to itself alone, and hashable even where the function is not.
@@ -27,7 +29,7 @@ class _Program:
         self.values = self._evaluated(structure)
 
     def __call__(self, leaves, x):
-        return jax.tree.unflatten(self.structure, leaves)(x)
+        return fast(jax.tree.unflatten(self.structure, leaves), x)
 
     def holds(self, structure):
         """Whether a function of this structure still computes what it did."""
@@ -55,7 +57,8 @@ def present(function: Partial, *inputs: Any, origin: Any = None) -> Partial:
       origin: what the function was made of, if it has to be asked for it again: `origin.traced()`; or None.
 
     Returns:
-      The same function. Equal ones share compiled programs.
+      The same function, with fast layers where JAX traces it for a CPU (`lft_jax._rewriting`). Equal ones share
+      compiled programs.
 
     Examples:
       >>> weights = {"w": 1.0}
@@ -106,13 +109,13 @@ def as_partial(logits_fn: Callable[[Any], Any], images: Any, *, exact: bool) -> 
     """A victim as a field of a task family: its weights are arguments, or looked after by `present`.
 
     Args:
-      logits_fn: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`. A `jax.tree_util.Partial` is returned as it
-        is: its arguments are its weights. It may be a `lft_jax.models.Classifier`.
+      logits_fn: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`. The arguments of a `jax.tree_util.Partial`
+        are its weights. It may be a `lft_jax.models.Classifier`.
       images: `[N, H, W, C]` uint8, or floating-point in [0, 1].
       exact: whether it will be differentiated.
 
     Returns:
-      The same function.
+      The same function, with fast layers where JAX traces it for a CPU (`lft_jax._rewriting`).
 
     Raises:
       ValueError: if JAX cannot trace it, it returns no logits, or it has no gradients and needs them.
@@ -142,7 +145,7 @@ def as_partial(logits_fn: Callable[[Any], Any], images: Any, *, exact: bool) -> 
             f"logits_fn must return logits [n, classes], got {what} for one image; an adapter, such as "
             "lft_jax.models.from_function, has output= for other answers."
         )
-    return function if isinstance(logits_fn, Partial) else present(function, x, origin=origin)
+    return rewritten(function) if isinstance(logits_fn, Partial) else present(function, x, origin=origin)
 
 
 def _equal(one, other):

@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 #: What each part of the package may import besides the modules of the base and its own.
 BASE = {"base"} | {f"_{part}" for part in ("version", "deprecation", "files", "layers", "memory", "periods", "present")}
-BASE |= {"_bounded", "_reading", "_spectrum"}
+BASE |= {"_bounded", "_reading", "_rewriting", "_spectrum"}
 MAY_IMPORT = {
     **{name: set() for name in BASE},
     "optimizers": set(),

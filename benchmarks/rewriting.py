@@ -4,11 +4,13 @@ python -m benchmarks.rewriting --output=results/bench_rewriting.json
 
 W1 is that of `benchmarks.meta_step`, with perturbed images clipped. Gradients are those of the loss of a batch with
 respect to the images. All programs of a table run in turn in one process, so only their ratios are results: other
-processes may run, and the file says how many cores they used. Seconds of computation are those of all threads.
+processes may run, and the file says how many cores they used. Seconds of computation are those of all threads. On one
+core (`taskset -c 0 python -m benchmarks.rewriting`) no thread waits for another, and other processes change little.
 """
 
 import dataclasses
 import functools
+import os
 import time
 from pathlib import Path
 
@@ -201,6 +203,7 @@ def bench(flags: Config) -> dict:
     """Runs the benchmark and writes its results."""
     load = timing.load_of_others()
     results = {"provenance": provenance.describe([0]), "load_of_others": load, "gradients": {}}
+    results["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if torch_w1:
         results["torch"] = torch_w1.versions()
     work = w1.Work(tasks=1, num_steps=2, side=8) if flags.smoke else w1.Work()

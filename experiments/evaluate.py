@@ -18,6 +18,7 @@ import jax
 from experiments import common, config, meta_train
 from experiments.cells import Cells
 from experiments.report import figures, tables
+from experiments.studies import public_models
 from lft_jax.cli import provenance
 from lft_jax.cli.picture import attack_picture
 from lft_jax.data import load_source
@@ -142,7 +143,7 @@ def _methods(runs, source):
     """The learned methods that can attack a source: all update rules, and initializations for that source."""
     usable = []
     for flags, learned in runs:
-        sources = tuple(sorted({load_victim(path).card["source"] for path in flags.victims}))
+        sources = tuple(sorted({_source(path) for path in flags.victims}))
         if flags.learner not in meta_train.CONGRUOUS or source in sources:
             usable.append((flags, sources, learned))
     grouped: dict[str, tuple[dict, comparison.Learned]] = {}
@@ -165,13 +166,15 @@ def _with_queries(family, waves, estimator):
 
 
 def _transfer_families(runs, source, tasks_config, flags):
-    paths = dict.fromkeys(path for of, _ in runs for path in of.victims)
-    victims = [load_victim(path) for path in paths]
-    return [
-        common.make_family(victim, "train", tasks_config, flags.data_dir)
-        for victim in victims
-        if victim.card["source"] == source
-    ]
+    paths = dict.fromkeys(path for of, _ in runs for path in of.victims if _source(path) == source)
+    return [common.family_of(path, "train", tasks_config, flags.data_dir) for path in paths]
+
+
+def _source(path):
+    """The image source of a victim of meta-training, which may be a public model."""
+    if path.startswith(common.PUBLIC):
+        return public_models.MODELS[path.removeprefix(common.PUBLIC)].source
+    return load_victim(path).card["source"]
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ class _Problem:
 
     def all_warnings(self) -> list[str]:
         """Those of this process and of stored runs, each once."""
-        return list(dict.fromkeys([*self.warnings, *(said for run in self.runs for said in run.warnings)]))
+        return list(dict.fromkeys([*(said for run in self.runs for said in run.warnings), *self.warnings]))
 
     def _attack(self, cell: Cell) -> Run:
         support = self.split.support

@@ -62,7 +62,7 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
 
     def coded(flags):
         try:
-            with _terminated_as_interrupted():
+            with sigterm_as_interrupt():
                 run(flags)
         except EndedEarly as error:
             _exit(error.code, str(error))
@@ -83,7 +83,7 @@ def main(config_type: type, run: Callable[[Any], Any]) -> None:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Raises `Terminated` where the first SIGTERM comes. A second one ends the process at once."""
 
     def terminate(number, frame):

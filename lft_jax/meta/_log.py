@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import time
 import warnings
 from collections.abc import Mapping
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from lft_jax._files import write_bytes
 from lft_jax._reading import parse_json
@@ -45,8 +46,9 @@ class Log:
         folder.mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
             self._lines = stack.enter_context(_closing(self.path.open("a", encoding="utf-8")))
-            # The number of the process, since the name has the time in seconds only.
-            self._events = stack.enter_context(_closing(EventsWriter(str(folder / "events"), f".{os.getpid()}")))
+            # With the number of the process, since two may begin in one second.
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+            self._events = stack.enter_context(_closing(RecordWriter(str(folder / name))))
             self._add(start, file_version="brain.Event:2")
             self._add(
                 start, session_log=SessionLog(status=SessionLog.START)
@@ -81,7 +83,7 @@ class Log:
         raise FileNotFoundError(errno.ENOENT, "the folder or its metrics.jsonl was moved or deleted during the run")
 
     def _add(self, step, **content):
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ PHASES = ("start-up", "compilation", "step", "save", "end")
 _PHASE_OF = {"saved": "save"}
 #: Shares of the runs by their compilation cache: none, a new one for each run, one that all share.
 CACHES = {"none": 0.1, "new": 0.3, "shared": 0.6}
+#: Shares of the learners.
+LEARNERS = {"lft": 0.25, "maml": 0.75}
 #: Shares of the ways to end a process, and of the phases in which a timer is started.
 MEANS = {"time": 0.65, "operation": 0.3, "sigterm": 0.05}
 WEIGHTS = {"start-up": 0.25, "compilation": 0.3, "step": 0.15, "save": 0.3}
@@ -57,14 +59,14 @@ class Outcome:
         return max((event["step"] for event in self.events if event["phase"] == "saved"), default=0)
 
 
-def launch(workdir: Path, cache: Path | None, log: Path, plan: Plan) -> Outcome:
+def launch(learner: str, workdir: Path, cache: Path | None, log: Path, plan: Plan) -> Outcome:
     """Forks a process, and waits until it has ended."""
     assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1  # a fork has no other threads
     receive, send = os.pipe()
     number = os.fork()
     if number == 0:
         os.close(receive)
-        target.process(workdir, cache, send, log, plan)
+        target.process(learner, workdir, cache, send, log, plan)
     os.close(send)
     with os.fdopen(receive, "rb") as pipe:
         lines = pipe.read().splitlines(keepends=True)
@@ -79,7 +81,7 @@ class Chaos:
     Attributes:
       kills: kills by phase and means.
       survived: those of them after which the run was completed with the same numbers.
-      runs: completed runs by their compilation cache.
+      runs: completed runs by their learner and compilation cache.
       findings: what must not happen.
     """
 
@@ -90,68 +92,69 @@ class Chaos:
         self.runs = collections.Counter()
         self.lost, self.cpu_seconds, self.processes = [], 0.0, 0
         self.findings: list[str] = []
-        self.durations: dict[str, list[float]] = collections.defaultdict(list)
+        self.expected: dict[str, dict] = {}
+        self.operations: dict[str, tuple[int, int]] = {}
+        self.durations: dict[tuple[str, bool, str], list[float]] = collections.defaultdict(list)
 
     def reference(self) -> None:
         """Runs it without a kill, for the numbers to compare with, the time of phases and the number of operations."""
-        found, shared = {}, self.folder / "shared"
-        for name, cache in (("uncached", None), ("caching", shared), ("cached", shared), ("damaged cache", shared)):
-            if name == "damaged cache":
-                shared = shutil.copytree(shared, self.folder / "damaged")
-                for path in shared.glob("*-cache"):
-                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-                cache = shared
-            outcome = self._launch(self.folder / name, cache, Plan("none"), name)
-            if outcome.code:
-                raise RuntimeError(f"the run itself fails, {name}: {self._end_of_log(name)}")
-            found[name] = {key: outcome.events[-1][key] for key in ("digests", "files")}
-            if found[name] != found["uncached"]:
-                self.findings.append(f"numbers depend on the compilation cache, {name}: {found}")
-        self.expected = found["uncached"]
-        self.operations = outcome.first("compilation")["operations"], outcome.events[-1]["operations"]
+        shared, damaged = self.folder / "shared", self.folder / "damaged"
+        for learner in target.LEARNERS:
+            for cache in (None, shared, shared, damaged):
+                if cache == damaged:
+                    shutil.copytree(shared, damaged, dirs_exist_ok=True)
+                    for path in damaged.glob("*-cache"):
+                        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                name = f"{learner}-{self.processes}"
+                outcome = self._launch(learner, self.folder / name, cache, Plan("none"), name)
+                if outcome.code:
+                    raise RuntimeError(f"the run itself fails, {name}: {self._end_of_log(name)}")
+                found = {key: outcome.events[-1][key] for key in ("digests", "files")}
+                if found != self.expected.setdefault(learner, found):
+                    self.findings.append(f"numbers depend on the compilation cache: {name}, {cache}")
+            self.operations[learner] = outcome.first("compilation")["operations"], outcome.events[-1]["operations"]
 
     def until(self, kills: int) -> None:
         """Kills until there are so many kills, and completes the last run. Ctrl-C ends it before."""
         while self.kills.total() < kills:
             self._run(kills)
 
-    def _launch(self, workdir, cache, plan, name):
-        outcome = launch(workdir, cache, self.folder / f"{name}.log", plan)
+    def _launch(self, learner, workdir, cache, plan, name):
+        outcome = launch(learner, workdir, cache, self.folder / f"{name}.log", plan)
         self.processes += 1
         self.cpu_seconds += outcome.cpu_seconds
-        kind = "cached " if cache is not None and cache.name == "shared" else ""
+        kind = learner, cache is not None and cache.name == "shared"
         for event, after in zip(outcome.events, outcome.events[1:], strict=False):
-            phase = event["phase"]
-            self.durations[kind * (phase == "compilation") + phase].append(after["at"] - event["at"])
+            self.durations[*kind, event["phase"]].append(after["at"] - event["at"])
         return outcome
 
-    def _plan(self, shared: bool, left: int) -> Plan:
+    def _plan(self, learner: str, shared: bool, left: int) -> Plan:
         """How to end the next process, which has so many meta-steps left."""
         means = self.rng.choice(list(MEANS), p=list(MEANS.values()))
         saves = min(SAVES, -(-left // EVERY))
         if means == "operation":
-            first, last = self.operations
+            first, last = self.operations[learner]
             return Plan(
                 "operation", number=int(self.rng.integers(1, first + (last - first) * saves * EVERY / STEPS + 1))
             )
         phase = str(self.rng.choice(list(WEIGHTS), p=list(WEIGHTS.values())))
         most = max(1, {"step": 2 * EVERY * saves - 1, "save": saves}.get(phase, 1))
-        kind = "cached " if shared and phase == "compilation" else ""
-        typical = statistics.median(self.durations[kind + phase][-50:] or self.durations[phase][-50:])
+        typical = statistics.median(self.durations[learner, shared, phase][-50:])
         return Plan(str(means), phase, int(self.rng.integers(1, most + 1)), float(self.rng.uniform(0, 1.1 * typical)))
 
     def _run(self, kills: int) -> None:
         """One run, killed until it is complete, or until there are enough kills."""
         kind = str(self.rng.choice(list(CACHES), p=list(CACHES.values())))
+        learner = str(self.rng.choice(list(LEARNERS), p=list(LEARNERS.values())))
         name = f"{self.runs.total() + len(self.findings):03d}"
         workdir = self.folder / name
         cache = {"none": None, "new": self.folder / f"{name}-cache", "shared": self.folder / "shared"}[kind]
         saved, done, here = 0, 0, collections.Counter()
         while True:
             enough = self.kills.total() + here.total() >= kills
-            plan = Plan("none") if enough else self._plan(kind == "shared", STEPS - saved)
-            outcome = self._launch(workdir, cache, plan, name)
-            trouble = self._checked(outcome, plan, saved)
+            plan = Plan("none") if enough else self._plan(learner, kind == "shared", STEPS - saved)
+            outcome = self._launch(learner, workdir, cache, plan, name)
+            trouble = self._checked(self.expected[learner], outcome, plan, saved)
             begun = outcome.first("compilation")
             if begun and done:
                 self.lost.append(done - begun["step"])
@@ -171,22 +174,22 @@ class Chaos:
                 break
         self.kills.update(here)
         self.survived.update(here)
-        self.runs[kind] += 1
+        self.runs[learner, kind] += 1
         self.say(f"{self.kills.total()} kills, {self.runs.total()} runs")
         for path in (workdir, self.folder / f"{name}-cache"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _checked(self, outcome: Outcome, plan: Plan, saved: int) -> str:
+    def _checked(self, expected: dict, outcome: Outcome, plan: Plan, saved: int) -> str:
         """What is wrong with how a process ended, if anything is."""
         begun = outcome.first("compilation")
         if begun and begun["step"] < saved:
             return f"it goes on from meta-step {begun['step']}, though {saved} was saved"
         if outcome.code == 0:
             found = outcome.events[-1]
-            different = [k for k, v in self.expected["digests"].items() if found["digests"].get(k) != v]
+            different = [k for k, v in expected["digests"].items() if found["digests"].get(k) != v]
             if different:
                 return f"{', '.join(different)} differ from those of the run that was not killed"
-            if extra := sorted(set(found["files"]) ^ set(self.expected["files"])):
+            if extra := sorted(set(found["files"]) ^ set(expected["files"])):
                 return f"left or missing files: {', '.join(extra)}"
             return ""
         if outcome.code == -signal.SIGKILL and plan.means in ("time", "operation"):
@@ -221,12 +224,16 @@ class Chaos:
                 for name in ("time", "operation")
             },
             "sigterm": {"stopped": self.terminated.total(), "by_phase": dict(self.terminated)},
-            "runs": {"completed": self.runs.total(), "by_cache": dict(self.runs)},
+            "runs": {
+                "completed": self.runs.total(),
+                "by_learner": {of: sum(n for (name, _), n in self.runs.items() if name == of) for of in LEARNERS},
+                "by_cache": {of: sum(n for (_, name), n in self.runs.items() if name == of) for of in CACHES},
+            },
             "processes": self.processes,
             "meta_steps": STEPS,
             "checkpoint_every": EVERY,
             "most_meta_steps_lost": max(self.lost, default=0),
-            "compared": sorted(self.expected["digests"]),
+            "compared": sorted(self.expected["lft"]["digests"]),
             "bit_equal": not self.findings,
             "damaged_cache_entries": logs.count("Error reading persistent compilation cache entry"),
             "findings": self.findings,

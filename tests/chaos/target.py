@@ -26,17 +26,18 @@ from lft_jax.tasks.quadratic import quadratic_family
 STEPS, EVERY = 9, 2
 FLAGS = {
     "victims": ("none",),
-    "rule": "coordinate_lstm",
-    "features": ("raw",),
-    "hidden": 3,
-    "layers": 1,
-    "base_update": "none",
     "num_steps": 2,
     "tasks_per_family": 2,
     "meta_steps": STEPS,
     "checkpoint_every": EVERY,
     "validation_tasks": 0,
 }
+#: What is learned: an update rule, which is stored as a file too, or an initialization, which takes less time to trace.
+LEARNERS = {
+    "lft": {"rule": "coordinate_lstm", "features": ("raw",), "hidden": 3, "layers": 1, "base_update": "none"},
+    "maml": {},
+}
+RULE = ("rule.safetensors", "rule.json")
 #: Seconds after which a process counts as hanging.
 HANGS = 300
 #: What Python announces to audit hooks before it does it: moments at which a process can be killed.
@@ -106,7 +107,7 @@ def start_timer(seconds: float, number: int) -> None:
         raise OSError(ctypes.get_errno(), "no timer")
 
 
-def process(workdir: Path, cache: Path | None, pipe: int, log: Path, plan: Plan) -> None:
+def process(learner: str, workdir: Path, cache: Path | None, pipe: int, log: Path, plan: Plan) -> None:
     """What a forked process does; it never returns."""
     signal.alarm(HANGS)
     code = 1
@@ -119,7 +120,7 @@ def process(workdir: Path, cache: Path | None, pipe: int, log: Path, plan: Plan)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
             say = Reporter(pipe, plan)
-            state = _meta_train(workdir, say)
+            state = _meta_train(learner, workdir, say)
             say("end", **described(workdir, state))
             code = 0
         except SystemExit as stop:
@@ -133,7 +134,7 @@ def process(workdir: Path, cache: Path | None, pipe: int, log: Path, plan: Plan)
             os._exit(code)
 
 
-def _meta_train(workdir, say):
+def _meta_train(name, workdir, say):
     """The run, which says when a phase begins."""
     say("start-up")
     family = quadratic_family(np.linspace(0.5, 2, 3, dtype=np.float32), support=2, query=2)
@@ -162,7 +163,7 @@ def _meta_train(workdir, say):
     meta_train.trainer_of = trainer_of
     meta_train.provenance.describe = lambda seeds: {"seeds": list(seeds)}
     checkpoints.save_tree = save
-    return meta_train.meta_train(meta_train.Config(workdir=str(workdir), **FLAGS))
+    return meta_train.meta_train(meta_train.Config(workdir=str(workdir), learner=name, **FLAGS, **LEARNERS[name]))
 
 
 def described(workdir: Path, state) -> dict:
@@ -170,17 +171,15 @@ def described(workdir: Path, state) -> dict:
     stored, _ = run.load_run(workdir, lambda config: state)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-    files = {
-        path.relative_to(workdir) for path in workdir.rglob("*") if path.relative_to(workdir).parts[0] != "tensorboard"
-    }
-    kept = {path for path in files if path.parts[0] != "checkpoints" or len(path.parts) <= 2}
+    found = [path for path in workdir.glob("*") if path.name != "tensorboard"]
+    files = sorted(path.relative_to(workdir).as_posix() for path in (*found, *workdir.glob("checkpoints/*")))
     digests = {
         "state": _digest(*map(_bytes, jax.tree.leaves(state._replace(key=jax.random.key_data(state.key))))),
         "checkpoint": _digest(*map(_bytes, jax.tree.leaves(stored._replace(key=jax.random.key_data(stored.key))))),
         "metrics.jsonl": _digest(json.dumps(lines).encode()),
-        **{name: _digest((workdir / name).read_bytes()) for name in ("config.json", "rule.safetensors", "rule.json")},
+        **{name: _digest((workdir / name).read_bytes()) for name in files if name in ("config.json", *RULE)},
     }
-    return {"digests": digests, "files": sorted(map(str, kept))}
+    return {"digests": digests, "files": files}
 
 
 def _bytes(leaf):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 #: A linear model of three classes of 4x4 images, in jax.numpy or in NumPy, and models that fail.
 SOURCE = """
 import itertools
+import signal
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,6 +52,19 @@ def stopped():
 
 def stopped_at_once():
     return failing(1, KeyboardInterrupt())
+
+def terminated(first=30):
+    calls = itertools.count(1)
+
+    def model(images):
+        if next(calls) == first:
+            signal.raise_signal(signal.SIGTERM)
+        return np.asarray(images).reshape(len(images), -1) @ WEIGHTS
+
+    return model
+
+def terminated_at_once():
+    return terminated(1)
 
 def wrong():
     return lambda images: images @ jnp.ones((7, 3))
@@ -237,6 +251,8 @@ OWN = ("--images=images.npz", "--epsilon=51/255", "--steps=12")
         (("--model=linear:wrong", *OWN), 2, "(linear.py, line"),
         (("--model=linear:later", "--oracle=query", *OWN), 3, "RuntimeError: the card is gone (linear.py, line"),
         (("--model=linear:stopped_at_once", "--oracle=query", *OWN), 130, "interrupted; nothing was written"),
+        (("--model=linear:terminated_at_once", "--oracle=query", *OWN), 143, "interrupted; nothing was written"),
+        (("--model=linear:terminated", "--oracle=query", *OWN), 3, "ended early, after"),
     ],
 )
 def test_exit_codes(tmp_path, arguments, code, said):

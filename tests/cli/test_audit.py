@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 #: A linear model of three classes of 4x4 images on NumPy arrays, and one that is interrupted.
 SOURCE = """
 import itertools
+import signal
 import numpy as np
 
 WEIGHTS = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
@@ -33,6 +35,16 @@ def stopped():
     def model(images):
         if next(calls) >= 20:
             raise KeyboardInterrupt
+        return load()(images)
+
+    return model
+
+def terminated():
+    calls = itertools.count(1)
+
+    def model(images):
+        if next(calls) == 20:
+            signal.raise_signal(signal.SIGTERM)
         return load()(images)
 
     return model
@@ -97,6 +109,14 @@ def test_interrupted_it_goes_on(folder, capsys):
     assert 0 < stored < 5 and not (folder / "out/index.html").exists()
     run(FLAGS)  # the same answers
     assert len(list(folder.glob("out/runs/*.json"))) == 5
+
+
+def test_sigterm_counts_as_ctrl_c_with_a_code_of_its_own(folder):
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(_exits.Kept, match="the same command goes on") as caught, _exits.sigterm_as_interrupt():
+        run(flags(model="linear:terminated"))
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is former
+    assert 0 < len(list(folder.glob("out/runs/*.json"))) < 5
 
 
 def test_pictures_are_named_by_their_files_and_folders(folder):

@@ -152,6 +152,13 @@ def test_runs_on_different_sources_are_different_methods(runs):
     ]  # maml (a) is left out, since its initialization has another shape
 
 
+def test_a_run_may_have_been_meta_trained_on_a_public_model_too(runs, monkeypatch):
+    made = runs({"victims": ("a", "public/efficientnet_lite2")}, {"victims": ("b",)})
+    assert list(evaluate._methods(made, "a")) == ["lft (a + imagenet_sample)", "lft (b)"]
+    monkeypatch.setattr(evaluate.common, "family_of", lambda path, *_: path)
+    assert evaluate._transfer_families(made, "a", None, types.SimpleNamespace(data_dir=None)) == ["a"]
+
+
 def test_runs_with_different_settings_are_refused(runs):
     with pytest.raises(ValueError, match="learned: runs of lft may differ only in their seed, not in hidden"):
         evaluate._methods(runs({"victims": ("a",)}, {"victims": ("a",), "hidden": 3}), "a")

@@ -7,7 +7,7 @@ PYTEST_FLAGS ?=
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-frameworks lint types docs package fuzz soak trust lock lock-check victims \
+.PHONY: quickstart test test-slow test-frameworks lint types docs package fuzz chaos soak trust lock lock-check victims \
 	results results-render bench clean .venv
 
 quickstart: $(INSTALLED)
@@ -53,6 +53,10 @@ package:
 # Damaged files, cards, archives, flags, answers and folders: more than 10,000, in minutes on one core. See SECURITY.md.
 fuzz: $(INSTALLED)
 	$(RUN) -m tests.fuzz --output=results/fuzz.json
+
+# Runs of meta-training that are killed 300 times, resumed, and compared with one that is not: minutes on one core.
+chaos: $(INSTALLED)
+	$(RUN) -m tests.chaos --output=results/chaos.json
 
 # Attacks on 1,000 models, and meta-training, in one process for half an hour: what does its memory do?
 soak: $(INSTALLED)

@@ -40,7 +40,8 @@ def defence_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "",
         *_table(rows, "hardening", "hardening", ATTACKS),
     ]
-    lines += [f"- Hardening `{name}`: {text}." for name, text in HARDENINGS.items()]
+    there = {row["defence"] for row in rows if row["part"] == "hardening"}
+    lines += [f"- Hardening `{name}`: {text}." for name, text in HARDENINGS.items() if name in there]
     lines += [f"- Attack `{name}`: {text}." for name, text in ATTACKS.items()]
     if any(row["part"] == "art" for row in rows):
         names = {"uap-linf": "made on the plain model", "patterns by queries": "made through the preprocessor"}

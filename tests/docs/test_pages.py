@@ -105,9 +105,10 @@ def check_own_tasks(names, printed):
 
 
 def check_defence(names, printed):
-    trained, before, after = ([float(number) for number in re.findall(r"\d+\.\d+", line)] for line in printed)
+    trained, before, after = ([float(number) for number in re.findall(r"\d+\.\d+", line)] for line in printed[:3])
     assert min(trained) > 0.7 and after[0] > before[0] - 0.03
     assert after[1] < before[1] and after[2] < before[2]  # fresh attacks, with gradients and with queries
+    assert names["report"].asr < before[1] and Path("runs/audit/index.html").is_file()
 
 
 CHECKS = {

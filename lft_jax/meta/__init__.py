@@ -6,7 +6,7 @@ How the pieces compose::
     outer losses --backpropagation | evolution strategies--> meta-gradient            `_gradients`, `evolution`
     (Learner, families) --meta_trainer--> init, step                                  `learners`, `trainer`,
                                                                                       `stages`, `mesh`
-    MetaTrainer --run.train--> checkpoints, metrics, exact resume                     `run`, `checkpoints`
+    MetaTrainer --run.train--> checkpoints, metrics, exact resume                     `run`, `checkpoints`, `_log`
 
 `imitation` trains a rule to imitate another optimizer in the first meta-steps, and `theory` measures the gap between
 the meta-gradients of LFT and L2O. `run` and `checkpoints` are not imported here: they load orbax and tensorboardX.

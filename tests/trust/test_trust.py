@@ -1,5 +1,6 @@
 """`make trust`: parts that are missing or failed are shown, and those of the present code are kept."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def test_merging_alone_runs_nothing_and_shows_what_is_missing(ran):
     code, found = ran.main("--merge_only")
     assert code == 1 and not ran.names and not found["passed"]
     assert {part["state"] for part in found["parts"].values()} == {"missing"}
+
+
+def test_parts_exist():
+    for part in trust.PARTS.values():
+        assert importlib.util.find_spec(part.module) is not None
 
 
 def test_files_of_other_code_are_not_kept(monkeypatch):

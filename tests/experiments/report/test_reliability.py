@@ -27,7 +27,7 @@ RESULTS = {
         "checkpoint_every": 3,
     },
     "properties": {
-        "properties": {"balls": {"cases": 200, "failed": 0}, "rates": {"cases": 1000, "failed": 1}},
+        "properties": {"balls": {"cases": 200, "failures": 0}, "rates": {"cases": 1000, "failures": 1}},
         "failures": 1,
     },
     "gradients": {
@@ -68,7 +68,7 @@ def results():
         f"most 2 meta-steps lost of a checkpoint every 3 {END}",
         "| save | 4 | 3 |",
         "| properties | 2 properties, 1,200 cases | 1 failed " + END,
-        "| rates | 1,000 | failed |",
+        "| rates | 1,000 | 1 failed |",
         "| meta-gradients | 2,468 cells | worst error 2.5e-07, relative; 0 above 1e-05 " + END,
         "| rule | `lstm` | 11 | 2.5e-07 |",
         "| damaged and hostile files | 60 inputs | 38 refused as documented, 21 harmless, 1 others " + END,

@@ -176,7 +176,10 @@ class _Closed:
 
 
 def _scan(parameters, *operands):
-    consts, carried = parameters["num_consts"], parameters["num_carry"]
+    if "ft_in" in parameters:  # from JAX 0.12 on
+        consts, carried, _ = (len(part) for part in parameters["ft_in"].unpack())
+    else:
+        consts, carried = parameters["num_consts"], parameters["num_carry"]
     fixed, carry, rows = operands[:consts], operands[consts : consts + carried], operands[consts + carried :]
 
     def body(carry, row):

@@ -20,6 +20,7 @@ class Config:
     overhead: str = config.option("results/bench_overhead.json", "Results of benchmarks.overhead.")
     uap: str = config.option("results/bench_uap.json", "Results of benchmarks.uap.")
     growth: str = config.option("results/bench_growth.json", "Results of benchmarks.growth.")
+    rewriting: str = config.option("results/bench_rewriting.json", "Results of benchmarks.rewriting.")
     document: str = config.option("docs/performance.md", "Markdown file with the marks.")
 
 
@@ -31,6 +32,7 @@ def render(flags: Config) -> None:
         raise ValueError(f"document: {document} has no marks {BEGIN} and {END}.")
     parts = (
         (meta_step_section, flags.meta_step),
+        (rewriting_section, flags.rewriting),
         (overhead_section, flags.overhead),
         (uap_section, flags.uap),
         (growth_section, flags.growth),
@@ -62,6 +64,35 @@ def meta_step_section(results: dict, path: str) -> str:
             lines.append(f"| {part} | {seconds:.3f} | {count:.1f} | {count / seconds:.0f} |")
         lines += [f"| rest | {work['rest_seconds']:.3f} | | |", ""]
     return "\n".join([*lines, ""])
+
+
+def rewriting_section(results: dict, path: str) -> str:
+    """Models that a user wrote: W1, and gradients of networks."""
+    lines = [
+        "## Models of users",
+        "",
+        _origin(results, path),
+        f"All programs of a table in turn in one process on {results['cores']} cores; computation is that of all "
+        "threads, which other processes change less than the time.",
+        "",
+        "| W1 | time relative to the user's model | computation | seconds of computation |",
+        "|---|---|---|---|",
+    ]
+    for name, t in results["w1"].items():
+        ratios = f"{t['seconds_over_user']:.2f} | {t['computed_seconds_over_user']:.2f}"
+        lines.append(f"| {name} | {ratios} | {t['computed_seconds']:.2f} |")
+    if results["gradients"]:
+        lines += [
+            "",
+            "| gradient of a batch, as written / with fast layers | images | time | computation | largest difference |",
+            "|---|---|---|---|---|",
+        ]
+    for network, row in results["gradients"].items():
+        images, difference = "x".join(map(str, row["images"])), f"{row['largest_difference']:.0e}"
+        for kind in [kind for kind in row if isinstance(row[kind], dict)]:
+            ratios = f"{row[kind]['seconds_ratio']:.2f} | {row[kind]['computed_seconds_ratio']:.2f}"
+            lines.append(f"| {network}, {kind} | {images} | {ratios} | {difference} |")
+    return "\n".join([*lines, "", ""])
 
 
 def overhead_section(results: dict, path: str) -> str:

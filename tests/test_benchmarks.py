@@ -1,6 +1,6 @@
 """Smoke tests of the benchmarks: they run, and the programs that they compare compute the same numbers.
 
-`make bench` measures the times. Two tests compile a dozen meta-steps and run only with `make test-slow`.
+`make bench` measures the times. Three tests compile a dozen meta-steps and run only with `make test-slow`.
 """
 
 import json
@@ -8,7 +8,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import growth, meta_step, overhead, render, timing, uap, w1
+from benchmarks import growth, meta_step, overhead, render, rewriting, timing, uap, w1
 from experiments import train_victim
 
 pytestmark = pytest.mark.standard_promotion
@@ -53,6 +53,16 @@ def test_uap(tmp_path):
     assert lft["asr_interval"] is not None
     assert results["sizes"]["5"]["UAP-SGD, 2 steps"]["asr_interval"] is None
     assert "| UAP-SGD, 20 steps |" in render.uap_section(results, "bench.json")
+
+
+@pytest.mark.slow
+def test_rewriting(tmp_path):
+    with jax.numpy_rank_promotion("allow"):  # the layers of flax need it
+        rewriting.bench(rewriting.Config(output=str(tmp_path / "bench.json"), repeats=1, smoke=True))
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["w1"][rewriting.USER]["seconds_over_user"] == 1
+    assert results["gradients"]["LeNet"]["largest_difference"] < 1e-5
+    assert "| LeNet, in a loop | 10x28x28x1 |" in render.rewriting_section(results, "bench.json")
 
 
 @pytest.mark.slow

@@ -142,6 +142,7 @@ results-render: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks.meta_step
+	$(RUN) -m benchmarks.rewriting
 	$(RUN) -m benchmarks.overhead
 	$(RUN) -m benchmarks.uap
 	$(RUN) -m benchmarks.growth

@@ -107,7 +107,8 @@ def _properties(found):
 def _properties_table(found):
     lines = ["| property | cases | |", "|---|---|---|"]
     for name, one in found["properties"].items():
-        lines.append(f"| {name} | {one['cases']:,} | {f'{one['failures']:,} failed' if one['failures'] else 'holds'} |")
+        outcome = f"{one['failures']:,} failed" if one["failures"] else "holds"
+        lines.append(f"| {name} | {one['cases']:,} | {outcome} |")
     return lines
 
 

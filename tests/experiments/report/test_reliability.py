@@ -10,7 +10,7 @@ from experiments.report.reliability import PARTS, reliability_section
 ORIGIN = {
     "state": "passed",
     "exit_code": 0,
-    "command": "python -m x",
+    "command": "python -m x.__main__",
     "commit": "ab",
     "device": "cpu",
     "date": "2026-01-02",

@@ -7,7 +7,7 @@ import os
 from hypothesis import HealthCheck, given, settings
 
 #: Cases of each property; `python -m tests.trust.properties` sets it.
-CASES = int(os.environ.get("LFT_TRUST_CASES", "3"))
+CASES = int(os.environ.get("LFT_TRUST_CASES", "2"))
 #: `{(property, its parameters): cases that held}`.
 HELD: collections.Counter[tuple[str, str]] = collections.Counter()
 

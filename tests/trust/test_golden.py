@@ -46,6 +46,7 @@ def test_single_and_double_precision_agree(part):
     assert_close(STORED["float32"][part], STORED["float64"][part], PRECISIONS)
 
 
+@pytest.mark.slow
 def test_the_same_seed_has_the_same_numbers_in_another_process(single, tmp_path):
     command = [sys.executable, "-m", "tests.trust.golden", "--single", f"--output={tmp_path / 'found.json'}"]
     subprocess.run(command, cwd=ROOT, check=True)

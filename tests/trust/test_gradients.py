@@ -47,6 +47,7 @@ def test_a_sample_of_meta_gradients_equals_finite_differences(program):
     assert all(cell.slope > 1e-5 for cell in cells)  # the weights matter
 
 
+@pytest.mark.slow
 def test_a_wrong_meta_gradient_is_found(monkeypatch):
     """Without the derivative of the projection."""
     program = next(p for p in TABLE if p.rule == "spectral_lstm" and p.learner == "lft" and "gradient" in p.oracles)

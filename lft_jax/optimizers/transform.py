@@ -126,7 +126,9 @@ def learned_fine_tuner(
 def check_weights(params: PyTree) -> None:
     """Raises a ValueError for weights that are NaN, infinite or above `LARGEST_WEIGHT`, where they are not traced."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
+        if isinstance(leaf, jax.core.Tracer) or not hasattr(leaf, "__array__"):
+            continue
+        if not getattr(leaf, "is_fully_addressable", True):
             continue
         sizes = np.abs(np.asarray(leaf))
         if not np.all(sizes <= LARGEST_WEIGHT):

@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from lft_jax import uap_family
 from lft_jax.data import TaskSize
 from lft_jax.tasks import AttackLoss, classification_family
+from lft_jax.tasks.perturbation import LOSSES
 from tests.trust.cases import for_all
 
 IMAGES, CLASSES, MOST = 40, 5, 40
@@ -108,3 +110,16 @@ def assert_balanced(episode, of, ways, shots, query_shots):
     counts = [np.unique([of[number] for number in part], return_counts=True) for part in (support, query)]
     assert counts[0][0].tolist() == counts[1][0].tolist() and len(counts[0][0]) == ways
     assert set(counts[0][1]) == {shots} and set(counts[1][1]) == {query_shots}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_attack_tasks_are_traced_in_float64_under_strict_promotion(kind, x64):
+    images, labels = (np.arange(12)[:, None, None, None] / 64.0), np.arange(12) % 3
+    family = uap_family(images, labels, FLAT, ways=2, query_shots=2, epsilon=0.1, loss=kind)
+
+    def loss(key):
+        episode = family.sample(key)
+        return family.loss(family.init(key), episode.query), family.oracle(episode.support)(family.init(key), key)
+
+    value, estimate = jax.eval_shape(loss, jax.random.key(0))
+    assert value.dtype == estimate.grads.dtype == jnp.float64

@@ -126,14 +126,14 @@ def _explained(results):
         lost = {name: 100 * (final[name]["familiar"][0] - final[name]["accuracy"][0]) for name in others}
         published = PUBLISHED["maml"][_SHOTS.index(shots)][0]
         left = [max(0.0, familiar - test - number) for number in lost.values()]
+        fitted = f"{min(left):.1f} to {max(left):.1f} points are" if any(left) else "nothing is"
         parts.append(
             f"With {shots} image{'s' if shots > 1 else ''} per character MAML has {test:.1f} on test characters, "
             f"published are {published}. Of these {published - test:.1f} points, {published - familiar:.1f} are "
             f"missing on characters of its own meta-training already ({familiar:.1f}), where unseen characters are no "
             f"reason. The other {familiar - test:.1f} lie between those and test characters. Methods that were not "
             f"meta-trained on any lose {', '.join(f'{number:.1f} ({name})' for name, number in lost.items())} there, "
-            f"as the sets differ in difficulty; {min(left, default=0):.1f} to {max(left, default=0):.1f} points are "
-            "left for over-fitting."
+            f"as the sets differ in difficulty; {fitted} left for over-fitting."
         )
     if not parts:
         return []

@@ -67,10 +67,10 @@ def learned_fine_tuner(
       The transformation. Its state keeps its structure, shapes and dtypes.
 
     Raises:
-      ValueError: if a weight is NaN, infinite or above 1e4, or `scale` is not a scalar above 0 (neither is checked where
-        it is traced, nor a schedule); in `init`, if a
-        leaf is of another kind, a function or a complex array for example; in `update`, if the parameters, `spread`,
-        `second` or `context` do not have the structure of the gradients, or the state is of other parameters.
+      ValueError: if a weight is NaN, infinite or above 1e4, or `scale` is not a scalar above 0 (not checked where they
+        are traced, nor for a schedule); in `init`, if a leaf is of another kind, a function or a complex array for
+        example; in `update`, if the parameters, `spread`, `second` or `context` do not have the structure of the
+        gradients, or the state is of other parameters.
 
     Examples:
       >>> import lft_jax

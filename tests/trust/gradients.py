@@ -37,9 +37,10 @@ from lft_jax.optimizers.rules import ALONG, RULES
 from lft_jax.oracles.directions import BASES, DRAW
 from lft_jax.tasks import sine_family
 from lft_jax.tasks.perturbation import NORMS
+from tests.trust.replay import STEPS, recording, replaying
 from tests.trust.tasks import AnyConstraint, Bowl
 
-STEPS, DIRECTIONS, SIZE = 3, 2, 1e-4
+DIRECTIONS, SIZE = 2, 1e-4
 #: Largest error, of the slopes along random directions relative to their norm.
 TOLERANCE = 1e-5
 #: Rounding of a difference, absolute, for cells whose slopes are about 0.
@@ -158,57 +159,6 @@ class _Traced:
 @functools.cache
 def _apply(rule):
     return jax.jit(rule.apply)
-
-
-class _Seen(NamedTuple):
-    """State of `recording`: also the weights in use, and the gradients and extras of all steps `[K, ...]`."""
-
-    state: object
-    params: object
-    answers: object
-    count: jax.Array
-
-
-def recording(learner: Learner, like) -> Learner:
-    """The learner, whose optimizer also keeps its weights, and what it is called with, if `like` says what that is."""
-
-    def optimizer(params):
-        inner = optax.with_extra_args_support(learner.optimizer(params))
-
-        def init(theta):
-            buffers = jax.tree.map(lambda x: jnp.zeros((STEPS, *x.shape), x.dtype), like)
-            return _Seen(inner.init(theta), jax.lax.stop_gradient(params), buffers, jnp.zeros((), jnp.int32))
-
-        def update(grads, state, theta=None, **extras):
-            answers = state.answers
-            if like:
-                seen = jax.lax.stop_gradient((grads, extras))
-                answers = jax.tree.map(lambda buffer, x: buffer.at[state.count].set(x), answers, seen)
-            updates, after = inner.update(grads, state.state, theta, **extras)
-            return updates, _Seen(after, state.params, answers, state.count + 1)
-
-        return optax.GradientTransformationExtraArgs(init, update)
-
-    return dataclasses.replace(learner, optimizer=optimizer)
-
-
-def replaying(learner: Learner, answers) -> Learner:
-    """The learner, whose optimizer is called with what was recorded instead of what the oracle answers."""
-
-    def optimizer(params):
-        inner = optax.with_extra_args_support(learner.optimizer(params))
-
-        def update(grads, state, theta=None, **extras):
-            grads, extras = jax.tree.map(lambda x: x[state[1]], answers)
-            updates, after = inner.update(grads, state[0], theta, **extras)
-            return updates, (after, state[1] + 1)
-
-        def init(theta):
-            return inner.init(theta), jnp.zeros((), jnp.int32)
-
-        return optax.GradientTransformationExtraArgs(init, update)
-
-    return dataclasses.replace(learner, optimizer=optimizer, adaptation_steps=0, second_order=False)
 
 
 class Cell(NamedTuple):

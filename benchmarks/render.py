@@ -68,11 +68,12 @@ def meta_step_section(results: dict, path: str) -> str:
 
 def rewriting_section(results: dict, path: str) -> str:
     """Models that a user wrote: W1, and gradients of networks."""
+    cores = "one core" if results["cores"] == 1 else f"{results['cores']} cores"
     lines = [
         "## Models of users",
         "",
         _origin(results, path),
-        f"All programs of a table in turn in one process on {results['cores']} cores; computation is that of all "
+        f"All programs of a table in turn in one process on {cores}; computation is that of all "
         "threads, which other processes change less than the time.",
         "",
         "| W1 | time relative to the user's model | computation | seconds of computation |",

@@ -35,7 +35,7 @@ _BATCHES = {
 def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """Attacks on a public model."""
     about, rows = results["about"], results["rows"]
-    title = "Settings of baselines" if any(" " in row["method"] for row in rows) else "Attacks"
+    title = "Settings of baselines" if all(" " in row["method"] for row in rows) else "Attacks"
     kind = "a victim trained here" if about["model"].startswith(about["source"]) else "a public model"
     former = any(row["method"] == "frequencies" for row in rows)
     lines = [
@@ -83,7 +83,7 @@ def public_brief(found: Sequence[Mapping[str, Any]]) -> str:
         about, rows = results["about"], [row for row in results["rows"] if row["images"] == 10]
         for own in sorted((row for row in rows if row["method"] == "uap-linf"), key=lambda row: -row["steps"]):
             others = [row for row in rows if row["steps"] == own["steps"] and "difference" in row]
-            rivals = [row for row in others if not row["method"].startswith(_OWN)]
+            rivals = [row for row in others if " " not in row["method"] and not row["method"].startswith(_OWN)]
             if not rivals:
                 continue
             rival = max(rivals, key=lambda row: row["asr"])
@@ -152,6 +152,8 @@ def _legend(names):
     methods = [m for m in _METHODS if any(name == m or name.startswith(f"{m}-") for name in firsts)]
     methods += ["patterns"] if "patterns" not in methods and any(name.endswith("-patterns") for name in names) else []
     lines = [f"- `{method}`: {_METHODS[method]}" for method in methods]
+    if any(" " in name for name in names) and not all(" " in name for name in names):
+        lines += ["- a method with its settings: tuned, the best of its grid on other images of this same model"]
     ends = [end for end in _BATCHES if any(name.endswith(f"-{end}") for name in names)]
     lines += [f"- `-{end}`: {_BATCHES[end]}; all other methods are on proxies" for end in ends]
     return [*lines, ""]

@@ -111,6 +111,13 @@ def test_settings_of_a_grid_have_a_page_of_their_own(results):
     assert "## Settings of baselines on `toy`" in text and "- `sga`" in text
 
 
+def test_tuned_settings_are_told_from_frozen_ones(results):
+    results["rows"].append(row("sga step=0.4 final=1", 0.9, difference=0.2))
+    text = public.public_section(results, "results/public/toy.json", "../toy")
+    assert "## Attacks on `toy`" in text and "- a method with its settings: tuned" in text
+    assert "step=0.4" not in public.public_brief([results])
+
+
 def test_the_brief_names_the_strongest_rival(results):
     results["rows"] += [row("spatial-linf-plain", 0.9, difference=0.2), row("sga", 0.99, images=50, difference=0.3)]
     lines = public.public_brief([results]).splitlines()

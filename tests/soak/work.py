@@ -148,9 +148,13 @@ class Soak:
         options = {"ways": 2, "query_shots": 1, "epsilon": EPSILON}
         return lft_jax.uap_family(images, np.arange(12) % CLASSES, victim, **options)
 
+    def _width(self):
+        """By turns too, so that all widths have met all shapes after 300 attacks, the warm-up."""
+        return WIDTHS[self.number // (len(TURNS) * len(SHAPES)) % len(WIDTHS)]
+
     def _model(self, kind, shape):
         """A new model, of which a weak reference is kept."""
-        size, width = int(np.prod(shape)), int(self.rng.choice(WIDTHS)) if kind == "wide" else 4
+        size, width = int(np.prod(shape)), self._width() if kind == "wide" else 4
         weights = [self.rng.normal(size=sides).astype(np.float32) for sides in ((size, width), (width, CLASSES))]
         if kind in ("closure", "wide"):
             model = watched = lambda x: _logits(weights, x, jnp)

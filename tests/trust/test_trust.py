@@ -72,6 +72,14 @@ def test_a_part_that_failed_is_shown(ran, written, code, state):
     assert total == (state != "passed") and found["passed"] == (state == "passed")
 
 
+def test_a_table_under_way_has_not_passed(ran):
+    ran.writes["tests.trust.gradients"] = {**COUNTS, "complete": False, "provenance": ORIGIN}
+    code, found = ran.main()
+    assert code == 1 and found["parts"]["gradients"]["state"] == "failed"
+    ran.writes["tests.trust.gradients"]["complete"] = True
+    assert ran.main("--again")[0] == 0
+
+
 def test_a_kept_part_with_findings_has_failed(ran):
     ran.writes["tests.trust.gradients"] = {**COUNTS, "failures": 2, "provenance": ORIGIN}
     ran.main()

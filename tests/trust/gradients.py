@@ -50,8 +50,8 @@ ROUNDING = 1e-10
 ALL = tuple(FEATURES)
 KEY = jax.random.key(1)
 REFUSALS = (TypeError, ValueError)
-#: With such steps nothing leaves an linf ball, where the derivative of a projection is on purpose not that of its value:
-#: a direction along one coordinate of 16 is four times as long there as its root mean square.
+#: With such steps nothing leaves an linf ball, where the derivative of a projection is not that of its value, on
+#: purpose: a direction along one coordinate of 16 is four times as long there as its root mean square.
 BOUND, _BASE = 0.3, 0.03
 
 

@@ -141,6 +141,7 @@ class AttackLoss:
         Returns:
           `[N]`.
         """
+        labels = jnp.asarray(labels)
         goal = labels if self.target is None else jnp.full_like(labels, self.target)
         sign = 1 if self.target is None else -1
         hinge = jnp.maximum(sign * margins(logits, goal), -jnp.asarray(self.kappa, logits.dtype))

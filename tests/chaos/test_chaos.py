@@ -36,6 +36,6 @@ def test_programs_that_are_killed_go_on_with_the_same_results(name):
 
 def test_the_results_of_make_chaos():
     report = json.loads((ROOT / "results" / "chaos.json").read_text())
-    assert report["kills"]["survived"] == report["kills"]["tried"] >= 250
+    assert report["kills"]["survived"] == report["kills"]["tried"] >= 300
     assert report["bit_equal"] and not report["findings"]
-    assert all(report["by_phase"][phase]["tried"] >= 15 for phase in ("start-up", "compilation", "step", "save"))
+    assert all(report["by_phase"][phase]["tried"] >= 20 for phase in ("start-up", "compilation", "step", "save"))

@@ -41,8 +41,8 @@ from tests.trust.replay import STEPS, recording, replaying
 from tests.trust.tasks import AnyConstraint, Bowl
 
 DIRECTIONS = 2
-#: Sizes of differences. The smaller one is for cells with a kink, as of `log_sign`, within the larger one.
-SIZES = (1e-4, 1e-6)
+#: Sizes of differences. The smaller ones are for cells with a kink, of `log_sign` or a ReLU, within the larger ones.
+SIZES = (1e-4, 1e-6, 1e-7)
 #: Largest error, of the slopes along random directions relative to their norm.
 TOLERANCE = 1e-5
 #: Rounding of a difference, absolute, for cells whose slopes are about 0.

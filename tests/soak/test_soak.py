@@ -59,6 +59,7 @@ def test_what_grows_is_a_finding():
 
 
 @pytest.mark.slow
+@pytest.mark.standard_promotion  # Adam of optax
 def test_a_short_soak(tmp_path, capfd):
     """All but the slopes, which have no warm-up here."""
     soak.main(["--attacks=40", "--minutes=0", "--warm_up=0", f"--output={tmp_path / 'soak.json'}"])

@@ -3,18 +3,12 @@
 import contextlib
 import dataclasses
 import gc
-import importlib.metadata
 import os
 
+from tests.quick import XLA_FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests spend nearly all their time on compilation, which these flags more than halve. Versions after 0.10 abort at the
-# last one, which they do not know.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
-    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""),
-)
+os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 
 import jax
 import jax.numpy as jnp

@@ -7,12 +7,13 @@ import argparse
 import contextlib
 import functools
 import gc
-import importlib.metadata
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tests.quick import XLA_FLAGS
 
 
 def main(arguments=None):
@@ -22,7 +23,7 @@ def main(arguments=None):
     parser.add_argument("--output", default="", help="JSON file for the counts; none if empty")
     given = parser.parse_args(arguments)
     # Before JAX is imported. Numbers do not matter, time does: programs are compiled in a fraction of it.
-    os.environ.update(JAX_PLATFORMS="cpu", OPENBLAS_NUM_THREADS="1", XLA_FLAGS=_quick())
+    os.environ.update(JAX_PLATFORMS="cpu", OPENBLAS_NUM_THREADS="1", XLA_FLAGS=XLA_FLAGS)
     from tests.chaos import harness
 
     gc.collect()
@@ -46,14 +47,6 @@ def main(arguments=None):
 
         provenance.write_json(given.output, {**report, "provenance": provenance.describe([given.seed])})
     return 1 if report["findings"] else 0
-
-
-def _quick():
-    """Flags of XLA, as of the tests."""
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags += " --xla_cpu_parallel_codegen_split_count=1"
-    old = importlib.metadata.version("jaxlib").startswith("0.10.")
-    return flags + " --xla_cpu_use_fusion_emitters=false" * old
 
 
 if __name__ == "__main__":

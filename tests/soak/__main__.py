@@ -1,18 +1,19 @@
 """Attacks many models and meta-trains in one process, and measures what it holds: `make soak`.
 
-Models come and go: closures and objects that are compiled anew, modules that share programs, host models. Beside them
-a meta-training run is resumed and saved again and again. After a warm-up, memory, compiled programs, file descriptors,
-threads, and models that were deleted and are still in memory, are counted every few attacks. The slopes go into a JSON
-file; the exit code is 1 if something grows without bound.
+Models come and go: closures and objects that need programs of their own, modules that share programs, host models.
+Beside them a meta-training run is resumed and saved again and again. After a warm-up, memory, compiled programs, file
+descriptors, threads, and models that were deleted and are still in memory, are counted every few attacks. The slopes go
+into a JSON file; the exit code is 1 if something grows without bound.
 """
 
 import argparse
-import importlib.metadata
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tests.quick import XLA_FLAGS
 
 #: Attacks between samples, evaluations, restarts of the meta-training, and new victims of it.
 SAMPLED, EVALUATED, TRAINED, RENEWED = 10, 20, 25, 200
@@ -32,7 +33,7 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     # Before JAX is imported. Numbers do not matter, time does.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("XLA_FLAGS", _quick())
+    os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
     from lft_jax.cli import provenance
     from tests.soak import measure, work
 
@@ -89,14 +90,6 @@ def findings(quantities):
         elif (low := quantities[name]["per_1000_attacks"]["low"]) > limit:
             found.append(f"{name} grows by at least {low:.1f} in 1,000 attacks, more than {limit}")
     return found
-
-
-def _quick():
-    """Flags of XLA, as of the tests."""
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags += " --xla_cpu_parallel_codegen_split_count=1"
-    old = importlib.metadata.version("jaxlib").startswith("0.10.")
-    return flags + " --xla_cpu_use_fusion_emitters=false" * old
 
 
 if __name__ == "__main__":

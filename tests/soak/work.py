@@ -19,8 +19,8 @@ SHAPES = ((6, 6, 1), (6, 6, 3), (8, 8, 1))
 WIDTHS = (3, 4, 5, 6, 8)
 CLASSES, IMAGES, EPSILON = 3, 6, 0.1
 PLAIN = lft_jax.AttackRecipe(augmentation=None)
-#: What attacks take turns in: kinds of models, and of attacks. Each closure, object and shape is compiled anew; models
-#: of flax share programs.
+#: What attacks take turns in: kinds of models, and of attacks. Each closure, object and shape has its own program;
+#: models of flax share programs.
 TURNS = (
     ("closure", "steps"),
     ("flax", "steps"),

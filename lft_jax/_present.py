@@ -7,6 +7,7 @@ further would so be attacked with its old weights.
 
 import collections
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,43 +18,61 @@ from jax.tree_util import Partial
 
 from lft_jax._rewriting import fast, rewritten
 
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
 
 class _Program:
     """A function as a static argument: equal to itself alone, and hashable even where the function is not.
 
-    It keeps arguments and inputs that the function was seen with, and what it returned.
+    It keeps the shapes of the arguments and of the input that the function was seen with, and what JAX traced.
     """
 
-    def __init__(self, structure, leaves, inputs, origin):
-        self.structure, self.leaves, self.inputs, self.origin = structure, leaves, inputs, origin
-        self.values = self._evaluated(structure)
+    def __init__(self, structure, leaves, x, origin):
+        self.structure, self.origin = structure, origin
+        self.leaves, self.x = jax.eval_shape(lambda *args: args, leaves, x)
+        self.text, self.constants = self._traced(structure)
 
     def __call__(self, leaves, x):
         return fast(jax.tree.unflatten(self.structure, leaves), x)
 
     def holds(self, structure):
-        """Whether a function of this structure still computes what it did."""
-        pairs = zip(self._evaluated(structure), self.values, strict=True)
-        return all(np.array_equal(now, before, equal_nan=True) for now, before in pairs)
+        """Whether JAX would trace a function of this structure as it did."""
+        text, constants = self._traced(structure)
+        return text == self.text and all(map(_same, constants, self.constants))
 
-    def _evaluated(self, structure):
-        function = jax.tree.unflatten(structure, self.leaves)
-        return [np.asarray(function(x)) for x in self.inputs]
+    def _traced(self, structure):
+        """The program in words, without addresses, and the arrays that it holds."""
+
+        def of_leaves(leaves, x):  # a new function, since JAX remembers what it traced
+            return jax.tree.unflatten(structure, leaves)(x)
+
+        closed = jax.make_jaxpr(of_leaves)(self.leaves, self.x)
+        # Arrays of NumPy may change in place.
+        constants = [x if isinstance(x, jax.Array) else np.array(x) for x in closed.consts]
+        return _ADDRESS.sub("", str(closed.jaxpr)), constants
 
 
-#: Functions that were compiled last; few, since each keeps its arguments in memory.
+def _same(one, other):
+    if one is other:
+        return True
+    if not all(isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.number) for x in (one, other)):
+        return False
+    return np.array_equal(one, other, equal_nan=True)
+
+
+#: Functions that were compiled last; few, since each keeps the arrays that it holds in memory.
 _programs: collections.deque[_Program] = collections.deque(maxlen=4)
 
 
-def present(function: Partial, *inputs: Any, origin: Any = None) -> Partial:
+def present(function: Partial, x: Any, *, origin: Any = None) -> Partial:
     """The function, as an object that JAX compiles again if what it computes has changed.
 
-    The function is called eagerly on the arguments and the inputs that it was first seen with. If it returns the same
-    numbers, programs that were compiled of it still hold.
+    The function is traced with arguments and an input of the shapes that it was first seen with. If JAX finds the same
+    operations and the same arrays, programs that were compiled of it still hold.
 
     Args:
       function: `x -> array`; its arguments may change freely.
-      inputs: values of `x`. The first ones of each function are kept.
+      x: an input, or its shape as a `jax.ShapeDtypeStruct`.
       origin: what the function was made of, if it has to be asked for it again: `origin.traced()`; or None.
 
     Returns:
@@ -76,7 +95,7 @@ def present(function: Partial, *inputs: Any, origin: Any = None) -> Partial:
                 return Partial(program, leaves)
             with contextlib.suppress(ValueError):  # another thread was faster
                 _programs.remove(program)
-    program = _Program(structure, leaves, inputs, origin)
+    program = _Program(structure, leaves, x, origin)
     _programs.append(program)
     return Partial(program, leaves)
 
@@ -93,16 +112,10 @@ def refreshed(function: Partial) -> Partial:
     if not isinstance(program, _Program):
         return function
     if program.origin is not None:
-        return present(program.origin.traced(), *program.inputs, origin=program.origin)
+        return present(program.origin.traced(), program.x, origin=program.origin)
     if program.holds(program.structure):
         return function
-    return present(jax.tree.unflatten(program.structure, *function.args), *program.inputs)
-
-
-def grey(images: jax.Array) -> jax.Array:
-    """An input for `present`: images in [0.25, 0.75], since a pixel of 0 would hide its weights."""
-    images = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-    return images / 2 + jnp.asarray(0.25, images.dtype)
+    return present(jax.tree.unflatten(program.structure, *function.args), program.x)
 
 
 def as_partial(logits_fn: Callable[[Any], Any], images: Any, *, exact: bool) -> Partial:
@@ -127,7 +140,8 @@ def as_partial(logits_fn: Callable[[Any], Any], images: Any, *, exact: bool) -> 
         function, origin = logits_fn.traced(), logits_fn if getattr(logits_fn, "refresh", None) else None
     else:
         function = logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
-    x = grey(jnp.asarray(images[:1]))
+    kind = images.dtype if jnp.issubdtype(images.dtype, jnp.floating) else jnp.float32
+    x = jax.ShapeDtypeStruct((1, *images.shape[1:]), kind)
     try:
         found = jax.eval_shape(function, x)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:

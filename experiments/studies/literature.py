@@ -32,7 +32,7 @@ from lft_jax.data import unit_range
 from lft_jax.optimizers import hand_designed, periodic
 from lft_jax.tasks import AttackLoss, AttackRecipe, Constraint, PatternSearch, Proxies
 from lft_jax.tasks.perturbation import Batch, perturb
-from lft_jax.tasks.recipe import search_queries, search_start
+from lft_jax.tasks.recipe import search_queries, searched_in_turns
 
 PROXIES = Proxies()
 DIRECTIONS = ("sign", "normalized", "adam", "none")
@@ -161,7 +161,11 @@ class Descent:
         key_search, key_steps = jax.random.split(jax.random.key(problem.draw))
         if self.search is not None:
             logits, recipe = functools.partial(_logits, function), self._recipe()
-            theta, _ = search_start(logits, support, recipe, constraint, theta, key_search, opaque=True)
+
+            def ask(program, *args):
+                return program(logits, *args)
+
+            theta = searched_in_turns(ask, support, recipe, constraint, theta, key_search)
         state = method._optimizer().init(theta) if steps else None
         for k, key in enumerate(jax.random.split(key_steps, steps) if steps else ()):
             size, ahead, grads = (epsilon, jnp.float32(k / steps)), theta, []

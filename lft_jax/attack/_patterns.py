@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from lft_jax._bounded import BoundedJit
-from lft_jax._present import grey, present
+from lft_jax._present import present
 from lft_jax.attack._run import Run
 from lft_jax.attack._steps import Problem
 from lft_jax.attack.result import Paused
@@ -173,7 +173,7 @@ def _called_quickly(classifier, x):
     """The model as a function of at most `_CALL` NumPy images; a JAX function is compiled for numbers of few sizes."""
     if classifier.host is not None:  # which is asked for no image more
         return lambda batch: np.asarray(classifier(jnp.asarray(batch)))
-    function = present(classifier.traced(), grey(x), x)
+    function = present(classifier.traced(), x)
 
     def call(batch):
         size = len(x) if len(batch) <= len(x) <= _CALL else _CALL

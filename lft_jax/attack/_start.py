@@ -1,5 +1,6 @@
 """The start of a run, and whether its steps outdo it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +10,7 @@ import numpy as np
 from lft_jax.attack._run import Run
 from lft_jax.attack._steps import Problem, measured
 from lft_jax.attack.result import UniversalPerturbation
-from lft_jax.models import Classifier
-from lft_jax.tasks.recipe import AttackRecipe, better_end, initial_perturbation, search_start
+from lft_jax.tasks.recipe import AttackRecipe, better_end, initial_perturbation, searched_in_turns
 
 
 def keys(recipe: AttackRecipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -22,7 +22,7 @@ def keys(recipe: AttackRecipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def first_perturbation(
-    classifier: Classifier, problem: Problem, key: jax.Array, given: Any, run: Run
+    ask: Callable[..., Any], problem: Problem, key: jax.Array, given: Any, run: Run
 ) -> tuple[jax.Array, jax.Array]:
     """The given start or that of the recipe, `[H, W, C]`, and the key of the steps.
 
@@ -42,24 +42,24 @@ def first_perturbation(
     def watch(theta, loss):
         run.see(np.asarray(theta), 0.0, float(loss))
 
-    # The model may not be traceable, so the search always runs eagerly.
-    theta, _ = search_start(classifier, problem.batch, recipe, constraint, theta, key_start, opaque=True, watch=watch)
+    if recipe.search is not None:
+        theta = searched_in_turns(ask, problem.batch, recipe, constraint, theta, key_start, watch)
     return theta, key
 
 
 def better(
-    classifier: Classifier, problem: Problem, start: jax.Array, end: jax.Array, key: jax.Array, metrics: dict[str, Any]
+    ask: Callable[..., Any], problem: Problem, start: jax.Array, end: jax.Array, key: jax.Array, metrics: dict[str, Any]
 ) -> tuple[jax.Array, dict[str, Any], bool]:
     """The start if the steps ended no better, or the end; its metrics; and whether it is the start.
 
     Args:
-      classifier: the model.
+      ask: runs programs of the model.
       problem: the constants of the run.
       start: `[H, W, C]`, what a search found.
       end: `[H, W, C]`, the perturbation after the last step.
       key: PRNG key of the proxies that both are compared on.
       metrics: those of the end.
     """
-    if better_end(classifier, problem.batch, problem.recipe, problem.constraint, start, end, key):
+    if ask(better_end, problem.batch, problem.recipe, problem.constraint, start, end, key):
         return end, metrics, False
-    return start, measured(classifier, problem, start), True
+    return start, ask(measured, problem, start), True

@@ -43,7 +43,7 @@ Step = Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
 
 def make_step(
     classifier: Classifier,
-    function: Callable[[jax.Array], jax.Array],
+    function: jax.tree_util.Partial | None,
     tx: optax.GradientTransformationExtraArgs,
     estimator: ZerothOrder | None,
 ) -> Step:
@@ -51,7 +51,7 @@ def make_step(
 
     Args:
       classifier: the model.
-      function: for a model that JAX traces, a `jax.tree_util.Partial` to compile into the step.
+      function: for a model that JAX traces, to compile into the step; else None.
       tx: the optimizer; one object stands for one compiled program.
       estimator: None for exact gradients.
     """
@@ -90,9 +90,37 @@ def _metrics(problem, logits, theta):
     return attack_metrics(problem.clean, logits, problem.shown.labels, theta, loss, problem.constraint)
 
 
-def measured(model: Classifier, problem: Problem, theta: Any) -> dict[str, jax.Array]:
-    """The metrics of a perturbation on the images of the history."""
-    return _metrics(problem, model(perturb(problem.shown.images, theta)), theta)
+def asker(classifier: Classifier, function: jax.tree_util.Partial | None) -> Callable[..., Any]:
+    """`(program, *args) -> program(model, *args)`, compiled but for a model outside of JAX.
+
+    Args:
+      classifier: the model.
+      function: the model, to compile into the programs; None for one that JAX may not trace.
+    """
+
+    def ask(program, *args):
+        traced, asked = _compiled(program)
+        if function is not None:
+            return traced(function, *args)
+        return program(classifier, *args) if classifier.host is None else asked(classifier, *args)
+
+    return ask
+
+
+@functools.cache
+def _compiled(program):
+    """A program of this package, which is a function of a module, compiled for both kinds of models."""
+    return BoundedJit(program), replayed(program)
+
+
+def scores(model: Any, images: jax.Array) -> jax.Array:
+    """The logits of images, as a program of the model."""
+    return getattr(model, "evaluate", model)(images)
+
+
+def measured(model: Any, problem: Problem, theta: Any) -> dict[str, jax.Array]:
+    """The metrics of a perturbation on the images of the history, as a program of the model."""
+    return _metrics(problem, scores(model, perturb(problem.shown.images, theta)), theta)
 
 
 def _eager_step(update, model, problem, theta, state, key, progress):

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, Shaped
 
 from lft_jax import base
 from lft_jax._deprecation import old_keywords
-from lft_jax._present import grey, is_known, present
+from lft_jax._present import is_known, present
 from lft_jax.attack import _checks, _patterns
 from lft_jax.attack._run import Counter, Run, reporter
 from lft_jax.attack._start import better, first_perturbation, keys
-from lft_jax.attack._steps import Problem, make_step
+from lft_jax.attack._steps import Problem, asker, make_step, scores
 from lft_jax.attack.result import Paused, UniversalPerturbation
 from lft_jax.data import unit_range
 from lft_jax.models import Classifier, as_classifier, on_numpy
@@ -233,7 +233,9 @@ def universal_perturbation(
         _check_max_queries(max_queries, len(images), searched, first)
 
     began, x = time.monotonic(), unit_range(jnp.asarray(images))
-    clean = classifier(x)
+    function = present(classifier.traced(), x) if classifier.host is None and estimator is None else None
+    ask = asker(classifier, function)
+    clean = ask(scores, x)
     _checks.check_logits(clean)
     if oracle == "auto" and estimator is not None and not isinstance(model, Classifier):
         _checks.warn(
@@ -248,9 +250,6 @@ def universal_perturbation(
     support = Batch(x, jnp.asarray(labels, jnp.int32))
     shown = (support, clean) if patterns is not None else _shown(support, clean, key)
     problem = Problem(support, *shown, full_recipe, constraint)
-    function = classifier
-    if classifier.host is None and estimator is None:
-        function = present(classifier.traced(), grey(problem.shown.images), problem.shown.images)
     step = make_step(classifier, function, tx, estimator)
     stopped = start if isinstance(start, UniversalPerturbation) and start.paused is not None else None
     queries = len(x) + searched
@@ -263,12 +262,12 @@ def universal_perturbation(
             if stopped is not None:
                 begin = run.resume(stopped, x, _patterns.as_optimizer(patterns, problem))
             elif start is not None:
-                begin, _ = first_perturbation(classifier, problem, key, start, run)
+                begin, _ = first_perturbation(ask, problem, key, start, run)
             attacker = _patterns.Attacker(patterns, classifier, problem, evaluations, steps, max_queries)
             attacker.take_steps(key, run, begin, report, callback)
             return run.result()
         if stopped is None:
-            theta, key = first_perturbation(classifier, problem, key, start, run)
+            theta, key = first_perturbation(ask, problem, key, start, run)
             state, done = tx.init(theta), 0
             # A start that was given is its giver's to compare with.
             found = theta if searched and compared and np.any(theta) else None
@@ -286,7 +285,7 @@ def universal_perturbation(
             queries += cost
             if last and found is not None:
                 key_end = jax.random.fold_in(key, _KEY_END)
-                theta, metrics, kept = better(classifier, problem, found, theta, key_end, metrics)
+                theta, metrics, kept = better(ask, problem, found, theta, key_end, metrics)
                 queries += compared + kept * watched
             entry = {name: float(value) for name, value in jax.device_get(metrics).items()}
             run.add(Paused(theta, state, k + 1, found), {**entry, "queries": queries})

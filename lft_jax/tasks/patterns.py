@@ -2,22 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Integer
 
 from lft_jax import base
-from lft_jax.tasks._eager import eager_map, eager_scan
+from lft_jax.tasks._searching import Search
 
 _PHASE_STEP = 20 / (2 * jnp.pi)  # size of a change of a phase, in turns, per change of a frequency, in cycles/pixel
 
 
 @dataclasses.dataclass(frozen=True)
-class PatternSearch:
+class PatternSearch(Search):
     """Searches among tiles and plane waves for the pattern with the lowest loss, as the start of an attack.
 
     A tile is `[p, p, C]` signs, repeated over the image. A wave is stripes with a frequency `f`, and a phase for each
@@ -31,7 +30,7 @@ class PatternSearch:
     than what steps along gradients of a few images find. Patterns mean the same at every size of an image.
 
     The search draws random patterns. Then it tries small changes of the best one, and keeps those that lower the loss:
-    of a tile, the sign of one cell, in turn from a random one; of a wave, a random change of the frequency and the
+    of a tile, the sign of one cell, in turn; of a wave, a random change of the frequency and the
     phases, of various sizes.
 
     Attributes:
@@ -103,66 +102,33 @@ class PatternSearch:
         """Evaluations of the loss that a search makes, including that of the start."""
         return 1 + self.tiles + self.waves + self.refinements
 
-    def __call__(
-        self,
-        loss_fn: Callable[[jax.Array], jax.Array],
-        theta: Float[Array, "H W C"],
-        scale: Float[Array, ""],
-        key: PRNGKeyArray,
-        *,
-        opaque: bool = False,
-    ) -> Float[Array, "H W C"]:
-        """The best pattern, or `theta` if no pattern has a lower loss.
-
-        Args:
-          loss_fn: `[H, W, C] -> []`; it is evaluated, for one pattern at a time, and never differentiated.
-          theta: `[H, W, C]`, the start that patterns are compared with.
-          scale: `[]`, absolute value of a pattern's coordinates.
-          key: PRNG key of the search.
-          opaque: whether JAX cannot trace `loss_fn`; the search then runs eagerly.
-
-        Returns:
-          `[H, W, C]`.
-        """
-        mapped, scan = (eager_map, eager_scan) if opaque else (jax.lax.map, jax.lax.scan)
-        key_patterns, key_first, key_changes = jax.random.split(key, 3)
-
-        def loss(pattern):
-            return loss_fn(scale * _image(pattern, theta.shape))
-
-        drawn = self._drawn(key_patterns, theta.shape[2], theta.dtype)
-        losses = mapped(loss, drawn)
-        first = jnp.argmin(losses)
-
-        def change(carry, inputs):
-            pattern, lowest = carry
-            changed = _changed(pattern, self.step, *inputs)
-            found = loss(changed)
-            better = found < lowest
-            return (_where(better, changed, pattern), jnp.where(better, found, lowest)), None
-
-        start = jax.random.randint(key_first, (), 0, drawn.cells[0].size, jnp.int32)
-        cells = start + jnp.arange(self.refinements, dtype=jnp.int32)
-        keys = jax.random.split(key_changes, self.refinements)
-        best = jax.tree.map(lambda leaf: leaf[first], drawn)
-        (pattern, lowest), _ = scan(change, (best, losses[first]), (cells, keys))
-        of_start = loss_fn(jax.lax.stop_gradient(theta))  # the comparison has no derivative, a kept start has its own
-        return jnp.where(lowest < of_start, scale * _image(pattern, theta.shape), theta)
-
     def _drawn(self, key, channels, dtype):
-        """The random patterns `[tiles + waves]`."""
+        """The random patterns `[tiles + waves]`; the number of a cell and normal numbers `[3 + C]` for each change."""
+        key_patterns, key_changes = jax.random.split(key)
+        cells = jnp.arange(self.refinements, dtype=jnp.int32)
+        units = jax.random.normal(key_changes, (self.refinements, 3 + channels), dtype)
+        return self._random(key_patterns, channels, dtype), (cells, units)
+
+    def _changed(self, parameters, inputs):
+        return _changed(parameters, self.step, *inputs)
+
+    def _image(self, parameters, shape):
+        return _image(parameters, shape)
+
+    def _random(self, key, channels, dtype):
         number, side = self.tiles + self.waves, max(self.periods)
-        key_cells, key_frequency, key_phase = jax.random.split(key, 3)
         periods = np.zeros(number, np.int32)
         periods[: self.tiles] = np.resize(np.asarray(self.periods, np.int32), self.tiles)
+        # All at once, since each call of a generator takes long to compile.
+        size = side * side * channels
+        numbers = jax.random.uniform(key, (number, size + 2 + channels), dtype)
+        cells, frequency, phase = jnp.split(numbers, (size, size + 2), 1)
         grey = np.arange(-self.tiles, self.waves) % 2 == 0
-        phase = jax.random.uniform(key_phase, (number, channels), dtype)
-        # A frequency and its negative give the same waves, so the first one need not be negative.
-        low, high = jnp.asarray([0, -0.5], dtype), jnp.asarray([0.5, 0.5], dtype)
         return _Pattern(
             period=jnp.asarray(periods),
-            cells=jax.random.rademacher(key_cells, (number, side, side, channels), dtype),
-            frequency=jax.random.uniform(key_frequency, (number, 2), dtype, low[None], high[None]),
+            cells=jnp.where(cells < 0.5, -1, 1).astype(dtype).reshape(number, side, side, channels),
+            # A frequency and its negative give the same waves, so the first one need not be negative.
+            frequency=frequency * jnp.asarray([0.5, 1], dtype)[None] - jnp.asarray([0, 0.5], dtype)[None],
             phase=jnp.where(jnp.asarray(grey)[:, None], phase[:, :1], phase),
         )
 
@@ -196,22 +162,15 @@ def _image(pattern, shape):
 
 
 @jax.jit
-def _changed(pattern, step, cell, key):
-    """The pattern with a small change: the sign of the cell with this index, taken modulo their number, or the wave."""
-    key_size, key_frequency, key_phase = jax.random.split(key, 3)
+def _changed(pattern, step, cell, units):
+    """The pattern with a small change: the sign of the cell with this number, modulo theirs, or the wave."""
     period, (_, _, channels) = jnp.maximum(pattern.period, 1), pattern.cells.shape
     place = cell % (period * period * channels)
     row, column, channel = place // (period * channels), place // channels % period, place % channels
-    dtype = pattern.phase.dtype
-    size = step * jnp.exp(1.5 * jax.random.normal(key_size, (), dtype))
-    turns = jax.random.normal(key_phase, (channels,), dtype)
+    size, turns = step * jnp.exp(1.5 * units[0]), units[3:]
     turns = jnp.where(jnp.all(pattern.phase == pattern.phase[0]), turns[0], turns)  # a wave alike in all stays so
     return pattern._replace(
         cells=pattern.cells.at[row, column, channel].multiply(-1),
-        frequency=pattern.frequency + size * jax.random.normal(key_frequency, (2,), dtype),
+        frequency=pattern.frequency + size * units[1:3],
         phase=pattern.phase + size * _PHASE_STEP * turns,
     )
-
-
-def _where(condition, new, old):
-    return jax.tree.map(functools.partial(jnp.where, condition), new, old)

@@ -97,31 +97,30 @@ class Proxies:
         images = jnp.asarray(images)
         counts = self._counts(images.shape[1:])
         kept = _alike_by_place(images)
-        key_noise, key_whole, *keys = jax.random.split(key, 2 + len(counts))
+        key_noise, key_cells = jax.random.split(key)
+        # One call for all, since each call of a generator takes long to compile.
+        cells = [count * grid * grid for grid, count in counts]
+        numbers = iter(_divided(jax.random.bits(key_cells, (len(images) + 4 * sum(cells),), jnp.uint32), cells))
         whole = counts[0][1] if counts[0][0] == 1 else 0
         # As many different images as there are.
-        sources = jnp.tile(jax.random.permutation(key_whole, len(images)), -(-whole // len(images)))[:whole]
-        sources = sources.astype(jnp.int32)
-        parts = [self._made(images, *each, sources, kept) for each in zip(counts, keys, strict=True)]
+        order = jnp.argsort(next(numbers)).astype(jnp.int32)
+        sources = jnp.tile(order, -(-whole // len(images)))[:whole]
+        parts = [self._made(images, *each, sources, kept) for each in zip(counts, numbers, strict=True)]
         batch = jnp.concatenate(parts)
         if self.noise:
             reach = jnp.asarray(self.noise, batch.dtype) * jnp.asarray(scale, batch.dtype)
             batch = jnp.clip(batch + jax.random.uniform(key_noise, batch.shape, batch.dtype, -1, 1) * reach, 0, 1)
         return batch, sources
 
-    def _made(self, images, kind, key, sources, kept):
+    def _made(self, images, kind, numbers, sources, kept):
         """`[count, H, W, C]` with `grid x grid` cells, of parts that keep their places or not."""
         grid, count = kind
-        key_source, key_flip, *key_sides = jax.random.split(key, 4)
-        cells = (count, grid, grid)
-        if grid == 1:
-            source = sources.reshape(cells)
-        else:
-            source = jax.random.randint(key_source, cells, 0, len(images), jnp.int32)
-        flipped = jax.random.bernoulli(key_flip, 0.5, cells) if self.flip else jnp.zeros(cells, bool)
+        source, flip, *sides = numbers.reshape(4, count, grid, grid)
+        source = sources.reshape(source.shape) if grid == 1 else _below(source, len(images))
+        flipped = _below(flip, 2) == 1 if self.flip else jnp.zeros(flip.shape, bool)
         height, width = images.shape[1:3]
         at = np.ix_(np.arange(count), _cells(height, grid), _cells(width, grid))
-        y, x = (self._moves(side, grid, k, cells)[at] for side, k in zip((height, width), key_sides, strict=True))
+        y, x = (self._moves(side, grid, drawn)[at] for side, drawn in zip((height, width), sides, strict=True))
         if grid > 1:  # from the first pixel of the cell that shows it
             y -= jnp.asarray(_firsts(height, grid)[_cells(height, grid)])[None, :, None]
             x -= jnp.asarray(_firsts(width, grid)[_cells(width, grid)])[None, None, :]
@@ -131,13 +130,23 @@ class Proxies:
         x = jnp.where(flipped[at], width - 1 - x, x)
         return images[source[at], y, x]
 
-    def _moves(self, side, grid, key, cells):
+    def _moves(self, side, grid, drawn):
         """Where the part of each cell begins, or how far a whole image is shifted."""
         if grid == 1:
             reach = round(self.shift * side)
-            return jax.random.randint(key, cells, -reach, reach + 1, jnp.int32)
-        longest = -(-side // grid)
-        return jax.random.randint(key, cells, 0, side - longest + 1, jnp.int32)
+            return _below(drawn, 2 * reach + 1) - reach
+        return _below(drawn, side - -(-side // grid) + 1)
+
+
+def _divided(numbers, cells):
+    """The numbers for the order of the images, and four for each cell of each grid."""
+    lengths = [len(numbers) - 4 * sum(cells), *(4 * count for count in cells)]
+    return jnp.split(numbers, np.cumsum(lengths)[:-1])
+
+
+def _below(bits, number):
+    """Integers below a number, of uniform bits."""
+    return (bits % jnp.asarray(number, jnp.uint32)).astype(jnp.int32)
 
 
 def _alike_by_place(images: Float[Array, "S H W C"]) -> Bool[Array, ""]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from lft_jax import _periods, _spectrum, base, oracles
 from lft_jax._deprecation import renamed_fields
 from lft_jax.base import Estimate, Oracle
+from lft_jax.tasks._searching import Searched
 from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Batch, Constraint, perturb
@@ -138,48 +140,100 @@ def search_start(
     constraint: Constraint,
     theta: Float[Array, "H W C"],
     key: PRNGKeyArray,
-    *,
-    opaque: bool = False,
-    watch: Callable[[jax.Array, jax.Array], object] | None = None,
 ) -> tuple[Float[Array, "H W C"], int]:
     """The better one of a start and the best pattern, if the recipe searches for one.
 
     Args:
-      logits_fn: the model.
+      logits_fn: the model, which JAX traces.
       support: the support images and their labels.
       recipe: resolved; its `search` is the one.
       constraint: the ball or the penalty.
       theta: `[H, W, C]`, the start.
       key: PRNG key of the search.
-      opaque: whether JAX cannot trace `logits_fn`.
-      watch: if opaque, called with each perturbation that is tried and its loss; or None.
 
     Returns:
       The start, and the queries that the search costs.
     """
     if recipe.search is None:
         return theta, 0
-    loss, proxies = resolved_loss(recipe), isinstance(recipe.augmentation, Proxies)
-    if proxies:
-        few = _searched(recipe.augmentation)
-        batch = _proxies(logits_fn, support, few, jax.random.fold_in(key, 2), constraint.scale(theta))
+    fixed = jax.lax.stop_gradient(theta)  # the comparison has no derivative, a kept start has its own
+    batch, state = begin_search(logits_fn, support, recipe, constraint, fixed, key)
+
+    def turn(state, number):
+        return search_turn(logits_fn, batch, recipe, constraint, fixed, state, number)[0], None
+
+    numbers = jnp.arange(recipe.search.evaluations, dtype=jnp.int32)
+    state, _ = jax.lax.scan(turn, state, numbers)
+    best = end_search(logits_fn, support, recipe, constraint, theta, state)
+    return best, search_queries(recipe, support.images.shape)
+
+
+def searched_in_turns(
+    ask: Callable[..., Any],
+    support: Batch,
+    recipe: AttackRecipe,
+    constraint: Constraint,
+    theta: Float[Array, "H W C"],
+    key: PRNGKeyArray,
+    watch: Callable[[jax.Array, jax.Array], object] | None = None,
+) -> Float[Array, "H W C"]:
+    """What `search_start` finds, one turn at a time, with a recipe that has a search.
+
+    Args:
+      ask: `(program, *args) -> program(model, *args)`, for the programs below.
+      support: the support images and their labels.
+      recipe: resolved; its `search` is the one.
+      constraint: the ball or the penalty.
+      theta: `[H, W, C]`, the start.
+      key: PRNG key of the search.
+      watch: called with each perturbation that is tried and its loss; or None.
+    """
+    batch, state = ask(begin_search, support, recipe, constraint, theta, key)
+    for number in range(recipe.search.evaluations):
+        state, tried, loss = ask(search_turn, batch, recipe, constraint, theta, state, np.int32(number))
+        if watch is not None:
+            watch(tried, loss)
+    return ask(end_search, support, recipe, constraint, theta, state)
+
+
+def begin_search(logits_fn, support, recipe, constraint, theta, key) -> tuple[Batch, Searched]:
+    """What patterns are tried on, and the search before its first turn."""
+    if isinstance(recipe.augmentation, Proxies):
+        few, scale = _searched(recipe.augmentation), constraint.scale(theta)
+        batch = _proxies(logits_fn, support, few, jax.random.fold_in(key, 2), scale)
     else:
         batch = _minibatch(support, recipe, jax.random.fold_in(key, 2))
+    return batch, recipe.search.begin(theta, key)
 
-    def loss_on(batch, theta):
-        losses = loss(logits_fn(perturb(batch.images, theta)), batch.labels)
-        value = jnp.mean(losses) + constraint.cost(theta)
-        if watch is not None:
-            watch(theta, value)
-        return value
 
-    best = recipe.search(functools.partial(loss_on, batch), theta, constraint.scale(theta), key, opaque=opaque)
-    if proxies:
+def search_turn(logits_fn, batch, recipe, constraint, theta, state, number):
+    """A turn of the search, as `Search.turn`."""
+    loss_on = functools.partial(_loss_on, logits_fn, batch, recipe, constraint)
+    return recipe.search.turn(state, number, theta, constraint.scale(theta), loss_on)
+
+
+def end_search(logits_fn, support, recipe, constraint, theta, state) -> Float[Array, "H W C"]:
+    """The better one of the start and the best pattern."""
+    best = recipe.search.end(state, theta, constraint.scale(theta))
+    if isinstance(recipe.augmentation, Proxies):
         # Where jigsaws resemble no image, as those of digits, a pattern may fool them alone, and steps keep to it.
         checked = Batch(support.images[:_CHECKED], support.labels[:_CHECKED])
-        gain = loss_on(checked, jax.lax.stop_gradient(theta)) - loss_on(checked, best)
-        best = jnp.where(gain > _GAIN, best, theta)
-    return best, search_queries(recipe, support.images.shape)
+        at_start, at_best = (
+            _loss_on(logits_fn, checked, recipe, constraint, jax.lax.stop_gradient(x)) for x in (theta, best)
+        )
+        best = jnp.where(at_start - at_best > _GAIN, best, theta)
+    return best
+
+
+def _loss_on(logits_fn, batch, recipe, constraint, theta):
+    """The mean loss of a batch under a perturbation, plus the penalty; without derivatives."""
+    losses = resolved_loss(recipe)(_evaluate(logits_fn)(perturb(batch.images, theta)), batch.labels)
+    return jnp.mean(losses) + constraint.cost(theta)
+
+
+def _evaluate(logits_fn):
+    """The model where it is not differentiated; a replayed program has a way of its own to ask for that."""
+    return getattr(logits_fn, "evaluate", logits_fn)
 
 
 def better_end(
@@ -204,12 +258,8 @@ def better_end(
       end: `[H, W, C]`, the perturbation after the steps.
       key: PRNG key of the proxies, none of those of the search and the steps.
     """
-    loss = resolved_loss(recipe)
     batch = _proxies(logits_fn, support, recipe.augmentation, key, constraint.scale(start))
-    at_start, at_end = (
-        jnp.mean(loss(logits_fn(perturb(batch.images, theta)), batch.labels)) + constraint.cost(theta)
-        for theta in (start, end)
-    )
+    at_start, at_end = (_loss_on(logits_fn, batch, recipe, constraint, theta) for theta in (start, end))
     return at_end < at_start
 
 
@@ -230,8 +280,7 @@ def _proxies(logits_fn, support, proxies, key, scale) -> Batch:
     images, sources = proxies(support.images, key, scale=scale)
     labels = support.labels[sources]
     if len(sources) < len(images):
-        # A replayed program has a way of its own to ask for logits without a gradient.
-        logits = getattr(logits_fn, "evaluate", logits_fn)(images[len(sources) :])
+        logits = _evaluate(logits_fn)(images[len(sources) :])
         labels = jnp.concatenate([labels, jnp.argmax(logits, -1).astype(labels.dtype)])
     return Batch(images, labels)
 

@@ -2,20 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import base
-from lft_jax.tasks._eager import eager_map, eager_scan
+from lft_jax.tasks._searching import Search
 
 _PHASE_STEP = 20 / (2 * jnp.pi)  # size of a change of the phase, in turns, per change of a frequency, in cycles/pixel
 
 
 @dataclasses.dataclass(frozen=True)
-class WaveSearch:
+class WaveSearch(Search):
     """Searches for the plane wave with the lowest loss, as the start of an attack.
 
     A wave is a pattern of stripes, the same in all channels, with a frequency `f` and a phase::
@@ -83,54 +81,20 @@ class WaveSearch:
         """Evaluations of the loss that a search makes, including that of the start."""
         return 1 + self.candidates + self.refinements
 
-    def __call__(
-        self,
-        loss_fn: Callable[[jax.Array], jax.Array],
-        theta: Float[Array, "H W C"],
-        scale: Float[Array, ""],
-        key: PRNGKeyArray,
-        *,
-        opaque: bool = False,
-    ) -> Float[Array, "H W C"]:
-        """The best wave, or `theta` if no wave has a lower loss.
-
-        Args:
-          loss_fn: `[H, W, C] -> []`; it is evaluated, never differentiated.
-          theta: `[H, W, C]`, the start that waves are compared with.
-          scale: `[]`, absolute value of a wave's coordinates.
-          key: PRNG key of the search.
-          opaque: whether JAX cannot trace `loss_fn`; the search then runs eagerly.
-
-        Returns:
-          `[H, W, C]`.
-        """
-        mapped, scan = (eager_map, eager_scan) if opaque else (jax.lax.map, jax.lax.scan)
+    def _drawn(self, key, channels, dtype):
+        """The frequency and the phase of random waves, `[candidates, 3]`; normal numbers for each change."""
         key_candidates, key_changes = jax.random.split(key)
-        dtype = theta.dtype
         # A frequency and its negative give the same waves, so the first one need not be negative.
         low, high = jnp.asarray([0, -0.5, 0], dtype), jnp.asarray([0.5, 0.5, 1], dtype)
-
-        def loss(parameters):
-            return loss_fn(scale * _wave(parameters, theta.shape))
-
         drawn = jax.random.uniform(key_candidates, (self.candidates, 3), dtype, low[None], high[None])
-        losses = mapped(loss, drawn)
-        first = jnp.argmin(losses)
+        return drawn, jax.random.normal(key_changes, (self.refinements, 4), dtype)
 
-        def change(carry, key):
-            parameters, lowest = carry
-            key_size, key_change = jax.random.split(key)
-            size = self.step * jnp.exp(1.5 * jax.random.normal(key_size, (), dtype))
-            units = jnp.asarray([1, 1, _PHASE_STEP], dtype)
-            changed = parameters + size * units * jax.random.normal(key_change, (3,), dtype)
-            found = loss(changed)
-            better = found < lowest
-            return (jnp.where(better, changed, parameters), jnp.where(better, found, lowest)), None
+    def _changed(self, parameters, inputs):
+        size = self.step * jnp.exp(1.5 * inputs[0])
+        return parameters + size * jnp.asarray([1, 1, _PHASE_STEP], parameters.dtype) * inputs[1:]
 
-        keys = jax.random.split(key_changes, self.refinements)
-        (parameters, lowest), _ = scan(change, (drawn[first], losses[first]), keys)
-        of_start = loss_fn(jax.lax.stop_gradient(theta))  # the comparison has no derivative, a kept start has its own
-        return jnp.where(lowest < of_start, scale * _wave(parameters, theta.shape), theta)
+    def _image(self, parameters, shape):
+        return _wave(parameters, shape)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -306,7 +306,7 @@ def test_the_same_victim_and_optimizer_do_not_compile_again():
     run(victim, **options)
     before = len(traces)
     run(victim, images=IMAGES[::-1], labels=LABELS[::-1], epsilon=0.2, loss="hinge", steps=3, **options)
-    assert len(traces) == before + 3  # eagerly: the clean logits, and twice those of the first run's images
+    assert len(traces) == before + 1  # to see whether it has changed
 
 
 # ---- Keywords of earlier versions ----

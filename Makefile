@@ -25,7 +25,7 @@ test-slow: $(INSTALLED)
 test-frameworks: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r .ci/requirements-frameworks.txt
 	$(RUN) -m pip install --quiet --no-input --no-deps --upgrade --target $(VENV)-torchattacks torchattacks==3.5.1
-	PYTHONPATH=$(VENV)-torchattacks $(RUN) -m pytest -m frameworks tests/models tests/interop tests/docs tests/experiments/studies/test_public_models.py $(PYTEST_FLAGS)
+	PYTHONPATH=$(VENV)-torchattacks $(RUN) -m pytest -m frameworks tests/models tests/interop tests/docs tests/experiments/studies/test_public_models.py tests/test_benchmarks.py $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

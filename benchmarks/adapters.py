@@ -1,6 +1,8 @@
 r"""Times an attack on a PyTorch module through `lft_jax.models.from_torch` against the module's own passes.
 
-python -m benchmarks.adapters --module=efficientnet_lite0 --output=results/bench_adapters.json
+And steps along signs against the same loop in PyTorch, and an update of the shipped rule against a gradient.
+
+python -m benchmarks.adapters --modules=efficientnet_lite0 --output=results/bench_adapters.json
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ import numpy as np
 import optax
 
 import lft_jax
-from benchmarks import timing
+from benchmarks import overhead, timing
 from experiments import config
 from lft_jax.cli import provenance
 from lft_jax.tasks import Proxies
@@ -96,6 +98,37 @@ def passes(module: Any, images: np.ndarray, batches: int, forwards: int) -> Call
     return run
 
 
+def sign_steps(module: Any, images: np.ndarray, steps: int) -> Callable[[], np.ndarray]:
+    """The attack "signs" of `measure`, its clean evaluation and its history included, written in PyTorch alone."""
+    import torch
+    from torch.nn import functional
+
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+    def run():
+        with torch.inference_mode():
+            labels = module(x).argmax(1)
+        labels, history = labels.clone(), []
+        theta, momentum = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+        for _ in range(steps):
+            change = theta.clone().requires_grad_(True)
+            losses = functional.cross_entropy(module((x + change).clamp(0, 1)), labels, reduction="none")
+            (grad,) = torch.autograd.grad(-losses.clamp(max=12.0).mean(), change)
+            momentum = grad + 0.9 * momentum
+            theta = (theta - momentum.sign() / 255).clamp(-8 / 255, 8 / 255)
+            with torch.inference_mode():
+                logits = module((x + theta).clamp(0, 1))
+                history.append(
+                    (
+                        float(functional.cross_entropy(logits, labels)),
+                        float((logits.argmax(1) != labels).float().mean()),
+                    )
+                )
+        return theta.numpy().transpose(1, 2, 0)
+
+    return run
+
+
 def measure(name: str, flags: Config) -> dict[str, Any]:
     """Times of attacks, and of the passes that they ask of the module, and their ratios."""
     build, side = MODULES[name]
@@ -114,19 +147,42 @@ def measure(name: str, flags: Config) -> dict[str, Any]:
         batch = images if recipe else np.repeat(images, Proxies().size // len(images), 0)
         of[label] = f"module: {queries} evaluations"
         programs[of[label]] = passes(module, batch, flags.steps, queries - flags.steps * len(batch))
+    programs["signs, in PyTorch"] = sign_steps(module, images, flags.steps)
+    ours = programs["signs"]().perturbation
+    agree = float(np.mean(np.isclose(ours, programs["signs, in PyTorch"](), atol=1e-6)))
+    if agree < 0.9:  # coordinates whose gradient is rounding error have any sign
+        raise RuntimeError(f"{name}: only {agree:.0%} of the coordinates are those of the loop in PyTorch.")
     times = timing.alternate(programs, flags.repeats)
+    times["signs"]["over_pytorch"] = times["signs"]["seconds"] / times["signs, in PyTorch"]["seconds"]
+    times["signs"]["agreement"] = agree
+    print(f"{name}: signs: {times['signs']['over_pytorch']:.3f} x the same loop in PyTorch")
     for label in attacks:
         times[label]["ratio"] = times[label]["seconds"] / times[of[label]]["seconds"]
         print(f"{name}: {label}: {times[label]['seconds']:.3f} s, {times[label]['ratio']:.3f} x {of[label]}")
     return times
 
 
+def update_beside(name: str, repeats: int) -> dict[str, Any]:
+    """An update of the shipped rule, and a gradient of ten images of a module, which it would come with."""
+    build, side = MODULES[name]
+    images = np.random.default_rng(0).uniform(size=(10, side, side, 3)).astype(np.float32)
+    gradient = passes(build().eval().requires_grad_(False), images, 1, 0)
+    updates = overhead.update(overhead.optimizers()["lft, uap-linf"], (side, side, 3))  # 20 of them
+    times = timing.alternate({"update": updates, "gradient": gradient}, repeats)
+    share = times["update"]["seconds"] / 20 / times["gradient"]["seconds"]
+    milliseconds = 1e3 * times["update"]["seconds"] / 20
+    print(f"{name}: an update takes {milliseconds:.2f} ms, {100 * share:.1f}% of a gradient of 10 images")
+    return {"milliseconds": milliseconds, "share": share, **times}
+
+
 def bench(flags: Config) -> dict[str, Any]:
     """Runs the benchmark and writes its results."""
     load = None if flags.smoke else timing.require_quiet()
     names = ["small"] if flags.smoke else flags.modules.split(",")
-    found = {name: measure(name, flags) for name in names}
-    results = {"provenance": provenance.describe([0]), "load_of_others": load, "modules": found}
+    results = {"provenance": provenance.describe([0]), "load_of_others": load, "modules": {}}
+    for name in names:
+        update = update_beside(name, flags.repeats)
+        results["modules"][name] = {"update": update, **measure(name, flags)}
     provenance.write_json(Path(flags.output), results)
     return results
 

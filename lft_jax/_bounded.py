@@ -6,6 +6,7 @@ freed.
 """
 
 import collections
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 
 #: Structures of arguments whose programs a function keeps.
 KEPT = 8
+_LEVEL = "xla_backend_optimization_level"
 
 
 class BoundedJit:
@@ -73,4 +75,15 @@ class BoundedJit:
             return function(*args)
 
         of_leaves.__name__ = getattr(function, "__name__", "program")  # in profiles
-        return jax.jit(of_leaves)
+        return jax.jit(of_leaves, compiler_options=_options())
+
+
+def _options():
+    """Options of XLA for quick compilation, unless the user's XLA_FLAGS have the first of them.
+
+    By default LLVM takes twice as long, for programs that are no faster: their time goes into convolutions and matrix
+    products that are compiled already.
+    """
+    if jax.default_backend() != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {_LEVEL: 1, "xla_llvm_disable_expensive_passes": True, "xla_cpu_parallel_codegen_split_count": 1}

@@ -8,7 +8,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import growth, meta_step, overhead, render, rewriting, timing, uap, w1
+from benchmarks import adapters, first, growth, meta_step, overhead, render, rewriting, timing, uap, w1
 from experiments import train_victim
 
 pytestmark = pytest.mark.standard_promotion
@@ -86,3 +86,24 @@ def test_a_busy_machine_is_refused(monkeypatch):
     monkeypatch.setattr(timing, "load_of_others", lambda: 1.5)
     with pytest.raises(RuntimeError, match=r"other processes use 1\.50 cores"):
         timing.require_quiet()
+
+
+@pytest.mark.slow
+def test_first(tmp_path, capsys):
+    first.bench(first.Config(output=str(tmp_path / "bench.json"), smoke=True))
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert set(results["attacks"]) == set(first.attacks())
+    for seconds in results["attacks"].values():
+        assert 0 < seconds["second"] < seconds["first"]
+    assert 0 < results["import_seconds"]["lft_jax"] < results["import_seconds"]["jax"]
+    assert "import jax" in capsys.readouterr().out
+
+
+@pytest.mark.frameworks
+def test_adapters(tmp_path):
+    """The attack along signs is that of the loop in PyTorch, or it raises."""
+    adapters.bench(adapters.Config(output=str(tmp_path / "bench.json"), repeats=1, steps=3, smoke=True))
+    results = json.loads((tmp_path / "bench.json").read_text())
+    small = results["modules"]["small"]
+    assert small["signs"]["agreement"] > 0.9 and small["signs"]["over_pytorch"] > 0
+    assert small["update"]["share"] > 0

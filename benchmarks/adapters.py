@@ -137,7 +137,8 @@ def measure(name: str, flags: Config) -> dict[str, Any]:
     model = lft_jax.models.from_torch(module)
     signs = optax.chain(optax.trace(0.9), optax.scale_by_sign(), optax.scale(-1 / 255))
     whole = lft_jax.AttackRecipe()  # whose steps see the images themselves, changed
-    attacks = {"signs": (signs, whole), "uap-linf": ("uap-linf", whole), "default": ("uap-linf", None)}
+    plain = lft_jax.AttackRecipe(augmentation=None)
+    attacks = {"signs": (signs, plain), "uap-linf": ("uap-linf", whole), "default": ("uap-linf", None)}
     programs, of = {}, {}
     for label, (optimizer, recipe) in attacks.items():
         options = {"epsilon": 8 / 255, "steps": flags.steps, "optimizer": optimizer, "key": jax.random.key(0)}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import tempfile
 
 from tests.quick import XLA_FLAGS
 
@@ -21,6 +22,13 @@ from lft_jax.tasks.quadratic import QuadraticFamily
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Most programs of a test were compiled in one of another module, whose programs are gone (see below). Each process has
+# a folder of its own, since JAX does not lock it.
+_compiled = tempfile.TemporaryDirectory(prefix="lft_jax_tests_", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Few examples, the same in every run. They may share the function-scoped fixture `x64`.
 settings.register_profile(

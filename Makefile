@@ -86,18 +86,6 @@ results: victims
 	$(RUN) -m experiments.studies.study --study=hard --attacked=cifar10_small_cnn_1000 --output=results/hard/cifar10.json
 	$(RUN) -m experiments.studies.study --study=hard --attacked=cifar10_vgg_1001 --output=results/hard/cifar10_vgg.json
 	$(RUN) -m experiments.studies.study --study=hard --attacked=digits --output=results/hard/digits.json
-	$(RUN) -m experiments.studies.study --study=gradient_start --attacked=mnist_small_cnn_1000 \
-		--output=results/gradient_start/mnist.json
-	$(RUN) -m experiments.studies.study --study=gradient_start --attacked=digits --output=results/gradient_start/digits.json
-	$(RUN) -m experiments.studies.study --study=gradient_start --attacked=cifar10_small_cnn_1000 \
-		--output=results/gradient_start/cifar10.json
-	$(RUN) -m experiments.studies.study --study=two_losses --attacked=mnist_small_cnn_1000 \
-		--output=results/two_losses/mnist.json
-	$(RUN) -m experiments.studies.study --study=two_losses --attacked=cifar10_small_cnn_1000 \
-		--output=results/two_losses/cifar10.json
-	$(RUN) -m experiments.studies.study --study=two_losses --attacked=cifar10_vgg_1001 \
-		--output=results/two_losses/cifar10_vgg.json
-	$(RUN) -m experiments.studies.study --study=two_losses --attacked=digits --output=results/two_losses/digits.json
 	$(RUN) -m experiments.studies.study --study=five_images --attacked=mnist_small_cnn_1000 \
 		--output=results/five_images/mnist.json
 	$(RUN) -m experiments.studies.study --study=five_images --attacked=cifar10_small_cnn_1000 \
@@ -118,7 +106,7 @@ results: victims
 	$(RUN) -m experiments.studies.ablation --variants='base,momenta and context,no spread' --seeds=6 \
 		--output=results/ablation_seeds.json
 	$(RUN) -m experiments.studies.ablation --output=results/ablation_parts.json --variants="base,coordinatewise,no start,\
-momenta alone,one victim a source,learned on support images,log_sign for momenta,no augmentation,positions"
+momenta alone,one victim a source,learned on support images,log_sign for momenta,no augmentation"
 	$(RUN) -m experiments.studies.ablation --variants="base,the paper's rule" --seeds=1 --output=results/ablation_paper.json
 	$(RUN) -m experiments.studies.ablation --variants='no augmentation,learned on support images without augmentation' \
 		--seeds=1 --architectures=small_cnn --workdir=runs/ablation_small --output=results/ablation_support.json

@@ -37,8 +37,7 @@ class TaskConfig:
       per_example: whether each support image has its own directions.
       loss: loss on the query images.
       support_loss: loss on the support images.
-      second_loss: loss that is added to `support_loss` (exact gradients only); "none" for none.
-      kappa: hinge margin of all losses, in logits.
+      kappa: hinge margin of both losses, in logits.
       beta: bound on the cross-entropy of a query image, in nats.
       start: initial perturbation, "zeros" or "random".
       waves: evaluations per support image that search for a better start (`lft_jax.tasks.WaveSearch`), a quarter of
@@ -64,7 +63,6 @@ class TaskConfig:
     per_example: bool = False
     loss: str = "cross_entropy"
     support_loss: str = "cross_entropy"
-    second_loss: str = "none"
     kappa: float = 0.0
     beta: float = 12.0
     start: str = "zeros"
@@ -117,9 +115,6 @@ def _family(model, source, config):
     search, estimator = search_and_estimator(config)
     augmentation = tasks.Proxies() if config.proxies else tasks.Augmentation() if config.augment else None
 
-    def loss(kind):
-        return None if kind == "none" else tasks.AttackLoss(kind, kappa=config.kappa)
-
     return tasks.uap_family(
         source.images[: config.images],
         source.labels[: config.images],
@@ -128,10 +123,9 @@ def _family(model, source, config):
         shots=config.shots,
         query_shots=config.query_shots,
         constraint=_constraint(config, source.name),
-        loss=dataclasses.replace(loss(config.loss), beta=config.beta),
+        loss=tasks.AttackLoss(config.loss, kappa=config.kappa, beta=config.beta),
         recipe=tasks.AttackRecipe(
-            loss=loss(config.support_loss),
-            second_loss=loss(config.second_loss),
+            loss=tasks.AttackLoss(config.support_loss, kappa=config.kappa),
             augmentation=augmentation,
             start=config.start,
             search=search,

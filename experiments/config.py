@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 LEARNERS = ("lft", "l2o", "adaptive_lft", "maml", "sign_maml", "reptile", "meta_sgd", "joint")
+BASE_UPDATES = ("momentum", "none")
 META_GRADIENTS = ("backprop", "es", "pes", "truncated_es")
 REMAT = {"auto": None, "always": True, "never": False}
 
@@ -59,11 +60,11 @@ class LearnerFlags:
     layers: int = option(1, "LSTM layers.")
     base_update: str = option(
         "momentum",
-        "Hand-designed update that the output of the rule is added to. momentum: along the sign of the gradient's "
-        "momentum; gradient: along the momentum itself, in units of the first gradient's root mean square; none.",
-        ("momentum", "gradient", "none"),
+        "Hand-designed update that the output of the rule is added to: momentum, along the sign of the gradient's "
+        "momentum; or none.",
+        BASE_UPDATES,
     )
-    base_step: float = option(0.8, "Step of the base update, in units of epsilon: below 1 along the sign.")
+    base_step: float = option(0.8, "Step of the base update, in units of epsilon, below 1.")
     base_decay: float = option(0.5, "Momentum of the base update.")
     output_scale: float | None = option(None, "Factor on the output of the rule; its default if not given.")
     tau: float = option(0.3, "Shape of a step of spectral_lstm: along the sign if small, along the gradient if large.")
@@ -101,12 +102,6 @@ class TaskFlags:
         "cross_entropy", "Loss on the query images, which meta-training minimises.", ("hinge", "cross_entropy")
     )
     support_loss: str = option("cross_entropy", "Loss on the support images.", ("hinge", "cross_entropy"))
-    second_loss: str = option(
-        "none",
-        "Loss that is added to the support loss; the feature `second` is its gradient. dominant pulls all images to "
-        "the class that they are nearest to.",
-        ("dominant", "hinge", "cross_entropy", "none"),
-    )
     kappa: float = option(0.0, "Hinge margin, in logits (kappa of Carlini & Wagner).")
     beta: float = option(12.0, "Bound on the cross-entropy of a query image, in nats.")
     task_start: str = option("zeros", "Initial perturbation of a task.", ("zeros", "random"))

@@ -88,11 +88,10 @@ def rule_of(flags: Config) -> rules.UpdateRule:
     options: dict[str, Any] = {"features": flags.features} if flags.features else {}
     if flags.output_scale is not None:
         options["output_scale"] = flags.output_scale
-    if flags.base_update == "none":
+    if check_name("base_update", flags.base_update, config.BASE_UPDATES) == "none":
         options["base_update"] = None
     else:
-        along = "gradient" if flags.base_update == "gradient" else "sign"
-        options["base_update"] = rules.MomentumUpdate(flags.base_step, flags.base_decay, along)
+        options["base_update"] = rules.MomentumUpdate(flags.base_step, flags.base_decay)
     return rules.RULES[flags.rule](flags.hidden, flags.layers, **options)
 
 
@@ -143,9 +142,8 @@ def _check_effect(flags):
             "uses exact gradients, without --num_directions",
         ),
         ("basis",): (flags.resolution is None, "has no subspace of directions, without --resolution"),
-        ("second_loss",): (flags.num_directions > 0, "estimates the gradient of one loss only, with --num_directions"),
         ("beta",): (flags.loss != "cross_entropy", "minimises no cross-entropy of query images"),
-        ("kappa",): ("hinge" not in (flags.loss, flags.support_loss, flags.second_loss), "minimises no hinge"),
+        ("kappa",): ("hinge" not in (flags.loss, flags.support_loss), "minimises no hinge"),
         ("epsilon",): (flags.penalty is not None, "has a penalty instead of a ball"),
     }
     for names, (applies, reason) in idle.items():
@@ -157,10 +155,6 @@ def _check_effect(flags):
 def _check_losses(flags):
     if "update" in flags.features:
         raise ValueError("features: update is a feature of samplers (--sampler), not of rules.")
-    if flags.second_loss == flags.support_loss:
-        raise ValueError(f"second_loss: {flags.second_loss} is the support loss already; choose another, or none.")
-    if "second" in flags.features and flags.second_loss == "none":
-        raise ValueError("features: second is the gradient of a second loss; set --second_loss.")
     if flags.learner == "adaptive_lft" and (flags.meta_gradient != "backprop" or flags.num_directions):
         name = "num_directions" if flags.meta_gradient == "backprop" else "meta_gradient"
         raise ValueError(f"{name}: adaptive_lft differentiates the loss of the support images; leave it out.")
@@ -260,8 +254,20 @@ RENAMED = {
 }
 
 
+#: Flags of version 0.2 that are gone, with the values that stand for their absence.
+REMOVED = {"second_loss": (None, "none")}
+
+
 def present_flags(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration under the present names; flags that it lacks have their value from before they existed."""
+    """A stored configuration under the present names; flags that it lacks have their value from before they existed.
+
+    Raises:
+      ValueError: for a flag that is gone, unless it was not used.
+    """
+    for name, absent in REMOVED.items():
+        if name in stored and stored[name] not in absent:
+            raise ValueError(f"{name}: only version 0.2 has this flag, got {stored[name]!r}; meta-train without it.")
+    stored = {name: value for name, value in stored.items() if name not in REMOVED}
     fields = dataclasses.fields(Config)
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING and f.name not in WHERE}
     return {**defaults, "augment": False, **{RENAMED.get(name, name): value for name, value in stored.items()}}

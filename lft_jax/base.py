@@ -48,7 +48,6 @@ class Estimate(NamedTuple):
 
         - `spread`: like `theta`, the standard deviation of the per-example gradients.
         - `scale`: `[]`, the size of a coordinate in the feasible set.
-        - `second`: like `theta`, the gradient of the second loss alone, if the loss is a sum of two.
         - `context`: like `theta` with a leading axis `[2]`, mean and standard deviation of the support examples at
           each coordinate.
         - `periods`: means and errors of the per-example gradients over translations (`lft_jax.optimizers.periodic`).

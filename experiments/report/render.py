@@ -83,8 +83,8 @@ TRUST = ("fuzz.", "chaos.", "properties.", "meta_gradients.", "soak.", "reliabil
 GROUPS = (
     ("One image per class, exact gradients, linf ball (the table above)", ("hard-",)),
     ("Five images per class", ("five_images-",)),
-    ("A second loss", ("two_losses-",)),
-    ("A base update along the gradient", ("gradient_start-",)),
+    ("A second loss, given up ([decision 011](decisions/011-second-loss.md))", ("two_losses-",)),
+    ("A base update along the gradient, given up ([decision 012](decisions/012-base-update.md))", ("gradient_start-",)),
     ("Query-only attacks", ("query-", "directions")),
     ("l2 ball", ("l2",)),
     ("A penalty instead of a ball (the paper's tasks)", ("paper",)),

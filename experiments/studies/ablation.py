@@ -1,6 +1,6 @@
 r"""Ablation: removes or adds one part of the fine-tuner at a time and attacks validation victims.
 
-  python -m experiments.studies.ablation --variants=base,positions
+  python -m experiments.studies.ablation --variants="base,no start"
   python -m experiments.studies.ablation --study=query
 
 Victims and images are those of meta-validation, so that no choice depends on the unseen victims of the studies. A
@@ -50,7 +50,6 @@ class Variant:
 VARIANTS: dict[str, dict[str, Variant]] = {
     "hard": {
         "base": Variant(),
-        "positions": Variant({"features": (*_SEEN, "position")}),
         "no spread": Variant({"features": tuple(f for f in _SEEN if f != "spread")}),
         "no context": Variant({"features": tuple(f for f in _SEEN if f != "context")}),
         "no progress": Variant({"features": tuple(f for f in _SEEN if f != "progress")}),

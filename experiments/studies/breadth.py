@@ -19,7 +19,6 @@ from experiments import config
 from experiments.cells import Cells
 from experiments.studies import victims
 from lft_jax import evaluation, learners, tasks
-from lft_jax.attack import stored_second_loss
 from lft_jax.cli import provenance
 from lft_jax.data import load_source, unit_range
 from lft_jax.evaluation import baselines, metrics
@@ -94,12 +93,11 @@ class Config:
 def measure(flags: Config) -> None:
     """Runs every case and writes the results file after each."""
     params, rule = load_pretrained(flags.optimizer)
-    second = stored_second_loss(flags.optimizer)
     settings = {k: v for k, v in dataclasses.asdict(flags).items() if k != "data_dir"}
     cells = Cells(flags.output, {**settings, "params": jax.tree.leaves(params)})
     origin, rows = cells.provenance([0]), []
     for case in CASES:
-        rows.append(cells.get(str(case), _row, case, learners.lft(rule), params, second, flags))
+        rows.append(cells.get(str(case), _row, case, learners.lft(rule), params, flags))
         asr = ", ".join(f"{name} {100 * found['asr']:.1f}" for name, found in rows[-1]["methods"].items())
         print(f"{case}: {asr}", flush=True)
         provenance.write_json(flags.output, {"provenance": origin, "flags": settings, "rows": rows})
@@ -107,7 +105,7 @@ def measure(flags: Config) -> None:
     print(f"wrote {flags.output}")
 
 
-def _row(case, learner, params, second_loss, flags):
+def _row(case, learner, params, flags):
     path = victims.paths(case.source, "unseen", flags.victims)[case.unseen]
     validation, test = (make_family(case, path, split, flags.data_dir) for split in ("validation", "test"))
     key_test, key_validation = jax.random.split(jax.random.key(0))
@@ -125,13 +123,12 @@ def _row(case, learner, params, second_loss, flags):
         options = {"num_steps": case.num_steps, "at": (case.num_steps,)}
         return np.asarray(evaluation.evaluate(learner, params, family, keys, **options)["asr"][:, -1], np.float64)
 
-    augmented = test.with_recipe(second_loss=second_loss)
     without_output = {**params, "head": jax.tree.map(np.zeros_like, params["head"])}
     asr = {
         "pgd (untuned)": success(pgd.learner, pgd.default.params, metrics.minimising(plain, pgd.default.support_loss)),
         "pgd": success(pgd.learner, tuned.params, metrics.minimising(plain, tuned.support_loss)),
-        "the rule's base update, augmented": success(learner, without_output, augmented),
-        flags.optimizer: success(learner, params, augmented),
+        "the rule's base update, augmented": success(learner, without_output, test),
+        flags.optimizer: success(learner, params, test),
     }
     methods = {
         name: {

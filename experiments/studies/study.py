@@ -26,13 +26,11 @@ class Run:
     Attributes:
       learner: the flag of experiments.meta_train.
       sources: sources of the meta-training victims.
-      seeds: number of meta-training seeds, from 0.
       settings: other flags of experiments.meta_train, in addition to those of the study.
     """
 
     learner: str
     sources: tuple[str, ...]
-    seeds: int = 3
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -67,9 +65,9 @@ class Study:
 _LFT, _L2O = Run("lft", _BOTH), Run("l2o", _BOTH)
 
 
-def _alone(learner, seeds=3, **settings):
+def _alone(learner, **settings):
     """One run per source. Initializations need this, since they have the shape of the images."""
-    return tuple(Run(learner, (source,), seeds, settings) for source in _BOTH)
+    return tuple(Run(learner, (source,), settings) for source in _BOTH)
 
 
 def _maml(*inner_steps, **settings):
@@ -79,7 +77,7 @@ def _maml(*inner_steps, **settings):
     zeroth-order gradients.
     """
     return tuple(
-        Run("maml", (source,), settings={"inner_step": step, **settings})
+        Run("maml", (source,), {"inner_step": step, **settings})
         for source, step in zip(_BOTH, inner_steps, strict=True)
     )
 
@@ -98,28 +96,12 @@ _META = _preset("spatial_linf")
 # A learned initialization replaces the search for a start. Its evaluations go to directions: 400 in total, as
 # for the other methods.
 _NO_SEARCH = {"waves": 0, "num_directions": 10}
-_ONE_L2O = dataclasses.replace(_L2O, seeds=1)
 _HARD = Study((_LFT, _L2O, *_alone("lft"), *_maml(0.5, 0.5), *_alone("joint")), _META, _BALL)
 STUDIES = {
     # Ten classes, one image per class, exact gradients, linf ball.
     "hard": _HARD,
     # The same runs on five images per class, which they were not meta-trained for.
     "five_images": dataclasses.replace(_HARD, protocol={**_BALL, "shots": 5, "num_validation": 5}, of="hard"),
-    # As "hard", with a second loss. Meta-trained at the radius of the attacks on MNIST.
-    "two_losses": Study(
-        (_LFT, _ONE_L2O, *_alone("lft", 1), *_alone("maml", 1)),
-        {**_META, "epsilon": ("mnist=0.2",), "second_loss": "dominant"},
-        _BALL,
-        {"features": ("momentum", "second", "spread", "constraint", "progress", "context")},
-    ),
-    # The update rules of "hard", with a base update along the gradient instead of its sign. Meta-trained at the radius
-    # of the attacks on MNIST. Step and momentum were chosen on meta-validation victims.
-    "gradient_start": Study(
-        (_LFT, _ONE_L2O),
-        {**_META, "epsilon": ("mnist=0.2",)},
-        _BALL,
-        {"base_update": "gradient", "base_step": 1.0, "base_decay": 0.9},
-    ),
     # As "hard", query-only: 400 evaluations of the support images, 160 of them to search for a start.
     "query": Study(
         (_LFT, _L2O, *_alone("lft"), *_maml(0.1, 0.8, **_NO_SEARCH), *_alone("joint", **_NO_SEARCH)),
@@ -148,7 +130,7 @@ class Config:
     """Command-line flags."""
 
     study: str = config.option("hard", "Name of the study.", tuple(STUDIES))
-    seeds: int = config.option(3, "Largest number of meta-training seeds per run; some runs have fewer.")
+    seeds: int = config.option(3, "Meta-training seeds per run, from 0.")
     only: tuple[str, ...] = config.option((), "Names of the runs to meta-train and compare; all if empty.")
     attacked: tuple[str, ...] = config.option(
         _ATTACKED, "Sources whose unseen victims are attacked, or names of such victims; empty to only meta-train."
@@ -171,8 +153,6 @@ def study(flags: Config) -> None:
     for seed in range(flags.seeds):  # the first seed of every run before the second of any
         for name in flags.only or known:
             run, workdir = known[name], folder / f"{name.replace('/', '_')}_{seed}"
-            if seed >= run.seeds:
-                continue
             print(f"meta-training {name}, seed {seed}")
             meta_train.meta_train(
                 meta_train.Config(

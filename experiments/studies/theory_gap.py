@@ -17,7 +17,6 @@ from experiments import common, config
 from experiments.cells import Cells
 from experiments.report import figures
 from lft_jax import learners, pretrained
-from lft_jax.attack import stored_second_loss
 from lft_jax.cli import provenance
 from lft_jax.meta import theory
 from lft_jax.victims import load_victim
@@ -46,7 +45,6 @@ def measure(flags: Config) -> dict:
     """Runs the measurement, writes its files and returns the results."""
     victim = load_victim(flags.victim)
     trained, rule = pretrained.load_pretrained(flags.rule)
-    second_loss = stored_second_loss(flags.rule)
     learner = learners.lft(rule)
     weights = {"untrained": rule.init(jax.random.key(flags.seed)), "meta-trained": trained}
     keys = jax.random.split(jax.random.key(flags.seed), flags.num_tasks)
@@ -64,7 +62,6 @@ def measure(flags: Config) -> dict:
     for shots in flags.shots:
         tasks = common.TaskConfig(ways=flags.ways, shots=shots, query_shots=shots, augment=False)
         family = common.make_family(victim, "train", tasks, flags.data_dir)
-        family = family.with_recipe(second_loss=second_loss)
         for name, params in weights.items():
             found = cells.get(f"{shots} images per class, {name}", _gap, learner, params, family, keys, flags.num_steps)
             found = theory.MetaGradientGap(**found)

@@ -13,7 +13,7 @@ inside a scan.
 
 from lft_jax.attack.rates import attack_success_rate, fooling_rate
 from lft_jax.attack.result import UniversalPerturbation
-from lft_jax.attack.universal import HISTORY_IMAGES, ORACLES, QUERY, stored_second_loss, universal_perturbation
+from lft_jax.attack.universal import HISTORY_IMAGES, ORACLES, QUERY, universal_perturbation
 
 __all__ = [
     "HISTORY_IMAGES",
@@ -22,6 +22,5 @@ __all__ = [
     "UniversalPerturbation",
     "attack_success_rate",
     "fooling_rate",
-    "stored_second_loss",
     "universal_perturbation",
 ]

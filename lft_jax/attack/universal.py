@@ -23,7 +23,7 @@ from lft_jax.attack.result import Paused, UniversalPerturbation
 from lft_jax.data import unit_range
 from lft_jax.models import Classifier, as_classifier, on_numpy
 from lft_jax.oracles import ZerothOrder
-from lft_jax.pretrained import load_fine_tuner, pretrained_card
+from lft_jax.pretrained import load_fine_tuner
 from lft_jax.tasks.pattern_attack import PatternAttack
 from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import AttackLoss, Batch, Constraint, as_constraint
@@ -66,11 +66,6 @@ def _present_keywords(old, kwargs):
     elif settings.get("resolution") is not None:
         raise ValueError("resolution: exact gradients have no directions; leave it out, or pass oracle='query'.")
     if old:
-        if old.get("second_loss", "stored") == "stored":
-            target = getattr(old.get("loss"), "target", None)
-            optimizer, oracle = kwargs.get("optimizer", "uap-linf"), kwargs.get("oracle", "auto")
-            exact = oracle in ("auto", "gradient")
-            old["second_loss"] = _stored_with(optimizer, target) if exact else None
         if "waves" in old:
             old["search"] = old.pop("waves")
         kwargs["recipe"] = AttackRecipe(**old)
@@ -82,7 +77,6 @@ def _present_keywords(old, kwargs):
     logits_fn="model=",
     penalty="constraint=Constraint(norm, penalty=...)",
     loss="recipe=AttackRecipe(loss=...)",
-    second_loss="recipe=AttackRecipe(second_loss=...)",
     augmentation="recipe=AttackRecipe(augmentation=...)",
     waves="recipe=AttackRecipe(search=...)",
     num_directions="oracle=ZerothOrder(num_directions=..., per_example=True)",
@@ -143,11 +137,11 @@ def universal_perturbation(
         query per image and step, and none in a search; of more than 50 images it sees 50, the same in each step, which
         the key chooses.
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
-        `AttackRecipe`; with exact gradients, for `Proxies`, the second loss that a pretrained rule was meta-trained
-        with and, in a ball, a start among 65 patterns: `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries
-        for ten images, left out if `max_queries` is too small. The result is that start if the steps end at no lower
-        loss on 30 new proxies, which takes 80 queries, and those of the history again. The rule "uap-l1" was
-        meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
+        `AttackRecipe`; with exact gradients, for `Proxies` and, in a ball, a start among 65 patterns:
+        `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries for ten images, left out if `max_queries` is
+        too small. The result is that start if the steps end at no lower loss on 30 new proxies, which takes 80 queries,
+        and those of the history again. The rule "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all
+        other shipped rules with the default loss.
       start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
         it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
         again); `steps` and `max_queries` count those before. A finished one is a start like an array.
@@ -207,7 +201,7 @@ def universal_perturbation(
     constraint = as_constraint(norm, epsilon, constraint)
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     classifier, estimator = _with_oracle(model, oracle, images, batch_size)
-    full_recipe = _as_recipe(recipe, optimizer, estimator, target, constraint)
+    full_recipe = _as_recipe(recipe, estimator, target, constraint)
     patterns = _patterns.pattern_attack(oracle, estimator, optimizer, recipe, constraint)
     evaluations = 0
     if patterns is not None:
@@ -295,21 +289,6 @@ def universal_perturbation(
     return run.result()
 
 
-def stored_second_loss(name: str, target: int | None = None) -> AttackLoss | None:
-    """The second loss that a stored rule was meta-trained with, or None.
-
-    Args:
-      name: name of a pretrained rule, or path of a stored one.
-      target: target class of the loss.
-
-    Raises:
-      ValueError: if the rule has no card.
-    """
-    flags = pretrained_card(name).get("meta_training") or {}
-    kind = flags.get("second_loss", "none")
-    return None if kind == "none" else AttackLoss(kind, flags.get("kappa", 0.0), target=target)
-
-
 def _synthetic(model, shape, key) -> np.ndarray:
     """The images of a data-free attack."""
     shape = model.input_shape if shape is None else shape
@@ -354,26 +333,18 @@ def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothO
     return classifier, None
 
 
-def _as_recipe(recipe, optimizer, estimator, target, constraint) -> AttackRecipe:
-    """The recipe, or the default one, with its losses resolved and checked against the oracle and the target."""
+def _as_recipe(recipe, estimator, target, constraint) -> AttackRecipe:
+    """The recipe, or the default one, with its loss resolved and checked against the oracle and the target."""
     if recipe is None:
         recipe = AttackRecipe()
         if estimator is None:
-            second, search = _stored_with(optimizer, target), None if constraint.epsilon is None else SEARCH
-            recipe = AttackRecipe(second_loss=second, augmentation=Proxies(), search=search)
+            recipe = AttackRecipe(augmentation=Proxies(), search=None if constraint.epsilon is None else SEARCH)
     loss = as_attack_loss(LOSS if recipe.loss is None else recipe.loss, target=target)
     if target is not None:
         if loss.target not in (None, target):
             raise ValueError(f"target: {target} is not that of the recipe's loss, {loss.target}.")
-        second = recipe.second_loss
-        if isinstance(second, AttackLoss) and second.target is None:
-            recipe = dataclasses.replace(recipe, second_loss=dataclasses.replace(second, target=target))
         loss = dataclasses.replace(loss, target=target)
     recipe = dataclasses.replace(recipe, loss=loss).resolved(loss)
-    if estimator is not None and recipe.second_loss is not None:
-        raise ValueError(
-            f"second_loss: a zeroth-order oracle takes only one loss, got {recipe.second_loss} with {estimator}."
-        )
     if estimator is not None and loss.kind == "dominant":
         raise ValueError(f"loss: 'dominant' is for exact gradients only, got {estimator}.")
     return recipe
@@ -387,10 +358,6 @@ def _check_max_queries(max_queries, images, searched, cost):
             f"max_queries must be at least {least}: {images} for the clean images, {search}and {cost} for the "
             f"first step; got {max_queries}."
         )
-
-
-def _stored_with(optimizer, target=None):
-    return stored_second_loss(optimizer, target) if isinstance(optimizer, str) else None
 
 
 def _stored(name):

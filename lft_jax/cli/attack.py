@@ -33,7 +33,7 @@ import jax
 import numpy as np
 import optax
 
-from lft_jax.attack import ORACLES, UniversalPerturbation, stored_second_loss, universal_perturbation
+from lft_jax.attack import ORACLES, UniversalPerturbation, universal_perturbation
 from lft_jax.base import check_name
 from lft_jax.cli import _exits, config, provenance
 from lft_jax.cli._images import Images, choose, load_images, unseen
@@ -75,11 +75,6 @@ class Config(OwnFlags):
     )
     penalty: float | None = config.option(None, "Weight of the norm in the loss, instead of a ball.")
     loss: str = config.option("cross_entropy", "Loss that is minimised.", LOSSES)
-    second_loss: str = config.option(
-        "stored",
-        "Loss that is added to it (exact gradients only). stored: the one that the rule was meta-trained with.",
-        ("stored", "none", *LOSSES),
-    )
     target: int | None = config.option(None, "Target class; any wrong class if not given.")
     steps: int = config.option(20, "Fine-tuning steps.")
     oracle: str = config.option(
@@ -289,15 +284,10 @@ def _constraint(flags, source):
 
 
 def _recipe(flags):
-    if (flags.loss, flags.second_loss, flags.waves) == ("cross_entropy", "stored", 0):
+    if (flags.loss, flags.waves) == ("cross_entropy", 0):
         return None  # the defaults of universal_perturbation, which knows whether there are gradients
-    second = None if flags.second_loss == "none" else flags.second_loss
-    if second == "stored":
-        stored = flags.oracle != "query" and flags.optimizer not in make_baselines(flags.norm)
-        second = stored_second_loss(flags.optimizer, flags.target) if stored else None
     return AttackRecipe(
         loss=AttackLoss(flags.loss, target=flags.target),
-        second_loss=second,
         search=WaveSearch.within(flags.waves) if flags.waves else None,
     )
 

@@ -121,13 +121,12 @@ def compare(
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Tunes the baselines on the validation tasks of a target and runs all methods on its test tasks.
 
-    Baselines run as published: from the family's own start, without augmentation, search or second loss. Their
+    Baselines run as published: from the family's own start, without augmentation or search. Their
     zeroth-order estimates use directions in all dimensions that all images share, and as many of them per step as it
     takes to spend at least the queries of the target's tasks.
 
     If the target's tasks offer more than that, the best baseline and the fine-tuned transfer start are also tuned and
-    run on these tasks themselves (the rows that end in ", augmented"). Whether they keep the second loss, if there is
-    one, is chosen on validation tasks.
+    run on these tasks themselves (the rows that end in ", augmented").
 
     Args:
       target: the victim and its tasks.
@@ -154,15 +153,13 @@ def compare(
         runs[name] = (metrics, notes)
         report(f"{target.source}/{target.victim}: {name} {np.mean([m['asr'][:, -1] for m in metrics]):.3f}")
 
-    def run_tuned(name, baseline, *variants, **notes):
-        """Tunes on each variant of the target, runs the best one, and returns its score."""
-        tuned = [tune(baseline, variant.validation, keys_validation, **options) for variant in variants]
-        best_scores = [max(score for _, score in outcome.scores) for outcome in tuned]
-        chosen = int(np.argmax(best_scores))
-        setting, test = tuned[chosen].setting, variants[chosen].test
-        notes |= {"setting": _setting(setting, test), "settings_tried": len(variants) * len(baseline.grid)}
-        run(name, baseline.learner, [setting.params], minimising(test, setting.support_loss), **notes)
-        return best_scores[chosen]
+    def run_tuned(name, baseline, of, **notes):
+        """Tunes on the validation tasks of a target, runs the best setting, and returns its score."""
+        tuned = tune(baseline, of.validation, keys_validation, **options)
+        notes |= {"setting": _setting(tuned.setting), "settings_tried": len(baseline.grid)}
+        family = minimising(of.test, tuned.setting.support_loss)
+        run(name, baseline.learner, [tuned.setting.params], family, **notes)
+        return max(score for _, score in tuned.scores)
 
     table = baselines.make_baselines(target.test.constraint.norm)
     plain, scores = _as_published(target, protocol.num_steps), {}
@@ -175,7 +172,7 @@ def compare(
             baseline.learner,
             [baseline.default.params],
             family,
-            setting=_setting(baseline.default, plain.test),
+            setting=_setting(baseline.default),
         )
     best = max(scores, key=lambda name: scores[name])
     strongest = {best: table[best]}
@@ -185,11 +182,8 @@ def compare(
         strongest[TRANSFER] = baselines.from_start(table[best], theta)
         run_tuned(TRANSFER, strongest[TRANSFER], plain, by=best)
     if _additions(plain.test) != _additions(target.test):
-        variants = [target]
-        if target.test.recipe.second_loss is not None:
-            variants.append(_changed(target, lambda family: family.with_recipe(second_loss=None)))
         for name, baseline in strongest.items():
-            run_tuned(name + AUGMENTED, baseline, *variants, by=best)
+            run_tuned(name + AUGMENTED, baseline, target, by=best)
 
     for name, method in learned.items():
         run(name, method.learner, method.params, method.tasks(target.test))
@@ -213,11 +207,11 @@ def compare(
 def _additions(family):
     """The parts of the tasks that published attacks lack."""
     recipe = family.recipe
-    return recipe.augmentation, family.estimator, recipe.search, recipe.second_loss
+    return recipe.augmentation, family.estimator, recipe.search
 
 
 def as_published(family: UapFamily, num_directions: int) -> UapFamily:
-    """The tasks without augmentation, search and second loss, as for published hand-designed attacks.
+    """The tasks without augmentation and search, as for published hand-designed attacks.
 
     Args:
       family: the tasks.
@@ -228,7 +222,7 @@ def as_published(family: UapFamily, num_directions: int) -> UapFamily:
     if isinstance(estimator, ZerothOrder):
         options = {"resolution": None, "basis": "tiles", "per_example": False}
         estimator = dataclasses.replace(estimator, num_directions=num_directions, **options)
-    family = family.with_recipe(augmentation=None, search=None, second_loss=None)
+    family = family.with_recipe(augmentation=None, search=None)
     return dataclasses.replace(family, estimator=estimator)
 
 
@@ -247,9 +241,8 @@ def _changed(target, change):
     return target._replace(**{name: change(getattr(target, name)) for name in ("train", "validation", "test")})
 
 
-def _setting(setting, family):
-    second = {} if family.recipe.second_loss is None else {"second_loss": family.recipe.second_loss.kind}
-    return {**setting.params, **dataclasses.asdict(setting.support_loss), **second}
+def _setting(setting):
+    return {**setting.params, **dataclasses.asdict(setting.support_loss)}
 
 
 def _repeat(theta, target, keys, protocol) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 A feature set maps the `Signal` of one leaf to features `[size, *leaf.shape]`, and keeps a state of its own (moments,
 for example). Features and their derivatives are finite even where gradients are 0. If an extra argument is absent, its
-features are 0, except for `second`, which then takes the gradient itself. docs/method.md lists all feature sets.
+features are 0. docs/method.md lists all feature sets.
 """
 
 import math
@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lft_jax.base import PyTree, safe_sqrt
 
 LOG_SIGN_P = 10.0  # Andrychowicz et al. 2016, arXiv 1606.04474, appendix A
 ADAM_DECAYS = (0.9, 0.999)
 MOMENTUM_DECAYS = (0.0, 0.5, 0.9)
-POSITION_HARMONICS = 4
 
 
 class Signal(NamedTuple):
@@ -31,7 +29,6 @@ class Signal(NamedTuple):
       context: `[2, *grad.shape]`, mean and standard deviation of the support examples, or None.
       scale: `[]`, the size of a coordinate in the feasible set.
       progress: `[]`, the fraction of the fine-tuning steps that are done, in [0, 1).
-      second: like `grad`, the gradient of the second loss alone, if the loss is a sum of two, or None.
       update: like `grad`, the update that followed from this gradient, or None; only for `learned_sampler`.
       noise: `[Y, X // 2 + 1]`, the variance of the mean gradient at each frequency (`lft_jax._spectrum`), or None.
     """
@@ -42,7 +39,6 @@ class Signal(NamedTuple):
     context: jax.Array | None
     scale: jax.Array
     progress: jax.Array
-    second: jax.Array | None = None
     update: jax.Array | None = None
     noise: jax.Array | None = None
 
@@ -114,15 +110,7 @@ def _adam(signal, state):
 
 
 def _momentum(signal, state):
-    return _momenta(signal.grad, state)
-
-
-def _second(signal, state):
-    return _momenta(signal.grad if signal.second is None else signal.second, state)
-
-
-def _momenta(grad, state):
-    state = tuple(decay * m + grad for decay, m in zip(MOMENTUM_DECAYS, state, strict=True))
+    state = tuple(decay * m + signal.grad for decay, m in zip(MOMENTUM_DECAYS, state, strict=True))
     return jnp.stack([jnp.tanh(unit_rms(m)) for m in state]), state
 
 
@@ -153,20 +141,6 @@ def _progress(signal):
     return jnp.broadcast_to(signal.progress, (1, *signal.grad.shape))
 
 
-def _position(signal):
-    # Cosines along the first two axes: functions of the relative position, so the same for all image sizes.
-    shape = signal.grad.shape
-    features = []
-    for axis in range(2):
-        length = shape[axis] if axis < len(shape) else 1
-        relative = (np.arange(length) + 0.5) / length  # NumPy: XLA would compute the cosines in each update
-        along = [length if a == axis else 1 for a in range(len(shape))]
-        for harmonic in range(1, POSITION_HARMONICS + 1):
-            wave = np.cos(np.pi * harmonic * relative) if length > 1 else np.zeros(length)
-            features.append(jnp.broadcast_to(wave.reshape(along).astype(signal.grad.dtype), shape))
-    return jnp.stack(features)
-
-
 def _context(signal):
     if signal.context is None:
         return jnp.zeros((2, *signal.grad.shape), signal.grad.dtype)
@@ -183,11 +157,9 @@ FEATURES: dict[str, FeatureSet] = {
     "log_sign": _stateless(2, _log_sign),
     "adam": FeatureSet(2, _adam_init, _adam),
     "momentum": FeatureSet(len(MOMENTUM_DECAYS), _no_momenta, _momentum),
-    "second": FeatureSet(len(MOMENTUM_DECAYS), _no_momenta, _second),
     "spread": _stateless(1, _spread),
     "constraint": _stateless(1, _constraint),
     "progress": _stateless(1, _progress),
-    "position": _stateless(2 * POSITION_HARMONICS, _position),
     "context": _stateless(2, _context),
     "update": _stateless(1, _update),
 }

@@ -19,11 +19,8 @@ from lft_jax import base
 from lft_jax._deprecation import renamed
 from lft_jax.base import PyTree
 from lft_jax.optimizers._network import affine, convolution, flat, lstm
-from lft_jax.optimizers.features import FEATURES, Signal, root_mean_square
+from lft_jax.optimizers.features import FEATURES, Signal
 from lft_jax.optimizers.spectral import SpectralRule, spectral_lstm
-
-#: Directions of a base update.
-ALONG = ("sign", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,59 +29,42 @@ class MomentumUpdate:
 
     With outputs `a` and `b` of the network, both near 0 before meta-training, a rule subtracts from a leaf
 
-        scale * (size * direction + b)
+        scale * (size * sign(m) + b),    m = decay * m + gradient,    size = sigmoid(a + logit(step))
 
-    where the momentum is `m = decay * m + gradient`, and
-
-        along "sign":      direction = sign(m),                        size = sigmoid(a + logit(step))
-        along "gradient":  direction = m / RMS of the first gradient,  size = step * exp(a)
-
-    "sign" begins as PGD with momentum. It moves all coordinates alike, since those with small gradients on the support
+    It begins as PGD with momentum. It moves all coordinates alike, since those with small gradients on the support
     images can matter on others. The sigmoid keeps the first step inside an linf ball; at its border meta-gradients
     vanish.
 
-    "gradient" begins as gradient descent with momentum. The first gradient of the leaf that is not 0 sets the learning
-    rate, so that steps do not depend on the size of a model's gradients. They shrink as the gradient does, that is when
-    the support images are fooled. If later gradients are much larger than the first, only the feasible set bounds the
-    steps. `a` is clipped to [-5, 5].
-
     Attributes:
-      step: step size as a fraction of the feasible set's scale. Along "sign" in (0, 1); along "gradient" above 0, the
-        root mean square of the first step.
+      step: step size as a fraction of the feasible set's scale, in (0, 1).
       decay: decay of the momentum, in [0, 1).
-      along: "sign" or "gradient".
 
     Raises:
       ValueError: for values outside these ranges.
 
     Examples:
       >>> rule = coordinate_lstm(base_update=MomentumUpdate(step=0.4, decay=0.9))
-      >>> rule.base_update.along
-      'sign'
+      >>> rule.base_update.step
+      0.4
     """
 
     step: float = 0.8
     decay: float = 0.5
-    along: str = "sign"
 
     def __post_init__(self):
-        base.check_name("MomentumUpdate.along", self.along, ALONG)
-        if self.along == "gradient":
-            base.check_positive("MomentumUpdate.step", self.step)
-        elif not 0 < self.step < 1:
+        if not 0 < self.step < 1:
             raise ValueError(f"MomentumUpdate.step must be in (0, 1), got {self.step!r}.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"MomentumUpdate.decay must be in [0, 1), got {self.decay!r}.")
 
     def init(self, leaf: Float[Array, "..."]) -> PyTree:
-        """Returns the state for one leaf: the momentum and, along "gradient", the RMS of the first gradient."""
-        unit = {"unit": jnp.zeros((), leaf.dtype)} if self.along == "gradient" else {}
-        return {"momentum": jnp.zeros_like(leaf), **unit}
+        """Returns the state for one leaf: the momentum."""
+        return {"momentum": jnp.zeros_like(leaf)}
 
     def apply(
         self, change: Float[Array, "*shape"], grad: Float[Array, "*shape"], state: PyTree
     ) -> tuple[Float[Array, "*shape"], PyTree]:
-        """Returns `size * direction` and the next state.
+        """Returns `size * sign(m)` and the next state.
 
         Args:
           change: the network's output `a`.
@@ -92,14 +72,8 @@ class MomentumUpdate:
           state: from `init` or the previous call.
         """
         momentum = self.decay * state["momentum"] + grad
-        if self.along == "sign":
-            size = jax.nn.sigmoid(change + math.log(self.step / (1 - self.step)))
-            return size * jnp.sign(momentum), {"momentum": momentum}
-        unit = jnp.where(state["unit"] > 0, state["unit"], root_mean_square(grad))
-        divisor = jnp.where(unit > 0, unit, 1)
-        near = jax.lax.stop_gradient(divisor)  # cancels; without it, unit^2 would underflow in the derivative
-        direction = (momentum / near) / (divisor / near)
-        return self.step * jnp.exp(jnp.clip(change, -5, 5)) * direction, {"momentum": momentum, "unit": unit}
+        size = jax.nn.sigmoid(change + math.log(self.step / (1 - self.step)))
+        return size * jnp.sign(momentum), {"momentum": momentum}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +314,8 @@ def rule_from_dict(description: dict[str, Any]) -> UpdateRule:
     """Builds the rule that `rule_to_dict` described.
 
     Args:
-      description: what `rule_to_dict` returns. Files from before version 0.2 have "start" for "base_update".
+      description: what `rule_to_dict` returns. Files from before version 0.2 have "start" for "base_update", those of
+        version 0.2 the direction of a base update, "along", which must be "sign".
 
     Returns:
       The rule.
@@ -362,6 +337,9 @@ def _rule(description):
         described["base_update"] = described.pop("start")
     base_update = _known_fields(Rule, described)["base_update"]
     if base_update:
+        base_update = dict(base_update)
+        if (along := base_update.pop("along", "sign")) != "sign":
+            raise ValueError(f"base_update: along must be 'sign', got {along!r}, which only lft_jax 0.2 has.")
         known = {field.name for field in dataclasses.fields(MomentumUpdate)}
         if not base_update.keys() <= known:
             raise ValueError(f"the fields of a base_update are {sorted(known)}, got {sorted(base_update)}.")

@@ -48,12 +48,11 @@ def learned_fine_tuner(
 
     The state holds 44 numbers per coordinate for the shipped `spatial_lstm` rules (all but "uap-linf"): 44 times the
     bytes of float32 parameters, 88 times those of bfloat16 ones; and 1.2 to 1.6 for a `spectral_lstm` on images. Of a
-    `Rule` these are `2 * hidden * layers`, one for a base update, and those of the
-    features (3 for "momentum" and for "second", 2 for "adam"), in float32, or float64 for float64 parameters.
+    `Rule` these are `2 * hidden * layers`, one for a base update, and those of the features (3 for "momentum", 2 for
+    "adam"), in float32, or float64 for float64 parameters.
 
     `update` takes these extra arguments, all optional (see `lft_jax.base.Estimate`): `scale`, `progress`, `spread`,
-    `second`, `context` and `noise`. Features of an absent one are 0, except that `second` then takes the gradient.
-    Others are ignored.
+    `context` and `noise`. Features of an absent one are 0. Others are ignored.
 
     Args:
       params: the rule's weights, from `rule.init(key)`, meta-training or `load_pretrained`; at most 1e4 in absolute
@@ -69,8 +68,8 @@ def learned_fine_tuner(
     Raises:
       ValueError: if a weight is NaN, infinite or above 1e4, or `scale` is not a scalar above 0 (not checked where they
         are traced, nor for a schedule); in `init`, if a leaf is of another kind, a function or a complex array for
-        example; in `update`, if the parameters, `spread`, `second` or `context` do not have the structure of the
-        gradients, or the state is of other parameters.
+        example; in `update`, if the parameters, `spread` or `context` do not have the structure of the gradients,
+        or the state is of other parameters.
 
     Examples:
       >>> import lft_jax
@@ -165,7 +164,6 @@ def leaf_signals(
     scale: float | Float[Array, ""] = 1.0,
     spread: PyTree = None,
     context: PyTree = None,
-    second: PyTree = None,
     progress: float | Float[Array, ""] = 0.0,
     update: PyTree = None,
     noise: PyTree = None,
@@ -173,7 +171,7 @@ def leaf_signals(
 ) -> list[Signal]:
     """The `Signal` of each leaf, from the arguments of an optax `update`. Unknown arguments are ignored."""
     leaves = jax.tree.leaves(grads)
-    trees = {"params": params, "spread": spread, "context": context, "second": second, "update": update, "noise": noise}
+    trees = {"params": params, "spread": spread, "context": context, "update": update, "noise": noise}
     columns = {name: _leaves_like(name, tree, grads) for name, tree in trees.items()}
     signals = []
     for number, grad in enumerate(leaves):
@@ -194,7 +192,6 @@ def leaf_signals(
                 context=column("context"),
                 scale=cast(scale),
                 progress=cast(progress),
-                second=column("second"),
                 update=column("update"),
                 noise=column("noise"),
             )

@@ -44,7 +44,6 @@ def per_example_gradient(
     example_losses: Callable[[PyTree], Float[Array, " S"]],
     *,
     num_examples: int,
-    second_losses: Callable[[PyTree], Float[Array, " S"]] | None = None,
     summarize: Callable[[PyTree], dict[str, PyTree]] | None = None,
 ) -> Oracle:
     """The gradient of a mean over examples, and its spread across the examples.
@@ -56,9 +55,6 @@ def per_example_gradient(
       example_losses: `thetas -> [S]`, where `thetas` is like `theta` with a leading axis `[S]`. Loss `s` may depend on
         copy `s` only, so batch statistics are not allowed.
       num_examples: `S`, at least 1.
-      second_losses: a second loss of the same examples, with the signature of `example_losses`, or None. The two
-        losses are added. The mean gradient of the second loss alone is also returned, as the extra `second`; it takes
-        a second backward pass, but no further queries.
       summarize: per-example gradients, like `theta` with a leading axis `[S]` -> further extras; or None.
 
     Returns:
@@ -83,13 +79,8 @@ def per_example_gradient(
         del key
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_examples, *x.shape)), floats(theta))
 
-        def seconds(thetas, losses_fn):
-            return check_losses("second_losses", losses_fn(thetas), num_examples)
-
         def summed(thetas):
             losses = check_losses("example_losses", example_losses(thetas), num_examples)
-            if second_losses is not None:
-                losses = losses + seconds(thetas, second_losses)
             return jnp.sum(losses), losses
 
         grads, losses = jax.grad(summed, has_aux=True)(copies)
@@ -97,9 +88,6 @@ def per_example_gradient(
         extras = {"spread": jax.tree.map(lambda g: safe_sqrt(jnp.var(g, axis=0)), grads)}
         if summarize is not None:
             extras |= summarize(grads)
-        if second_losses is not None:
-            grads = jax.grad(lambda thetas: jnp.sum(seconds(thetas, second_losses)))(copies)
-            extras["second"] = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         return Estimate(jnp.mean(losses), mean, jnp.asarray(num_examples, jnp.int32), extras)
 
     return oracle

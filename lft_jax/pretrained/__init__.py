@@ -52,8 +52,8 @@ def load_pretrained(name: str) -> tuple[PyTree, UpdateRule]:
       `(params, rule)`, the arguments of `lft_jax.learned_fine_tuner`. `params` is a new tree at every call.
 
     Raises:
-      ValueError: for an unknown name, a file that is missing or truncated, a missing or damaged card, or weights that
-        do not fit the rule that the card describes.
+      ValueError: for an unknown name, a file that is missing or truncated, a missing or damaged card, weights that do
+        not fit the rule that the card describes, or a rule of version 0.2 that was meta-trained with a second loss.
 
     Examples:
       >>> params, rule = load_pretrained("uap-linf")
@@ -146,8 +146,12 @@ def _locate(name):
 
 
 def _contents(name):
-    path = _locate(name)
-    description = json.dumps(pretrained_card(name).get("rule"))
+    path, card = _locate(name), pretrained_card(name)
+    flags = card.get("meta_training")
+    second = flags.get("second_loss") if isinstance(flags, dict) else None
+    if second not in (None, "none"):
+        raise ValueError(f"name: {path} is a rule for two losses (second_loss={second!r}), which only lft_jax 0.2 has.")
+    description = json.dumps(card.get("rule"))
     try:
         return path, path.read_bytes(), description
     except OSError as error:

@@ -41,9 +41,6 @@ class AttackRecipe:
     Attributes:
       loss: the loss on the support images, an `AttackLoss` or the name of its kind. None for the default: the objective
         of a family, the clamped cross-entropy in `universal_perturbation`.
-      second_loss: a loss that is added to it, an `AttackLoss` or the name of its kind; None for none. It takes a second
-        backward pass, and is for exact gradients only. A rule can also see its gradient on its own (the feature
-        "second"). The search for a start ignores it.
       augmentation: random changes of the support images in each step: an `Augmentation`, which costs no queries, or
         `Proxies`, new images made from parts of them; None for none. Without either, a perturbation overfits a few
         images.
@@ -59,7 +56,6 @@ class AttackRecipe:
     """
 
     loss: str | AttackLoss | None = None
-    second_loss: str | AttackLoss | None = None
     augmentation: Augmentation | Proxies | None = dataclasses.field(default=Augmentation(), metadata=_STATIC)
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
     search: WaveSearch | PatternSearch | None = dataclasses.field(default=None, metadata=_STATIC)
@@ -82,27 +78,18 @@ class AttackRecipe:
         return self
 
     def resolved(self, objective: AttackLoss, num_classes: int | None = None) -> "AttackRecipe":
-        """The recipe with both losses as `AttackLoss`, checked.
+        """The recipe with its loss as an `AttackLoss`, checked.
 
         Args:
-          objective: the loss if the recipe has none. Losses that are given by name take its target, and the second loss
-            must have the same target.
+          objective: the loss if the recipe has none. A loss that is given by name takes its target.
           num_classes: classes of the model, to check targets; None if unknown.
 
         Raises:
-          ValueError: for a field out of range, or a second loss whose target is not the objective's.
+          ValueError: for a field out of range.
         """
         self.check()
         loss = objective if self.loss is None else as_attack_loss(self.loss, "loss of the recipe", objective.target)
-        second = self.second_loss
-        if second is not None:
-            second = as_attack_loss(second, "second_loss", objective.target)
-            if second.target != objective.target:
-                raise ValueError(
-                    f"second_loss: its target {second.target} is not that of the objective, {objective.target}."
-                )
-            second.check(num_classes)
-        return dataclasses.replace(self, loss=loss.check(num_classes), second_loss=second)
+        return dataclasses.replace(self, loss=loss.check(num_classes))
 
 
 def as_attack_loss(loss: str | AttackLoss, argument: str = "loss", target: int | jax.Array | None = None) -> AttackLoss:
@@ -327,11 +314,9 @@ def attack_oracle(
         num_examples = len(batch.labels)
         if estimator is not None:
             return estimator(losses(recipe.loss, batch), num_examples=num_examples)
-        second = None if recipe.second_loss is None else losses(recipe.second_loss, batch)
         return oracles.per_example_gradient(
             losses(recipe.loss, batch),
             num_examples=num_examples,
-            second_losses=second,
             summarize=lambda copies: {
                 "periods": _periods.summarized(copies),
                 "noise": _spectrum.noise_of_mean(copies),

@@ -53,7 +53,7 @@ class UapFamily(TaskFamily):
       logits_fn: the victim: images `[n, H, W, C]` in [0, 1] -> logits `[n, classes]`.
       objective: the loss that the outer loss and the metrics use.
       constraint: the ball or the penalty.
-      recipe: what is done with the support images; its losses are resolved (`AttackRecipe.resolved`).
+      recipe: what is done with the support images; its loss is resolved (`AttackRecipe.resolved`).
       size: numbers of classes, support and query images of a task.
       estimator: None for exact gradients, or a zeroth-order one, `(example_losses, *, num_examples) -> Oracle`, such as
         `lft_jax.ZerothOrder()`.
@@ -75,20 +75,14 @@ class UapFamily(TaskFamily):
 
     @renamed(waves="search")
     def with_recipe(self, **changes: Any) -> "UapFamily":
-        """The family with some fields of its recipe replaced, losses given by kind or as `AttackLoss`.
+        """The family with some fields of its recipe replaced, a loss given by kind or as `AttackLoss`.
 
         Raises:
-          ValueError: for unknown names, and a second loss in a family with an estimator.
+          ValueError: for unknown names.
         """
-        target = self.objective.target
-        for name in ("loss", "second_loss"):
-            if isinstance(changes.get(name), str):
-                changes[name] = as_attack_loss(changes[name], name, target)
-        recipe = dataclasses.replace(self.recipe, **changes)
-        recipe.check()
-        if recipe.second_loss is not None and self.estimator is not None:
-            raise ValueError("second_loss: a zeroth-order estimator takes only one loss; leave out one of the two.")
-        return dataclasses.replace(self, recipe=recipe)
+        if isinstance(changes.get("loss"), str):
+            changes["loss"] = as_attack_loss(changes["loss"], "loss", self.objective.target)
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes).check())
 
     def refreshed(self) -> "UapFamily":
         """The family with the present weights of its victim, if these are no arguments of `logits_fn`."""
@@ -208,7 +202,6 @@ def _present_keywords(old, kwargs):
     queries="query_shots=",
     penalty="constraint=Constraint(norm, penalty=...)",
     support_loss="recipe=AttackRecipe(loss=...)",
-    second_loss="recipe=AttackRecipe(second_loss=...)",
     start="recipe=AttackRecipe(start=...)",
     waves="recipe=AttackRecipe(search=...)",
     augmentation="recipe=AttackRecipe(augmentation=...)",
@@ -257,8 +250,7 @@ def uap_family(
 
     Raises:
       ValueError: for images outside [0, 1], labels out of range, a class with fewer than `shots + query_shots` images,
-        fewer than `ways` classes, a victim that JAX cannot trace, names or numbers out of range, or a second loss
-        together with an estimator or with another target than the objective's.
+        fewer than `ways` classes, a victim that JAX cannot trace, or names or numbers out of range.
 
     Examples:
       >>> images = np.random.default_rng(0).uniform(size=(20, 4, 4, 1)).astype(np.float32)
@@ -278,8 +270,6 @@ def uap_family(
     if constraint.epsilon is None and radius_factor != 1:
         raise ValueError(f"radius_factor: a penalty has no radius; leave it out, got {radius_factor!r}.")
     objective = as_attack_loss(loss)
-    if recipe.second_loss is not None and estimator is not None:
-        raise ValueError("second_loss: a zeroth-order estimator takes only one loss; leave one of the two out.")
     recipe = recipe.resolved(objective)
     if estimator is not None and "dominant" in (objective.kind, resolved_loss(recipe).kind):
         raise ValueError("loss: 'dominant' is a loss of a whole batch, for exact gradients only; leave out estimator.")

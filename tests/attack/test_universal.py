@@ -20,11 +20,10 @@ from lft_jax import (
     learned_fine_tuner,
     universal_perturbation,
 )
-from lft_jax.attack import QUERY, _steps, stored_second_loss
+from lft_jax.attack import QUERY, _steps
 from lft_jax.attack.universal import SEARCH
 from lft_jax.optimizers.rules import MomentumUpdate, coordinate_lstm
 from lft_jax.pretrained import save_rule
-from lft_jax.tasks.perturbation import perturb
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(16, 3)).astype(np.float32)
@@ -244,41 +243,6 @@ def test_stored_rules_are_found_by_path(tmp_path):
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
 
 
-def test_two_losses_are_added():
-    """One step is along the gradient of their sum."""
-    options = {"steps": 1, "augmentation": None, "epsilon": 1.0}
-    loss, second = AttackLoss("cross_entropy"), AttackLoss("dominant")
-
-    def total(theta):
-        logits = linear(perturb(jnp.asarray(IMAGES), theta))
-        return jnp.mean(loss(logits, jnp.asarray(LABELS)) + second(logits, jnp.asarray(LABELS)))
-
-    found = run(optimizer=optax.sgd(0.1), second_loss="dominant", **options)
-    np.testing.assert_allclose(found.perturbation, -0.1 * jax.grad(total)(jnp.zeros((4, 4, 1))), rtol=1e-4, atol=1e-7)
-    alone = run(optimizer=optax.sgd(0.1), **options)
-    assert not np.allclose(alone.perturbation, found.perturbation, atol=1e-5)
-
-
-def test_a_stored_rule_uses_the_second_loss_of_its_meta_training(tmp_path):
-    rule = coordinate_lstm(3, 1, features=("momentum", "second"), base_update=MomentumUpdate(0.3))
-    params, path = rule.init(jax.random.key(0)), str(tmp_path / "rule.safetensors")
-    save_rule(path, params, rule, {"meta_training": {"second_loss": "dominant"}})
-    default = dataclasses.replace(PROXIES, search=SEARCH)
-    found, one = run(optimizer=path, recipe=None), run(optimizer=path, recipe=default)
-    recipe = dataclasses.replace(default, second_loss=AttackLoss("dominant"))
-    expected = run(optimizer=learned_fine_tuner(params, rule), recipe=recipe)
-    np.testing.assert_array_equal(found.perturbation, expected.perturbation)
-    assert not np.array_equal(found.perturbation, one.perturbation)
-    for flags in ({"second_loss": "none"}, None):
-        save_rule(path, params, rule, {"meta_training": flags})
-        np.testing.assert_array_equal(run(optimizer=path, recipe=None).perturbation, one.perturbation)
-    options = {"oracle": "query", "steps": 1, "num_directions": 2, "recipe": None}
-    without = run(optimizer=path, **options).perturbation
-    save_rule(path, params, rule, {"meta_training": {"second_loss": "hinge", "kappa": 5.0}})
-    np.testing.assert_array_equal(run(optimizer=path, **options).perturbation, without)  # a query oracle takes one loss
-    assert stored_second_loss(path, 1) == AttackLoss("hinge", 5.0, target=1)
-
-
 def test_the_default_search_is_left_out_where_it_does_not_fit():
     searching = dataclasses.replace(PROXIES, search=SEARCH)
     full = run(recipe=None, steps=1)
@@ -318,7 +282,6 @@ def test_the_same_victim_and_optimizer_do_not_compile_again():
         ({"loss": "hinge"}, {"recipe": AttackRecipe(loss="hinge")}),
         ({"augmentation": None}, {"recipe": AttackRecipe(augmentation=None)}),
         ({"waves": WaveSearch.within(9)}, {"recipe": AttackRecipe(search=WaveSearch.within(9))}),
-        ({"second_loss": "dominant"}, {"recipe": AttackRecipe(second_loss="dominant")}),
         ({"norm": "l1", "penalty": 0.1, "epsilon": None}, {"epsilon": None, "constraint": Constraint("l1", None, 0.1)}),
         (
             {"oracle": "query", "num_directions": 3, "smoothing": 0.1, "resolution": 2},
@@ -336,18 +299,6 @@ def test_old_keywords_still_work_with_a_warning(old, new):
         universal_perturbation(
             linear, IMAGES, LABELS, **{**options, **new, **old, "oracle": new.get("oracle", "query")}
         )
-
-
-def test_old_keywords_keep_the_second_loss_of_a_stored_rule(tmp_path):
-    rule = coordinate_lstm(3, 1, features=("momentum", "second"), base_update=MomentumUpdate(0.3))
-    path = str(tmp_path / "rule.safetensors")
-    save_rule(path, rule.init(jax.random.key(0)), rule, {"meta_training": {"second_loss": "dominant"}})
-    options = {"steps": 2, "optimizer": path, "epsilon": EPSILON}
-    recipe = AttackRecipe(loss="hinge", second_loss="dominant")
-    expected = universal_perturbation(linear, IMAGES, LABELS, recipe=recipe, **options)
-    with pytest.warns(DeprecationWarning, match="loss= is deprecated"):
-        found = universal_perturbation(linear, IMAGES, LABELS, loss="hinge", **options)
-    np.testing.assert_array_equal(found.perturbation, expected.perturbation)
 
 
 def test_another_start_compiles_no_other_step():
@@ -398,13 +349,7 @@ def test_a_query_oracle_may_share_its_directions_among_the_images():
         ({"norm": "l1"}, "norm: there is no 'l1' ball"),
         ({"oracle": "querry"}, "oracle: unknown name 'querry'. Did you mean 'query'"),
         ({"loss": "crossentropy"}, "loss: unknown name 'crossentropy'. Did you mean 'cross_entropy'"),
-        ({"second_loss": "dominent"}, "second_loss: unknown name 'dominent'. Did you mean 'dominant'"),
-        (
-            {"second_loss": AttackLoss("dominant", target=1)},
-            "second_loss: its target 1 is not that of the objective, None",
-        ),
         ({"loss": "dominant", "oracle": "query"}, "loss: 'dominant' is for exact gradients only"),
-        ({"second_loss": "dominant", "oracle": "query"}, "second_loss: a zeroth-order oracle takes only one loss"),
         ({"loss": AttackLoss(target=3)}, "target: 3 is not one of the victim's 3 classes"),
         ({"optimizer": "uap-linff"}, "optimizer: name: unknown name 'uap-linff'"),
         ({"optimizer": "absent.safetensors"}, "optimizer: name: the card absent.json"),

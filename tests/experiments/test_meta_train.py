@@ -20,8 +20,6 @@ def flags(**changes):
 
 def test_flags_describe_rules():
     assert meta_train.rule_of(flags()) == rules.spatial_lstm(base_update=rules.MomentumUpdate(0.8, 0.5))
-    descent = flags(base_update="gradient", base_step=1.0, base_decay=0.9)
-    assert meta_train.rule_of(descent) == rules.spatial_lstm(base_update=rules.MomentumUpdate(1.0, 0.9, "gradient"))
     described = flags(
         rule="coordinate_lstm", features=("adam",), hidden=5, layers=2, base_update="none", output_scale=0.01
     )
@@ -92,12 +90,6 @@ def test_unknown_names_are_refused(changes, message):
         ({"features": ("raw", "update")}, "features: update is a feature of samplers"),
         ({"per_example": True}, "per_example: lft uses exact gradients, without --num_directions"),
         ({"basis": "dct", "num_directions": 3}, "basis: lft has no subspace of directions, without --resolution"),
-        (
-            {"second_loss": "hinge", "num_directions": 3},
-            "second_loss: lft estimates the gradient of one loss only, with --num_directions",
-        ),
-        ({"features": ("momentum", "second")}, "features: second is the gradient of a second loss; set --second_loss"),
-        ({"second_loss": "cross_entropy"}, "second_loss: cross_entropy is the support loss already"),
         ({"es_pairs": 3}, "es_pairs: lft does not use evolution strategies, without --meta_gradient=es"),
         ({"es_window": 5}, "es_window: lft has no windows, without --meta_gradient=pes"),
         ({"meta_gradient": "pes"}, "es_window: pes needs a window that divides num_steps = 20, got None"),
@@ -143,7 +135,6 @@ def test_flags_without_effect_are_refused(changes, message):
         {"meta_gradient": "es", "es_pairs": 3},
         {"meta_gradient": "pes", "es_window": 5, "imitation_steps": 5, "base_update": "none"},
         {"curriculum": (5, 10, 20), "imitation_steps": 5, "imitation_step": 0.2},
-        {"second_loss": "dominant", "features": ("momentum", "second")},
     ],
 )
 def test_flags_with_an_effect_are_accepted(changes):
@@ -207,3 +198,12 @@ def test_flags_of_version_0_1_are_read_under_their_present_names():
     found = meta_train.flags_of(old, "there")
     assert (found.base_update, found.base_step, found.base_decay) == ("none", 0.1, 0.2)
     assert (found.query_shots, found.step_weights, found.victims, found.workdir) == (7, "linear", ("a",), "there")
+
+
+def test_runs_of_version_0_2_are_read_unless_they_have_what_is_gone():
+    for absent in ({}, {"second_loss": "none"}, {"second_loss": None}):
+        assert meta_train.flags_of({"victims": ["a"], **absent}) == meta_train.flags_of({"victims": ["a"]})
+    with pytest.raises(ValueError, match=r"second_loss: only version 0\.2 has this flag, got 'dominant'"):
+        meta_train.flags_of({"victims": ["a"], "second_loss": "dominant"})
+    with pytest.raises(ValueError, match="base_update: unknown name 'gradient'"):
+        meta_train.rule_of(meta_train.flags_of({"victims": ["a"], "start": "gradient"}))

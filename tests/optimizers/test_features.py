@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
-from lft_jax.optimizers.features import FEATURES, POSITION_HARMONICS, Signal, safe_sqrt, unit_rms
+from lft_jax.optimizers.features import FEATURES, Signal, safe_sqrt, unit_rms
 
 EVERY_FEATURE = pytest.mark.parametrize("name", FEATURES)
 GRADIENTS = hnp.arrays(np.float32, 6, elements=st.floats(-1e6, 1e6, width=32))
@@ -111,39 +111,6 @@ def test_context():
 @pytest.mark.parametrize("name", ["spread", "constraint", "context"])
 def test_features_of_an_absent_extra_are_zero(name):
     np.testing.assert_array_equal(apply(name, jnp.ones((2, 3))), np.zeros((FEATURES[name].size, 2, 3)))
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 2), (5,), (4, 6, 2, 2)])
-def test_position_is_a_cosine_basis(shape):
-    features = np.asarray(apply("position", jnp.zeros(shape)))
-    for axis, waves in enumerate(np.split(features, 2)):
-        if axis >= len(shape):
-            np.testing.assert_array_equal(waves, 0)
-            continue
-        n = shape[axis]
-        expected = [[np.cos(np.pi * h * (i + 0.5) / n) for i in range(n)] for h in range(1, POSITION_HARMONICS + 1)]
-        expected = np.asarray(expected).reshape(-1, *[n if a == axis else 1 for a in range(len(shape))])
-        np.testing.assert_allclose(waves, np.broadcast_to(expected, waves.shape), atol=1e-6)
-
-
-@settings(max_examples=4)
-@given(st.integers(2, 9), st.integers(2, 9))
-def test_position_is_the_same_function_at_every_size(height, width):
-    # The center of a pixel is that of the middle one of 3 x 3 pixels in an image three times as large.
-    small, large = (apply("position", np.zeros((n * height, n * width), np.float32)) for n in (1, 3))
-    np.testing.assert_allclose(large[:, 1::3, 1::3], small, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 3)])
-def test_position_is_zero_along_an_axis_of_size_one(shape):
-    np.testing.assert_array_equal(apply("position", jnp.ones(shape)), np.zeros((2 * POSITION_HARMONICS, *shape)))
-
-
-@given(hnp.arrays(np.float32, (3, 6), elements=st.floats(-100, 100, width=32)))
-def test_second_equals_momentum_of_the_second_gradient(grads):
-    np.testing.assert_array_equal(history("second", grads), history("momentum", grads))  # without a second loss
-    other = apply("second", jnp.ones(6), second=jnp.asarray(grads[0]))
-    np.testing.assert_array_equal(other, apply("momentum", jnp.asarray(grads[0])))
 
 
 # ---- Shapes, dtypes and finiteness ----

@@ -194,9 +194,10 @@ def test_the_meta_gradient_equals_finite_differences(x64):
 
     def oracle(theta, key, deviation):
         grads = deviation * jax.random.normal(key, theta.shape, theta.dtype)
-        return Estimate(jnp.sum(theta), grads, jnp.asarray(1, jnp.int32), {})
+        return Estimate(jnp.sum(theta), grads, jnp.asarray(1, jnp.int32), {"context": context})
 
-    sampler = coordinate_lstm(2, 1, features=("position", "progress"), output_scale=1.0)
+    context = jnp.linspace(-1, 1, 8).reshape(2, 4)  # differs between coordinates, and does not depend on the sampler
+    sampler = coordinate_lstm(2, 1, features=("context", "progress"), output_scale=1.0)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), sampler.init(KEY))
     target = jnp.linspace(0, 1, 4)
 

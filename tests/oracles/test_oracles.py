@@ -92,35 +92,6 @@ def test_per_example_gradient_matches_vmapped_grad(examples, seed):
         assert answer.queries == examples
 
 
-@settings(max_examples=4, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_a_second_loss_is_added_and_its_gradient_returned(seed):
-    with jax.enable_x64(True):
-        xs = jax.random.normal(jax.random.key(seed), (3, 2, 3), jnp.float64)
-
-        def loss(theta, x):
-            return jnp.tanh(jnp.sum(jnp.cos(x + theta["image"])) * theta["scalar"]) + jnp.sum(theta["bias"])
-
-        def second(theta, x):
-            return jnp.sum(theta["image"] ** 2 * x) + theta["scalar"] ** 3
-
-        each, other = (lambda thetas, f=f: jax.vmap(f)(thetas, xs) for f in (loss, second))
-        answer = jax.jit(oracles.per_example_gradient(each, num_examples=3, second_losses=other))(tree(), KEY)
-        both, alone = (jax.vmap(jax.value_and_grad(f), in_axes=(None, 0))(tree(), xs) for f in (loss, second))
-        grads = flat_batch(both[1]) + flat_batch(alone[1])
-        assert answer.value == pytest.approx(np.mean(both[0] + alone[0]))
-        np.testing.assert_allclose(flat(answer.grads), grads.mean(0), rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(flat(answer.extras["spread"]), grads.std(0), rtol=1e-9, atol=1e-14)
-        np.testing.assert_allclose(flat(answer.extras["second"]), flat_batch(alone[1]).mean(0), rtol=1e-12, atol=1e-14)
-        assert answer.queries == 3  # two backward passes, but the same forward evaluations
-
-
-def test_second_losses_must_be_one_per_example():
-    oracle = oracles.per_example_gradient(lambda t: jnp.sum(t, 1), num_examples=2, second_losses=jnp.sum)
-    with pytest.raises(ValueError, match="second_losses"):
-        oracle(jnp.ones(3), KEY)
-
-
 def test_spread_of_identical_examples_is_zero_with_a_finite_derivative():
     def spread(theta):
         oracle = oracles.per_example_gradient(lambda t: jnp.sum(t**2, axis=1), num_examples=4)

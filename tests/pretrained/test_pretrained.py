@@ -109,6 +109,10 @@ def rewrite_card(change):
             rewrite_card(lambda card: {**card, "rule": {**card["rule"], "start": {"speed": 1}}}),
             r"the card of .*rule.safetensors does not describe a rule",
         ),
+        (
+            rewrite_card(lambda card: {**card, "meta_training": {"second_loss": "dominant"}}),
+            r"rule.safetensors is a rule for two losses \(second_loss='dominant'\), which only lft_jax 0.2 has",
+        ),
         (swap_weights, r"rule.safetensors holds other weights than expected"),
     ],
     ids=[
@@ -121,6 +125,7 @@ def rewrite_card(change):
         "no rule",
         "half a rule",
         "bad base update",
+        "two losses",
         "swapped",
     ],
 )

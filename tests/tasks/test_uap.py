@@ -14,7 +14,7 @@ from lft_jax import Augmentation, WaveSearch, oracles
 from lft_jax.meta import learners
 from lft_jax.meta.outer_loss import run_task
 from lft_jax.optimizers import projected_gradient
-from lft_jax.tasks.perturbation import AttackLoss, Constraint, perturb
+from lft_jax.tasks.perturbation import AttackLoss, Constraint
 from lft_jax.tasks.recipe import AttackRecipe
 from lft_jax.tasks.uap import attack_metrics, uap_family
 
@@ -38,8 +38,7 @@ VICTIM = jax.tree_util.Partial(linear, jnp.asarray(WEIGHTS))
 def build(images=IMAGES, labels=LABELS, victim=VICTIM, **options):
     """A family; fields of the recipe and the penalty may be given as options."""
     options = {"ways": 2, "shots": 2, "query_shots": 3, "epsilon": 0.2, **options}
-    parts = {name: options.pop(name) for name in ("second_loss", "start") if name in options}
-    recipe = AttackRecipe(loss=options.pop("support_loss", None), augmentation=None, **parts)
+    recipe = AttackRecipe(options.pop("support_loss", None), augmentation=None, start=options.pop("start", "zeros"))
     if "penalty" in options:
         options["constraint"] = Constraint(options.pop("norm"), options.pop("epsilon"), options.pop("penalty"))
     return uap_family(images, labels, victim, recipe=recipe, **options)
@@ -168,27 +167,6 @@ def test_the_oracle_returns_mean_and_spread_of_the_image_gradients(support, opti
     assert estimate.queries == 6
 
 
-def test_two_losses_are_added_and_the_gradient_of_the_second_is_an_extra(support):
-    first, second = AttackLoss("cross_entropy"), AttackLoss("dominant")
-    family = build(support_loss=first, second_loss="dominant")
-
-    def mean(theta, loss):
-        return jnp.mean(loss(family.logits_fn(perturb(support.images, theta)), support.labels))
-
-    estimate = jax.jit(family.oracle(support))(THETA, KEYS[0])
-    np.testing.assert_allclose(estimate.value, mean(THETA, first) + mean(THETA, second), rtol=1e-5)
-    alone = jax.grad(mean)(THETA, second)
-    np.testing.assert_allclose(estimate.extras["second"], alone, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(estimate.grads, jax.grad(mean)(THETA, first) + alone, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="second_loss: unknown name 'dominent'"):
-        build(second_loss="dominent")
-    with pytest.raises(ValueError, match="second_loss: its target None is not that of the objective, 2"):
-        build(loss=AttackLoss("hinge", target=2), second_loss=AttackLoss("dominant"))
-    with pytest.raises(ValueError, match="second_loss: a zeroth-order estimator takes only one loss"):
-        build(second_loss="dominant", estimator=oracles.ZerothOrder(2))
-    assert build(loss=AttackLoss("hinge", target=2), second_loss="dominant").recipe.second_loss.target == 2
-
-
 @pytest.mark.parametrize("penalty", [None, 5.0])
 def test_a_zeroth_order_estimator_differs_only_in_the_attack_gradient(support, penalty):
     options = {"norm": "l1", "epsilon": None, "penalty": penalty} if penalty else {}
@@ -312,7 +290,6 @@ def test_bad_input_is_refused(options, message):
     [
         ({"queries": 2}, {"query_shots": 2}),
         ({"support_loss": "cross_entropy"}, {"recipe": AttackRecipe(AttackLoss("cross_entropy"), augmentation=None)}),
-        ({"second_loss": "dominant"}, {"recipe": AttackRecipe(second_loss="dominant", augmentation=None)}),
         ({"start": "random"}, {"recipe": AttackRecipe(start="random", augmentation=None)}),
         ({"waves": WaveSearch(2, 3)}, {"recipe": AttackRecipe(search=WaveSearch(2, 3), augmentation=None)}),
         ({"augmentation": Augmentation()}, {"recipe": AttackRecipe()}),
@@ -342,8 +319,6 @@ def test_the_recipe_of_a_family_is_changed_with_checks():
         family.with_recipe(start="zero")
     with pytest.raises(ValueError, match="loss: unknown name 'hinges'"):
         family.with_recipe(loss="hinges")
-    with pytest.raises(ValueError, match="second_loss: a zeroth-order estimator takes only one loss"):
-        dataclasses.replace(family, estimator=oracles.ZerothOrder(2)).with_recipe(second_loss="dominant")
 
 
 def test_each_task_has_a_radius_of_its_own():

@@ -33,7 +33,7 @@ from jax.flatten_util import ravel_pytree
 from lft_jax import Constraint, Learner, MomentumUpdate, TaskFamily, ZerothOrder, learners
 from lft_jax.meta.outer_loss import Scored, losses_of_part
 from lft_jax.optimizers.features import FEATURES
-from lft_jax.optimizers.rules import ALONG, RULES
+from lft_jax.optimizers.rules import RULES
 from lft_jax.oracles.directions import BASES, DRAW
 from lft_jax.tasks import sine_family
 from lft_jax.tasks.perturbation import NORMS
@@ -107,11 +107,11 @@ def oracles_of(refused):
 
 
 def rule_of(name, refused=None):
-    """The rule with all feature sets, or as it is if it takes none; base updates of both kinds take turns."""
-    build, along = RULES[name], ALONG[(list(RULES).index(name) + 1) % len(ALONG)]
+    """The rule with all feature sets, or as it is if it takes none."""
+    build = RULES[name]
     maps = {"maps": (2,)} if "maps" in inspect.signature(build).parameters else {}
     try:
-        return build(2, 1, features=ALL, output_scale=0.1, base_update=MomentumUpdate(_BASE, along=along), **maps)
+        return build(2, 1, features=ALL, output_scale=0.1, base_update=MomentumUpdate(_BASE), **maps)
     except REFUSALS as error:
         if refused is not None:
             refused[f"rule: {error}"] += len(ALL)

@@ -91,7 +91,6 @@ def _answer(estimator, constraint, support, theta, key):
         return oracles.per_example_gradient(
             losses,
             num_examples=SUPPORT,
-            second_losses=lambda thetas: jnp.sum(jnp.sin(thetas - support), (1, 2, 3)),
             summarize=lambda copies: {"noise": noise_of_mean(copies)},
         )
 

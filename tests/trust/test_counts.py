@@ -72,7 +72,7 @@ def recipes(draw):
     )
     batch = None if isinstance(augmentation, Proxies) else draw(st.sampled_from([None, 2, 7]))
     search = draw(st.sampled_from([None, WaveSearch(2, 1), PatternSearch(tiles=1, waves=1, refinements=2)]))
-    return AttackRecipe("cross_entropy", None, augmentation, draw(st.sampled_from(["zeros", "random"])), search, batch)
+    return AttackRecipe("cross_entropy", augmentation, draw(st.sampled_from(["zeros", "random"])), search, batch)
 
 
 @for_all(

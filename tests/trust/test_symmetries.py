@@ -5,7 +5,7 @@ and steps along them do not depend on the order of the images. Where randomness 
 matters: directions of each example (`per_example`), `Augmentation`, `Proxies` and minibatches; and the images that a
 `PatternAttack` chooses.
 
-*Coordinates.* A coordinatewise rule commutes with permutations, but for the feature "position".
+*Coordinates.* A coordinatewise rule commutes with permutations.
 
 *Translations.* A spatial rule commutes with shifts away from the border, where it pads with zeros; a spectral one with
 circular shifts, if no padding is needed.
@@ -92,7 +92,7 @@ def random_weights(rule, rng, size=0.5):
 
 
 def random_signals(rng, shape, times=2):
-    names = ("grad", "param", "spread", "second", "update")
+    names = ("grad", "param", "spread", "update")
     found = {name: rng.normal(size=(times, *shape)).astype(np.float32) for name in names}
     return {
         **found,
@@ -106,8 +106,7 @@ def moved(signals, move):
     return {name: values if name == "noise" else move(values) for name, values in signals.items()}
 
 
-ELSEWHERE = tuple(name for name in FEATURES if name != "position")
-COORDINATEWISE = coordinate_lstm(2, 1, features=ELSEWHERE)
+COORDINATEWISE = coordinate_lstm(2, 1, features=tuple(FEATURES))
 
 
 @for_all(seed=SEED, progress=st.floats(0, 0.875, width=32))
@@ -121,7 +120,7 @@ def test_coordinatewise_rules_commute_with_permutations(seed, progress):
 
 # ---- Translations ----
 
-SPATIAL = spatial_lstm(2, 1, maps=(2, 2), features=ELSEWHERE)  # a neighbourhood of two pixels
+SPATIAL = spatial_lstm(2, 1, maps=(2, 2), features=tuple(FEATURES))  # a neighbourhood of two pixels
 SPECTRAL = spectral_lstm(2)
 
 

@@ -79,7 +79,7 @@ def test_variants_are_paired_by_task_at_equal_queries(trained, tmp_path, monkeyp
     ("names", "message"),
     [
         (("base", "no spred"), "variants: unknown name 'no spred'. Did you mean 'no spread'"),
-        (("positions", "raw"), "variants: unknown name 'raw'"),
+        (("no start", "raw"), "variants: unknown name 'raw'"),
     ],
 )
 def test_unknown_variants_are_refused(names, message):

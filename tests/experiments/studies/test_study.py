@@ -80,12 +80,13 @@ def test_victims_are_trained_once_and_a_study_compares_its_runs(tmp_path, monkey
         "augment": False,
     }
     protocol = {"at": (1, 2), "num_tasks": 2, "num_validation": 2, "methods": ("sgd",), "oracle_steps": 2}
-    learned = (study.Run("lft", ("digits",), 2, {"hidden": 2}), study.Run("maml", ("digits",)))
+    learned = (study.Run("lft", ("digits",), {"hidden": 2}), study.Run("maml", ("digits",)))
     tiny = study.Study(learned, meta, protocol, {"base_step": 0.3})
     monkeypatch.setattr(study, "STUDIES", {"tiny": tiny, "again": dataclasses.replace(tiny, of="tiny")})
     output = tmp_path / "results.json"
     given = study.Config(
         study="tiny",
+        seeds=2,
         only=("lft/digits",),
         attacked=("digits",),
         victims=flags.folder,

@@ -114,8 +114,8 @@ class LearnedSearch(PatternSearch):
         periods = tuple(p for p, count in zip(PERIODS[1:], counts[1:], strict=True) for _ in range(count))
         return cls(len(periods), int(counts[0]), refinements, periods or (2,), distribution=distribution)
 
-    def _drawn(self, key, channels, dtype):
-        drawn = super()._drawn(key, channels, dtype)
+    def _random(self, key, channels, dtype):
+        drawn = super()._random(key, channels, dtype)
         waves = self.distribution.waves(jax.random.fold_in(key, 0), self.waves, channels)
         return drawn._replace(
             frequency=drawn.frequency.at[self.tiles :].set(waves.frequency.astype(dtype)),

@@ -69,7 +69,7 @@ def test_waves_have_frequencies_of_their_bin_and_phases_of_their_relation():
     table[1, 6] = 1
     of = PatternDistribution(UNIFORM.periods, (0.5, 0.5, 0.0), tuple(map(tuple, table.tolist())))
     search = LearnedSearch(tiles=0, waves=40, refinements=0, distribution=of).check()
-    drawn = search._drawn(KEY, 3, jnp.float32)
+    drawn = search._random(KEY, 3, jnp.float32)
     differ = set()
     for number in range(search.waves):
         image = _image(jax.tree.map(lambda leaf, i=number: leaf[i], drawn), 64)
@@ -99,7 +99,7 @@ def test_a_learned_search_makes_as_many_evaluations():
     assert (searches["learned"].waves, searches["learned"].periods) == (16, (2, 2, 3, 3, 4, 4, 8, 8))
     assert _patterns.apportioned(np.asarray([0.5, 0.3, 0.2]), 7).tolist() == [4, 2, 1]
     # Tiles are those of the search that it extends.
-    ours, theirs = (search._drawn(KEY, 3, jnp.float32) for search in (LearnedSearch(8, 16), PatternSearch(8, 16)))
+    ours, theirs = (search._random(KEY, 3, jnp.float32) for search in (LearnedSearch(8, 16), PatternSearch(8, 16)))
     np.testing.assert_array_equal(ours.cells[:8], theirs.cells[:8])
     np.testing.assert_array_equal(ours.period, theirs.period)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.report.starts import starts_section
 from experiments.studies import _patterns, starts
 from experiments.studies._patterns import BROAD, UNIFORM, LearnedSearch, PatternDistribution, Pool
 from lft_jax import PatternSearch
@@ -146,3 +147,47 @@ def test_a_small_study_resumes_to_the_same_results(tmp_path):
 def test_test_models_are_no_victims_of_the_meta_training():
     with pytest.raises(ValueError, match="public/resnet32 is a model for test, expected one for training"):
         starts.try_patterns("public/resnet32", starts.Config())
+
+
+def test_differences_are_paired_by_draw_and_the_page_shows_them():
+    rows = [
+        {"model": "toy", "split": "choosing", "start": start, "steps": 0, "draw_asr": asr, "evaluations": 968}
+        for start, asr in {"uniform": [0.2, 0.6], "learned": [0.3, 0.7]}.items()
+    ]
+    (cell,) = starts.summary([*rows, {**rows[0], "steps": 20}])  # 20 steps lack the learned start
+    np.testing.assert_allclose([cell["difference"], cell["interval"]], [0.1, 0], atol=1e-9)
+    validation = {"parts": "all", "penalty": 0.3, "source_gain": {"mnist": 0.015}}
+    results = {
+        "flags": {"patterns": 8, "radii": [1.0], "victims": ["a", "b"], "images": 10},
+        "provenance": {"command": "python -m experiments.studies.starts", "commit": "abc", "device": "1 x cpu"},
+        "sources": ["mnist", "mnist"],
+        "ranks": [
+            {"patterns": kind, "sources": ["mnist", "mnist"], "correlation": 0.25} for kind in ("waves", "tiles")
+        ],
+        "validation": [validation],
+        "chosen": {"parts": "all", "penalty": 0.3},
+        "models": [cell],
+    }
+    text = starts_section(results, "results/public/starts.json", "../starts")
+    for line in (
+        "| mnist, mnist | 0.25 | 0.25 |",
+        "| all | 0.3 | +1.5 |",
+        "| `toy` | for choosing | 0 | 968 | 2 | 40.0 | 50.0 | +10.0 ± 0.0 |",
+    ):
+        assert line in text
+
+
+def test_rank_correlations_are_those_of_pairs_of_victims():
+    waves, tiles = np.asarray([[1.0, 2, 3], [2, 3, 1], [3, 2, 1]]), np.asarray([[5.0, 6], [6, 5], [7, 8]])
+    kinds = np.asarray([[0, 1, 0, 1, 0]])
+    losses = np.zeros((3, 5))
+    losses[:, ::2], losses[:, 1::2] = waves, tiles
+    found = starts.shared_ranks([Pool(kinds, kinds, kinds, row[None], row[None]) for row in losses], ["a", "a", "b"])
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) of three ranks: d^2 sums to 6 of the first two, to 8 and 2 with the third.
+    assert [(row["patterns"], *row["sources"]) for row in found] == [
+        ("waves", "a", "a"),
+        ("waves", "a", "b"),
+        ("tiles", "a", "a"),
+        ("tiles", "a", "b"),
+    ]
+    np.testing.assert_allclose([row["correlation"] for row in found], [-0.5, (-1 + 0.5) / 2, -1, 0], atol=1e-9)

@@ -29,8 +29,8 @@ def starts_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     lines += [
         "",
         "Gain in points over uniform patterns of the best of as many draws as a search makes, in closed form, on "
-        "victims and patterns that were left out. The penalty is on the divergence from the uniform distribution. Chosen: "
-        f"{chosen['parts']}, penalty {chosen['penalty']:g}.",
+        "victims and patterns that were left out. The penalty is on the divergence from the uniform distribution. "
+        f"Chosen: {chosen['parts']}, penalty {chosen['penalty']:g}.",
         "",
         "| learned parts | penalty | " + " | ".join(sources) + " |",
         "|---" * (2 + len(sources)) + "|",

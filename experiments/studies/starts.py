@@ -6,7 +6,7 @@ Random patterns are tried on victims for meta-training, at several radii. The di
 relation of the channels and of the periods of tiles is the one whose best of some draws is expected to fool most, over
 all victims. How much it is allowed to differ from the broad one is chosen by leaving victims out. Then attacks begin
 from both: after the search alone, and after the steps of the default attack, on models for choosing and on images for
-choosing. The results file keeps what is finished.
+choosing. The results file keeps what is finished, and another run may add models.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ PARTS = {
     "frequencies and relations": ("frequencies", "relations"),
     "all": ("frequencies", "relations", "periods"),
 }
-_WHERE = ("workdir", "output", "data_dir")
+_ADDED = ("models", "tests", "workdir", "output", "data_dir")  # another run may have others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Config:
     penalties: tuple[float, ...] = config.option((0.1, 0.3, 1.0), "Weights of the divergence to choose from.")
     models: tuple[str, ...] = config.option(
         (
-            *("resnet20", "mobilenet025", "cifar10_small_cnn_100", "mnist_small_cnn_100"),
-            *("cifar10_small_cnn_1000", "mnist_small_cnn_1000", "cifar10_lenet_101"),
+            *("resnet20", "cifar10_small_cnn_100", "mnist_small_cnn_100", "cifar10_lenet_101", "mobilenet025"),
+            *("cifar10_small_cnn_1000", "mnist_small_cnn_1000"),
         ),
         "Models to attack, on images for choosing.",
     )
@@ -245,7 +245,7 @@ def measure(flags: Config) -> dict[str, Any]:
     """Meta-trains the distribution and measures what the results file lacks; returns the results."""
     for name in ("patterns", "searched", "judged", "steps", "images", "draws"):
         check_at_least(name, getattr(flags, name), 1)
-    described = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _WHERE}
+    described = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _ADDED}
     described, path = json.loads(json.dumps(described)), Path(flags.output)
     results: dict[str, Any] = {"flags": described, "rows": []}
     if path.is_file():

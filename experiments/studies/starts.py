@@ -6,7 +6,7 @@ Random patterns are tried on victims for meta-training, at several radii. The di
 relation of the channels and of the periods of tiles is the one whose best of some draws is expected to fool most, over
 all victims. How much it is allowed to differ from the broad one is chosen by leaving victims out. Then attacks begin
 from both: after the search alone, and after the steps of the default attack, on models for choosing and on images for
-choosing. The results file keeps what is finished, and another run may add models.
+choosing. The results file keeps what is finished, and another run may add models or draws.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ PARTS = {
     "frequencies and relations": ("frequencies", "relations"),
     "all": ("frequencies", "relations", "periods"),
 }
-_ADDED = ("models", "tests", "workdir", "output", "data_dir")  # another run may have others
+_ADDED = ("models", "tests", "draws", "workdir", "output", "data_dir")  # another run may have others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +289,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if (row["model"], row["split"], row["steps"]) == (model, split, steps) and row["draw_asr"]
         }
         if set(of) == set(STARTS):
-            uniform, learned = (np.asarray(of[start]["draw_asr"]) for start in STARTS)
+            pairs = zip(*(of[start]["draw_asr"] for start in STARTS), strict=False)  # of the draws that both have
+            uniform, learned = np.asarray(list(pairs)).T
             mean, interval = public.mean_interval((learned - uniform).tolist())
             cell = {"model": model, "split": split, "steps": steps, "draws": len(uniform)}
             cell |= {start: float(np.mean(values)) for start, values in zip(STARTS, (uniform, learned), strict=True)}

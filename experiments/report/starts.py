@@ -15,7 +15,7 @@ def starts_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "## A learned distribution of the patterns that attacks begin from",
         "",
         f"{flags['patterns']} random patterns at each of {len(flags['radii'])} radii were tried on "
-        f"{len(flags['victims'])} victims for meta-training. {origin(results, path)}",
+        f"{len(flags['victims'])} victims for meta-training, on large images at one radius. {origin(results, path)}",
         "",
         "Mean rank correlation of the losses of two victims over the same patterns:",
         "",
@@ -40,20 +40,15 @@ def starts_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         lines.append(f"| {row['parts']} | {row['penalty']:g} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Attack success rate, %, from {flags['images']} images at equal evaluations, and the difference paired by "
-        "draw with its 95% interval. K = 0 is the search alone.",
+        f"Attack success rate, %, from {flags['images']} images for choosing at equal evaluations, and the difference "
+        "paired by draw with its 95% interval. K = 0 is the search alone.",
         "",
-        "| model | images | K | evaluations | draws | uniform | learned | difference |",
-        "|---" * 8 + "|",
+        "| model | K | evaluations | draws | uniform | learned | difference |",
+        "|---" * 7 + "|",
     ]
     for row in results["models"]:
         width = "" if row["interval"] is None else f" ± {100 * row['interval']:.1f}"
-        cells = [
-            f"`{row['model']}`",
-            f"for {row['split']}" if row["split"] == "choosing" else row["split"],
-            row["steps"],
-        ]
-        cells += [f"{row['evaluations']['learned']:,.0f}", row["draws"]]
+        cells = [f"`{row['model']}`", row["steps"], f"{row['evaluations']['learned']:,.0f}", row["draws"]]
         cells += [f"{100 * row[start]:.1f}" for start in ("uniform", "learned")]
         cells.append(f"{100 * row['difference']:+.1f}{width}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -44,7 +44,7 @@ PARTS = {
     "frequencies and relations": ("frequencies", "relations"),
     "all": ("frequencies", "relations", "periods"),
 }
-_ADDED = ("models", "tests", "draws", "workdir", "output", "data_dir")  # another run may have others
+_ADDED = ("models", "draws", "workdir", "output", "data_dir")  # another run may have others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,6 @@ class Config:
         ),
         "Models to attack, on images for choosing.",
     )
-    tests: tuple[str, ...] = config.option((), "Models to attack once all is chosen, on images of their own.")
     steps: int = config.option(20, "Fine-tuning steps (K) after the search.")
     images: int = config.option(10, "Support images.")
     draws: int = config.option(10, "Draws of the support images; half as many on ImageNet.")
@@ -257,12 +256,11 @@ def measure(flags: Config) -> dict[str, Any]:
         results |= learn(flags)
         provenance.write_json(path, results)
     distribution = PatternDistribution.from_dict(results["distribution"])
-    for name in (*flags.models, *flags.tests):
-        split = "choosing" if name in flags.models else "own"
-        victim = attacked.victim(name, split=split, queries=flags.queries, data_dir=flags.data_dir)
+    for name in flags.models:
+        victim = attacked.victim(name, split="choosing", queries=flags.queries, data_dir=flags.data_dir)
         draws = -(-flags.draws // 2) if victim.about["source"] == "imagenet_sample" else flags.draws
         for (start, steps), method in methods(distribution, flags.steps).items():
-            row = _row_of(results["rows"], {"model": name, "split": split, "start": start, "steps": steps})
+            row = _row_of(results["rows"], {"model": name, "start": start, "steps": steps})
             for draw in range(len(row["draw_asr"]), draws):
                 rates = public.attack(victim, method, max(steps, 1), flags.images, draw)
                 row["draw_asr"].append(rates["asr"])
@@ -280,19 +278,15 @@ def measure(flags: Config) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each model and number of steps, the success from both starts, and their difference paired by draw."""
-    cells = {(row["model"], row["split"], row["steps"]): None for row in rows}
     found = []
-    for model, split, steps in cells:
-        of = {
-            row["start"]: row
-            for row in rows
-            if (row["model"], row["split"], row["steps"]) == (model, split, steps) and row["draw_asr"]
-        }
+    for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
+        cell = {"model": model, "steps": steps}
+        of = {row["start"]: row for row in rows if cell.items() <= row.items() and row["draw_asr"]}
         if set(of) == set(STARTS):
             pairs = zip(*(of[start]["draw_asr"] for start in STARTS), strict=False)  # of the draws that both have
             uniform, learned = np.asarray(list(pairs)).T
             mean, interval = public.mean_interval((learned - uniform).tolist())
-            cell = {"model": model, "split": split, "steps": steps, "draws": len(uniform)}
+            cell |= {"draws": len(uniform)}
             cell |= {start: float(np.mean(values)) for start, values in zip(STARTS, (uniform, learned), strict=True)}
             cell |= {"difference": mean, "interval": interval}
             found.append(cell | {"evaluations": {start: of[start]["evaluations"] for start in STARTS}})

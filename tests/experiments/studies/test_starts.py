@@ -130,7 +130,8 @@ def test_a_small_study_resumes_to_the_same_results(tmp_path):
         ("learned", 1),
     ]
     for cell in whole["models"]:
-        assert len(set(cell["evaluations"].values())) == 1
+        made = cell["evaluations"].values()
+        assert max(made) - min(made) in (0, 10)  # a start that is kept is measured once more, on the support images
         pair = [row for row in whole["rows"] if row["steps"] == cell["steps"]]
         differences = np.subtract(pair[1]["draw_asr"], pair[0]["draw_asr"])
         np.testing.assert_allclose(cell["difference"], differences.mean())

@@ -4,8 +4,8 @@ r"""A learned distribution of the patterns that attacks begin from, against the 
 
 Random patterns are tried on victims for meta-training, at several radii. The distribution of frequencies, of the
 relation of the channels and of the periods of tiles is the one whose best of some draws is expected to fool most, over
-all victims. How much it is allowed to differ from the broad one is chosen by leaving victims out. Then attacks begin
-from both: after the search alone, and after the steps of the default attack, on models for choosing and on images for
+all victims. Which of these are learned, and how far they may be from uniform, is chosen by leaving victims out. Then
+attacks begin from both: success after the search alone, and after the steps of the default attack, on images for
 choosing. The results file keeps what is finished, and another run may add models or draws.
 """
 

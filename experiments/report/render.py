@@ -36,6 +36,7 @@ from experiments.report import (
     queries,
     reliability,
     sections,
+    starts,
     tables,
     victims,
 )
@@ -64,6 +65,7 @@ KINDS = {
     "public": (public.public_section, figures.public),
     "public_queries": (queries.queries_section, queries.draw_queries),
     "objectives": (objectives.objectives_section, _draw_nothing),
+    "starts": (starts.starts_section, _draw_nothing),
     "defence": (defence.defence_section, _draw_nothing),
     "ablation": (sections.ablation_section, _draw_nothing),
     "directions": (sections.directions_section, _draw_nothing),

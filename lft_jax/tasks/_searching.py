@@ -33,8 +33,6 @@ class Searched(NamedTuple):
 class Search(abc.ABC):
     """What searches for a start have in common; a subclass is a frozen dataclass."""
 
-    refinements: int
-
     @property
     @abc.abstractmethod
     def evaluations(self) -> int:
@@ -79,10 +77,10 @@ class Search(abc.ABC):
         Returns:
           The state, the perturbation that was tried, and its loss.
         """
-        random = self.evaluations - 1 - self.refinements
+        random, changes = (len(jax.tree.leaves(part)[0]) for part in (state.drawn, state.inputs))
         parameters = _at(state.drawn, jnp.clip(number - 1, 0, random - 1))
-        if self.refinements:
-            inputs = _at(state.inputs, jnp.clip(number - 1 - random, 0, self.refinements - 1))
+        if changes:
+            inputs = _at(state.inputs, jnp.clip(number - 1 - random, 0, changes - 1))
             parameters = _where(number > random, self._changed(state.best, inputs), parameters)
         tried = jnp.where(number == 0, theta, scale * self._image(parameters, theta.shape))
         loss = loss_fn(tried).astype(state.lowest.dtype)

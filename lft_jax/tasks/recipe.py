@@ -175,6 +175,7 @@ def searched_in_turns(
       key: PRNG key of the search.
       watch: called with each perturbation that is tried and its loss; or None.
     """
+    assert recipe.search is not None
     batch, state = ask(begin_search, support, recipe, constraint, theta, key)
     for number in range(recipe.search.evaluations):
         state, tried, loss = ask(search_turn, batch, recipe, constraint, theta, state, np.int32(number))

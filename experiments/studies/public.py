@@ -40,6 +40,7 @@ from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
 from lft_jax.data import ImageSource, unit_range
 from lft_jax.optimizers import hand_designed, periodic, periodic_descent
+from lft_jax.attack.universal import SEARCH
 from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies, synthetic_images
 from lft_jax.tasks.perturbation import perturb
 
@@ -80,6 +81,7 @@ def _of_period(period):
 #: `{name without commas: method}`. Their settings are the same for all models.
 METHODS: dict[str, Method] = {
     "uap-linf": Attack(),
+    "uap-linf-patterns": Attack(recipe=AttackRecipe(augmentation=Proxies(), search=SEARCH)),  # at any size
     "spatial-linf-augmented": Attack("spatial-linf", AttackRecipe()),
     "pgd-augmented": Attack(_SIGN, AttackRecipe()),
     "spatial-linf-plain": Attack("spatial-linf", PLAIN),

@@ -141,9 +141,9 @@ def universal_perturbation(
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
         `AttackRecipe`; with exact gradients, for `Proxies` and, in a ball, for images of less than 64 pixels along a
         side, a start among 65 patterns: `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries for ten
-        images, left out if `max_queries` is too small. The result is that start if the steps end at no lower loss on 30 new proxies, which takes 80 queries,
-        and those of the history again. The rule "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all
-        other shipped rules with the default loss.
+        images, left out if `max_queries` is too small. The result is that start if the steps end at no lower loss on 30
+        new proxies, which takes 80 queries, and those of the history again. The rule "uap-l1" was meta-trained with
+        `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
       start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
         it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
         again); `steps` and `max_queries` count those before. A finished one is a start like an array.

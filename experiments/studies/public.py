@@ -35,12 +35,11 @@ from experiments import config
 from experiments.studies import attacked, literature
 from experiments.studies.attacked import Victim, classes
 from experiments.studies.literature import Found, Problem
-from lft_jax.attack.universal import SYNTHETIC_IMAGES
+from lft_jax.attack.universal import SEARCH, SYNTHETIC_IMAGES
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
 from lft_jax.data import ImageSource, unit_range
 from lft_jax.optimizers import hand_designed, periodic, periodic_descent
-from lft_jax.attack.universal import SEARCH
 from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies, synthetic_images
 from lft_jax.tasks.perturbation import perturb
 

@@ -131,6 +131,8 @@ bench: $(INSTALLED)
 	$(RUN) -m pip install --quiet --no-input -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks.meta_step
 	$(RUN) -m benchmarks.rewriting
+	$(RUN) -m benchmarks.first
+	$(RUN) -m benchmarks.adapters
 	$(RUN) -m benchmarks.overhead
 	$(RUN) -m benchmarks.uap
 	$(RUN) -m benchmarks.growth

@@ -21,6 +21,8 @@ class Config:
     uap: str = config.option("results/bench_uap.json", "Results of benchmarks.uap.")
     growth: str = config.option("results/bench_growth.json", "Results of benchmarks.growth.")
     rewriting: str = config.option("results/bench_rewriting.json", "Results of benchmarks.rewriting.")
+    first: str = config.option("results/bench_first.json", "Results of benchmarks.first.")
+    adapters: str = config.option("results/bench_adapters.json", "Results of benchmarks.adapters.")
     document: str = config.option("docs/performance.md", "Markdown file with the marks.")
 
 
@@ -33,6 +35,8 @@ def render(flags: Config) -> None:
     parts = (
         (meta_step_section, flags.meta_step),
         (rewriting_section, flags.rewriting),
+        (first_section, flags.first),
+        (adapters_section, flags.adapters),
         (overhead_section, flags.overhead),
         (uap_section, flags.uap),
         (growth_section, flags.growth),
@@ -93,6 +97,45 @@ def rewriting_section(results: dict, path: str) -> str:
         for kind in [kind for kind in row if isinstance(row[kind], dict)]:
             ratios = f"{row[kind]['seconds_ratio']:.2f} | {row[kind]['computed_seconds_ratio']:.2f}"
             lines.append(f"| {network}, {kind} | {images} | {ratios} | {difference} |")
+    return "\n".join([*lines, "", ""])
+
+
+def first_section(results: dict, path: str) -> str:
+    """Imports, and the first attack of a process."""
+    imported = results["import_seconds"]
+    lines = [
+        "## Before anything is computed",
+        "",
+        _origin(results, path),
+        f"Without a compilation cache, medians of {len(results['runs']['imports'])} processes each. `import jax` takes "
+        f"{imported['jax']:.2f} s, `import lft_jax` after it {imported['lft_jax']:.2f} s.",
+        "",
+        "| an attack on a LeNet, ten images, 20 steps | first of a process | second |",
+        "|---|---|---|",
+    ]
+    for name, seconds in results["attacks"].items():
+        lines.append(f"| {name} | {seconds['first']:.2f} s | {seconds['second']:.3f} s |")
+    return "\n".join([*lines, "", ""])
+
+
+def adapters_section(results: dict, path: str) -> str:
+    """Attacks on PyTorch modules."""
+    lines = [
+        "## Through the PyTorch adapter",
+        "",
+        _origin(results, path),
+        "Ten images. The passes are the gradients and forward passes that the attack asks for, in PyTorch alone.",
+        "",
+        "| module | an update of `uap-linf`, of a gradient | sign steps / the same loop in PyTorch "
+        "| sign steps / passes | default attack / passes | default attack |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results["modules"].items():
+        update, signs, default = row["update"], row["signs"], row["default"]
+        lines.append(
+            f"| {name} | {update['milliseconds']:.2f} ms, {100 * update['share']:.1f}% | {signs['over_pytorch']:.2f} "
+            f"| {signs['ratio']:.2f} | {default['ratio']:.2f} | {default['seconds']:.1f} s |"
+        )
     return "\n".join([*lines, "", ""])
 
 

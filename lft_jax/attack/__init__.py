@@ -2,12 +2,12 @@
 
 How the modules compose::
 
-    model, images, labels --checks, predictions--> _Problem --search of the recipe--> start       `universal`
+    model, images, labels --checks, predictions--> Problem --turns of the search--> start         `universal`, `_start`
     start --K times: oracle, optax update, projection, metrics--> UniversalPerturbation           `universal`, `_steps`
     perturbation --unseen images--> attack_success_rate, fooling_rate                             `rates`
 
-A Python loop runs one compiled step at a time, so that a callback can report and stop, an error keeps what was found,
-and the model may be of any framework. On CPU this is also faster than `lax.scan` for models whose convolutions are slow
+A Python loop runs one compiled turn or step at a time, so that a callback can report and stop, an error keeps what was
+found, and the model may be of any framework. On CPU this is also faster than `lax.scan` for models whose convolutions are slow
 inside a scan.
 """
 

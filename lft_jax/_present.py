@@ -48,8 +48,24 @@ class _Program:
 
         closed = jax.make_jaxpr(of_leaves)(self.leaves, self.x)
         # Arrays of NumPy may change in place.
-        constants = [x if isinstance(x, jax.Array) else np.array(x) for x in closed.consts]
+        constants = [x if isinstance(x, jax.Array) else np.array(x) for x in _arrays(closed)]
         return _ADDRESS.sub("", str(closed.jaxpr)), constants
+
+
+def _arrays(part):
+    """All arrays of a jaxpr, those of the jaxprs in it too; its text shortens them or leaves them out."""
+    if hasattr(part, "consts"):
+        yield from part.consts
+        part = part.jaxpr
+    if hasattr(part, "eqns"):
+        for equation in part.eqns:
+            yield from (atom.val for atom in equation.invars if hasattr(atom, "val"))
+            yield from _arrays(list(equation.params.values()))
+    elif isinstance(part, list | tuple):
+        for entry in part:
+            yield from _arrays(entry)
+    elif isinstance(part, np.ndarray | jax.Array):
+        yield part
 
 
 def _same(one, other):

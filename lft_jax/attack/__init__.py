@@ -7,8 +7,8 @@ How the modules compose::
     perturbation --unseen images--> attack_success_rate, fooling_rate                             `rates`
 
 A Python loop runs one compiled turn or step at a time, so that a callback can report and stop, an error keeps what was
-found, and the model may be of any framework. On CPU this is also faster than `lax.scan` for models whose convolutions are slow
-inside a scan.
+found, and the model may be of any framework. On CPU this is also faster than `lax.scan` for models whose convolutions
+are slow inside a scan.
 """
 
 from lft_jax.attack.rates import attack_success_rate, fooling_rate

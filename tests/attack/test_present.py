@@ -102,7 +102,32 @@ def of_classifier():
     return model, lambda: setattr(owner, "weights", NEW) or model
 
 
+def of_compiled_part():
+    """Compiled again in each call, so that JAX itself sees the change."""
+    owner = Bound(OLD)
+
+    def model(x):
+        return jax.jit(lambda x: owner.logits(x))(x)
+
+    return model, lambda: setattr(owner, "weights", NEW) or model
+
+
+def of_large_array():
+    """Of which a text shows the ends only."""
+    weights = np.concatenate([OLD, np.ones((2000, 3), np.float32)])
+
+    def model(x):
+        return jnp.pad(x.reshape(len(x), -1), ((0, 0), (0, 2000))) @ weights
+
+    def train():
+        weights[: len(NEW)] = NEW
+        return model
+
+    return model, train
+
+
 KINDS = [of_global, of_method, of_dataclass, of_equal_dataclass, of_module, of_classifier]
+KINDS += [of_compiled_part, of_large_array]
 
 
 @pytest.mark.parametrize("make", KINDS)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 #: Structures of arguments whose programs a function keeps.
 KEPT = 8
@@ -46,11 +47,13 @@ class BoundedJit:
     def __call__(self, *args: Any) -> Any:
         given = tuple(args[n] for n in self._static)
         leaves, structure = jax.tree.flatten([arg for n, arg in enumerate(args) if n not in self._static])
-        key = given, structure
+        # JAX takes options of XLA at the top only.
+        nested = any(isinstance(x, jax.core.Tracer) for x in (*leaves, jnp.zeros(())))
+        key = given, structure, nested
         with self._lock:
             program = self._programs.get(key)
             if program is None:
-                program = self._programs[key] = self._program(given, structure)
+                program = self._programs[key] = self._program(given, structure, None if nested else _options())
                 if len(self._programs) > self._kept:
                     self._programs.popitem(last=False)
             else:
@@ -65,7 +68,7 @@ class BoundedJit:
         """The number of programs that it keeps."""
         return sum(getattr(program, "_cache_size")() for program in self._programs.values())  # noqa: B009  no public name
 
-    def _program(self, given, structure):
+    def _program(self, given, structure, options):
         function, static = self._function, self._static
 
         def of_leaves(leaves):
@@ -75,7 +78,7 @@ class BoundedJit:
             return function(*args)
 
         of_leaves.__name__ = getattr(function, "__name__", "program")  # in profiles
-        return jax.jit(of_leaves, compiler_options=_options())
+        return jax.jit(of_leaves, compiler_options=options)
 
 
 def _options():

@@ -7,7 +7,9 @@ further would so be attacked with its old weights.
 
 import collections
 import contextlib
+import dataclasses
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -37,43 +39,62 @@ class _Program:
 
     def holds(self, structure):
         """Whether JAX would trace a function of this structure as it did."""
-        text, constants = self._traced(structure)
-        return text == self.text and all(map(_same, constants, self.constants))
+        try:
+            text, constants = self._traced(structure)
+        except Exception:  # it takes other shapes now
+            return False
+        same = text == self.text and len(constants) == len(self.constants)
+        return same and all(map(_same, constants, self.constants))
 
     def _traced(self, structure):
-        """The program in words, without addresses, and the arrays that it holds."""
+        """The program in words, without addresses, and the arrays and functions in it."""
 
         def of_leaves(leaves, x):  # a new function, since JAX remembers what it traced
             return jax.tree.unflatten(structure, leaves)(x)
 
         closed = jax.make_jaxpr(of_leaves)(self.leaves, self.x)
-        # Arrays of NumPy may change in place.
-        constants = [x if isinstance(x, jax.Array) else np.array(x) for x in _arrays(closed)]
-        return _ADDRESS.sub("", str(closed.jaxpr)), constants
+        return _ADDRESS.sub("", str(closed.jaxpr)), list(_parts(closed))
 
 
-def _arrays(part):
-    """All arrays of a jaxpr, those of the jaxprs in it too; its text shortens them or leaves them out."""
-    if hasattr(part, "consts"):
-        yield from part.consts
-        part = part.jaxpr
-    if hasattr(part, "eqns"):
-        for equation in part.eqns:
-            yield from (atom.val for atom in equation.invars if hasattr(atom, "val"))
-            yield from _arrays(list(equation.params.values()))
-    elif isinstance(part, list | tuple):
-        for entry in part:
-            yield from _arrays(entry)
-    elif isinstance(part, np.ndarray | jax.Array):
-        yield part
+def _parts(entry):
+    """The arrays and callbacks of a jaxpr, also of those in it, which its text shortens or leaves out."""
+    if hasattr(entry, "eqns"):
+        yield from _parts(getattr(entry, "consts", ()))
+        for equation in entry.eqns:
+            yield from _parts([atom.val for atom in equation.invars if hasattr(atom, "val")])
+            yield from _parts(list(equation.params.values()))
+            if "callback" in equation.primitive.name:
+                yield from (value for value in equation.params.values() if callable(value))
+    elif isinstance(entry, list | tuple):
+        for part in entry:
+            yield from _parts(part)
+    elif isinstance(entry, jax.Array):
+        yield entry
+    elif hasattr(entry, "__array__"):
+        yield np.array(entry)  # may change in place
 
 
 def _same(one, other):
-    if one is other:
-        return True
-    if not all(isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.number) for x in (one, other)):
-        return False
-    return np.array_equal(one, other, equal_nan=True)
+    """Whether arrays are equal, or callbacks the same; what these read when they are called may differ."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, np.ndarray | jax.Array):
+        if not (jnp.issubdtype(one.dtype, jnp.number) or one.dtype == bool):
+            return False
+        return np.array_equal(one, other, equal_nan=jnp.issubdtype(one.dtype, jnp.inexact))
+    if isinstance(one, types.FunctionType):  # made again, of the same objects
+        held = zip(*([cell.cell_contents for cell in f.__closure__ or ()] for f in (one, other)), strict=False)
+        return one.__code__ is other.__code__ and all(_same_object(mine, yours) for mine, yours in held)
+    return dataclasses.is_dataclass(one) and all(
+        _same_object(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)
+    )
+
+
+def _same_object(one, other):
+    """Whether what a callback holds is the same; an equal array may change later, and only one of them."""
+    if isinstance(one, types.FunctionType):
+        return _same(one, other)
+    return one is other or (not hasattr(one, "shape") and _equal(one, other))
 
 
 #: Functions that were compiled last; few, since each keeps the arrays that it holds in memory.
@@ -119,7 +140,7 @@ def present(function: Partial, x: Any, *, origin: Any = None) -> Partial:
 def is_known(function: Partial) -> bool:
     """Whether `present` was called with this function lately, if perhaps with other arguments."""
     structure = jax.tree.structure(function)
-    return any(_equal(program.structure, structure) for program in _programs)
+    return any(_equal(program.structure, structure) for program in list(_programs))
 
 
 def refreshed(function: Partial) -> Partial:

@@ -9,7 +9,7 @@ from experiments.report.tables import origin
 _METHODS = {
     "uap-linf": "the pretrained rule, on periods",
     "coarse-to-fine": "the same, with longer periods opened as a run goes on (decision 020, which did not adopt it)",
-    "uap-linf-patterns": "the same, from the best of 65 patterns, as at 32 pixels",
+    "uap-linf-zeros": "the same, from zeros instead of the best of 65 patterns",
     "open-periods": "the same as `uap-linf`, whose last perturbation was always the result (before decision 020)",
     "frequencies": "the rule of decision 017, which gated single frequencies, as `uap-linf` was before decision 019",
     "spatial-linf": "the pretrained rule on pixels",
@@ -74,7 +74,7 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
 
 
 #: Methods that were stages of `uap-linf`, or other shipped rules: they are no rivals of it in `public_brief`.
-_OWN = ("uap-linf-patterns", "coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
+_OWN = ("uap-linf-zeros", "coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
 
 
 def public_brief(found: Sequence[Mapping[str, Any]]) -> str:

@@ -35,7 +35,7 @@ from experiments import config
 from experiments.studies import attacked, literature
 from experiments.studies.attacked import Victim, classes
 from experiments.studies.literature import Found, Problem
-from lft_jax.attack.universal import SEARCH, SYNTHETIC_IMAGES
+from lft_jax.attack.universal import SYNTHETIC_IMAGES
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
 from lft_jax.data import ImageSource, unit_range
@@ -80,7 +80,7 @@ def _of_period(period):
 #: `{name without commas: method}`. Their settings are the same for all models.
 METHODS: dict[str, Method] = {
     "uap-linf": Attack(),
-    "uap-linf-patterns": Attack(recipe=AttackRecipe(augmentation=Proxies(), search=SEARCH)),  # at any size
+    "uap-linf-zeros": Attack(recipe=PROXIES),
     "spatial-linf-augmented": Attack("spatial-linf", AttackRecipe()),
     "pgd-augmented": Attack(_SIGN, AttackRecipe()),
     "spatial-linf-plain": Attack("spatial-linf", PLAIN),

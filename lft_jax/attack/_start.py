@@ -36,7 +36,7 @@ def first_perturbation(
         if theta.shape != x.shape[1:] or not np.all(np.isfinite(theta)):
             raise ValueError(f"start must be a finite perturbation {x.shape[1:]}, got shape {theta.shape}.")
         return constraint.project(jnp.asarray(theta, x.dtype)), key
-    key_random = jax.random.fold_in(key_start, 1)
+    key_random = jax.random.fold_in(key_start, 3)  # none of those of the search
     theta = initial_perturbation(recipe.start, constraint, x.shape[1:], x.dtype, key_random)
 
     def watch(theta, loss):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lft_jax._bounded import BoundedJit
+from lft_jax._present import present
 from lft_jax.data import unit_range
 from lft_jax.models import Classifier, as_classifier, on_numpy
 
@@ -41,7 +42,8 @@ class Asked:
     def logits(self, images: np.ndarray, theta: np.ndarray) -> np.ndarray:
         """The logits `[N, classes]` of images `[N, H, W, C]` with a perturbation `[H, W, C]`."""
         host, found = self.classifier.host is not None, []
-        function = None if host else self.classifier.traced()
+        shape = jax.ShapeDtypeStruct((self.batch, *images.shape[1:]), jnp.float32)
+        function = None if host else present(self.classifier.traced(), shape)
         for first in range(0, len(images), self.batch):
             part = images[first : first + self.batch]
             x = np.clip(np.asarray(unit_range(jnp.asarray(part)), np.float32) + theta[None], 0, 1)

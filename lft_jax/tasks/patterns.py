@@ -30,7 +30,7 @@ class PatternSearch(Search):
     than what steps along gradients of a few images find. Patterns mean the same at every size of an image.
 
     The search draws random patterns. Then it tries small changes of the best one, and keeps those that lower the loss:
-    of a tile, the sign of one cell, in turn; of a wave, a random change of the frequency and the
+    of a tile, the sign of one cell, in turn from a random one; of a wave, a random change of the frequency and the
     phases, of various sizes.
 
     Attributes:
@@ -105,9 +105,12 @@ class PatternSearch(Search):
     def _drawn(self, key, channels, dtype):
         """The random patterns `[tiles + waves]`; the number of a cell and normal numbers `[3 + C]` for each change."""
         key_patterns, key_changes = jax.random.split(key)
-        cells = jnp.arange(self.refinements, dtype=jnp.int32)
+        random, side = self._random(key_patterns, channels, dtype), max(self.periods)
+        # From a random cell, by a number that a tile has no other use for.
+        first = (random.phase[0, 0] * side * side * channels).astype(jnp.int32)
+        cells = first + jnp.arange(self.refinements, dtype=jnp.int32)
         units = jax.random.normal(key_changes, (self.refinements, 3 + channels), dtype)
-        return self._random(key_patterns, channels, dtype), (cells, units)
+        return random, (cells, units)
 
     def _changed(self, parameters, inputs):
         return _changed(parameters, self.step, *inputs)

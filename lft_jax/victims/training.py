@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from lft_jax import base
 from lft_jax._bounded import BoundedJit
+from lft_jax._present import present
 from lft_jax.data import ImageSource, check_images_labels, unit_range
 from lft_jax.victims.models import build_model
 
@@ -142,6 +143,8 @@ def clean_accuracy(
     logits_fn = logits_fn if isinstance(logits_fn, jax.tree_util.Partial) else jax.tree_util.Partial(logits_fn)
     images, labels = np.asarray(images), np.asarray(labels).astype(np.int32)
     batch_size = min(batch_size, len(images))
+    kind = images.dtype if np.issubdtype(images.dtype, np.floating) else np.float32
+    logits_fn = present(logits_fn, jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), kind))
     # Padded with images of the label -1, never predicted, so that all batches have one shape.
     missing = -len(images) % batch_size
     images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])

@@ -11,6 +11,8 @@ from flax import nnx
 
 import lft_jax
 from lft_jax import evaluation, learners
+from lft_jax.auditing import _model
+from lft_jax.victims import clean_accuracy
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(0.2, 0.8, size=(12, 4, 4, 1)).astype(np.float32)
@@ -126,8 +128,28 @@ def of_large_array():
     return model, train
 
 
+def of_callback():
+    """Whose weights were read when JAX traced it."""
+    owner = Bound(OLD)
+
+    def model(x):
+        weights, shape = owner.weights, jax.ShapeDtypeStruct((len(x), 3), jnp.float32)
+
+        def on_numpy(x):
+            return np.asarray(x).reshape(len(x), -1) @ weights
+
+        @jax.custom_jvp
+        def call(x):
+            return jax.pure_callback(on_numpy, shape, x, vmap_method="sequential")
+
+        call.defjvp(lambda x, t: (call(*x), t[0].reshape(len(t[0]), -1) @ jnp.asarray(weights)))
+        return call(x)
+
+    return model, lambda: setattr(owner, "weights", NEW) or model
+
+
 KINDS = [of_global, of_method, of_dataclass, of_equal_dataclass, of_module, of_classifier]
-KINDS += [of_compiled_part, of_large_array]
+KINDS += [of_compiled_part, of_large_array, of_callback]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -203,6 +225,57 @@ def test_weights_that_are_arguments_are_compiled_once():
     before = len(traced)
     attack(jax.tree_util.Partial(apply, jnp.asarray(NEW)))
     assert len(traced) == before + 1  # to see whether it has changed
+
+
+def test_the_present_weights_are_judged():
+    """By an audit, and by the accuracy of a victim."""
+    owner = Bound(OLD)
+
+    def model(x):
+        return owner.logits(x)
+
+    for weights in (OLD, NEW):
+        owner.weights, expected = weights, IMAGES.reshape(len(IMAGES), -1) @ weights
+        found = _model.Asked(lft_jax.models.from_function(model), True, 4, 12).logits(IMAGES, np.zeros((4, 4, 1)))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert clean_accuracy(model, IMAGES, expected.argmax(1)) == 1
+
+
+@pytest.mark.parametrize("part", ["mask", "our layers", "callback"])
+def test_an_unchanged_model_is_compiled_once(part):
+    """Whatever else it holds: a mask is an array of booleans, layers have derivative rules of their own."""
+    traced, weights = [], jnp.asarray(OLD)
+    mask = jnp.asarray(np.arange(16) % 2 == 0)
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def model(x):
+        traced.append(1)
+        if part == "our layers":
+            x = lft_jax._layers.conv(x, jnp.ones((3, 3, 1, 1)))
+        if part == "callback":
+            x = x * jax.pure_callback(lambda: np.float32(len(traced) > 0), shape)
+        x = x.reshape(len(x), -1)
+        return (jnp.where(mask[None], x, 0) if part == "mask" else x) @ weights
+
+    attack(model)
+    before = len(traced)
+    attack(model)
+    assert len(traced) == before + 1  # to see whether it has changed
+
+
+def test_a_model_that_takes_another_shape_is_traced_again():
+    state = {"side": 4}
+
+    def model(x):
+        assert x.shape[1] == state["side"]
+        return x.reshape(len(x), -1)[:, :16] @ OLD
+
+    attack(model)
+    state["side"] = 5
+    images = np.pad(IMAGES, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    recipe = lft_jax.AttackRecipe(augmentation=None)
+    options = {"epsilon": 0.15, "steps": 1, "optimizer": OPTIMIZER, "recipe": recipe, "progress": False}
+    assert lft_jax.universal_perturbation(model, images, **options).perturbation.shape == (5, 4, 1)
 
 
 def test_a_victim_in_numpy_is_shown_how_to_be_called_back():

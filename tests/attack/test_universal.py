@@ -259,17 +259,13 @@ def test_the_default_search_is_left_out_where_it_does_not_fit():
     assert run(recipe=None, steps=1, **penalty).queries == without.queries
 
 
-@pytest.mark.parametrize("sides", [(63, 80), (64, 64)])
-def test_large_images_are_attacked_from_zeros_by_default(sides):
-    images = np.random.default_rng(0).uniform(0.3, 0.7, size=(2, *sides, 1)).astype(np.float32)
-    options = {"epsilon": 0.1, "steps": 1, "progress": False}
-
-    def victim(images):
-        return 10 * jnp.stack([images[:, ::2].mean((1, 2, 3)), images[:, 1::2].mean((1, 2, 3))], 1)
-
-    recipe = AttackRecipe(augmentation=Proxies(), search=SEARCH if min(sides) < 64 else None)
-    found, expected = (universal_perturbation(victim, images, recipe=given, **options) for given in (None, recipe))
-    assert found.queries == expected.queries
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_images_of_half_precision_are_attacked_in_single_precision(dtype):
+    images = jnp.asarray(IMAGES, dtype)
+    found, expected = (
+        run(linear, images=given, recipe=None, steps=2) for given in (images, images.astype(jnp.float32))
+    )
+    assert found.perturbation.dtype == np.float32
     np.testing.assert_array_equal(found.perturbation, expected.perturbation)
 
 

@@ -2,7 +2,10 @@
 
 import ast
 import gc
+import os
 import pathlib
+import subprocess
+import sys
 import weakref
 
 import jax
@@ -83,6 +86,25 @@ def test_a_bounded_function_is_differentiated_and_mapped_as_jax_jit_is():
     np.testing.assert_allclose(jax.jit(call)(model, jnp.float32(2)), 36)
 
 
+def test_a_bounded_function_is_a_part_of_others_where_options_of_xla_are_set():
+    """JAX takes such options at the top only, and sets none here, where XLA_FLAGS have them."""
+    code = """if True:
+        import jax, jax.numpy as jnp
+        from lft_jax import _bounded
+        square, x = _bounded.BoundedJit(lambda x: x**2), jnp.arange(3.0)
+        assert _bounded._options() == {"xla_backend_optimization_level": 1}
+        outer = _bounded.BoundedJit(lambda x: square(x) + 1)
+        print(square(x), jax.jit(square)(x), outer(x), jax.grad(lambda x: square(x).sum())(x), jax.vmap(square)(x))
+        print(jax.lax.scan(lambda c, x: (c, square(x)), 0, x)[1], jax.jit(lambda: square(jnp.ones(())))())
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT.parent, check=True, capture_output=True, text=True
+    )
+    squares = "[0. 1. 4.]"
+    assert found.stdout.split("\n")[:2] == [f"{squares} {squares} [1. 2. 5.] [0. 2. 4.] {squares}", f"{squares} 1.0"]
+
+
 def test_what_a_bounded_function_forgets_is_freed():
     call = BoundedJit(lambda model, x: model(x), kept=2)
     assert alive(lambda model: call(jax.tree_util.Partial(model), IMAGES), 5) == 2
@@ -109,7 +131,8 @@ def rates(model):
 
 @pytest.mark.parametrize("use", [attack, by_queries, zeroth_order, rates])
 def test_models_that_were_attacked_are_freed(use, monkeypatch):
-    fewer(monkeypatch, _steps._traced_step, _patterns._called, _model._answer)
+    scores, _ = _steps._compiled(_steps.scores)
+    fewer(monkeypatch, _steps._traced_step, scores, _patterns._called, _model._answer)
     kept = _present._programs.maxlen
     assert kept == 4 <= _bounded.KEPT
     assert alive(use, kept + 2) <= kept
@@ -130,7 +153,12 @@ def test_models_that_were_meta_trained_against_are_freed(monkeypatch):
 
 
 #: Cached functions without a bound, which have few possible arguments.
-FEW = {"make_baselines": "norms", "options": "methods of an audit", "_weights": "optimizers of an audit"}
+FEW = {
+    "make_baselines": "norms",
+    "_compiled": "programs of this package",
+    "options": "methods of an audit",
+    "_weights": "optimizers of an audit",
+}
 #: Names of arguments that hold functions of a user.
 MODELS = {"classifier", "families", "family", "function", "learner", "logits_fn", "model"}
 

@@ -105,7 +105,9 @@ def present(function: Partial, x: Any, *, origin: Any = None) -> Partial:
     """The function, as an object that JAX compiles again if what it computes has changed.
 
     The function is traced with arguments and an input of the shapes that it was first seen with. If JAX finds the same
-    operations and the same arrays, programs that were compiled of it still hold.
+    operations, the same arrays and the same callbacks, programs that were compiled of it still hold. What a callback
+    reads when it is called may change; a derivative rule of its own (`jax.custom_jvp`) that alone has changed is not
+    seen.
 
     Args:
       function: `x -> array`; its arguments may change freely.

@@ -91,11 +91,12 @@ def _metrics(problem, logits, theta):
 
 
 def asker(classifier: Classifier, function: jax.tree_util.Partial | None) -> Callable[..., Any]:
-    """`(program, *args) -> program(model, *args)`, compiled but for a model outside of JAX.
+    """`(program, *args) -> program(model, *args)`, compiled but for a model outside of JAX, where it can be.
 
     Args:
       classifier: the model.
-      function: the model, to compile into the programs; None for one that JAX may not trace.
+      function: the model, to compile into the programs; None for one outside of JAX, or one that JAX may not trace,
+        with which the programs run operation by operation.
     """
 
     def ask(program, *args):

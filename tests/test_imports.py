@@ -1,6 +1,7 @@
 """Imports go one way: read from the source, module by module, imports inside functions included."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import pathlib
@@ -58,6 +59,7 @@ MODULES = {
 }
 
 
+@functools.cache
 def imports(name):
     """The modules of this repository that a module imports; `from package import module` is an import of the module."""
     found = set()

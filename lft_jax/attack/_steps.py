@@ -91,7 +91,7 @@ def _metrics(problem, logits, theta):
 
 
 def asker(classifier: Classifier, function: jax.tree_util.Partial | None) -> Callable[..., Any]:
-    """`(program, *args) -> program(model, *args)`, compiled but for a model outside of JAX, where it can be.
+    """`(program, *args) -> program(model, *args)`, where all but a model outside of JAX is compiled.
 
     Args:
       classifier: the model.

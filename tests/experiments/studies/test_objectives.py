@@ -11,6 +11,7 @@ from experiments.studies import objectives
 
 
 @pytest.mark.slow
+@pytest.mark.standard_promotion
 def test_a_small_study_resumes_to_the_same_results(tmp_path):
     flags = objectives.Config(
         models=("digits_small_cnn_1000",),

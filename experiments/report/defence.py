@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.report.tables import origin
+from experiments.report.origins import origin
 
 #: Hardenings of the study.
 HARDENINGS = {

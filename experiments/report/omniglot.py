@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from experiments.report.figures import COLOURS
+from experiments.report.origins import origin
 from experiments.report.sections import classification_tables, settings_tried
-from experiments.report.tables import origin
 from lft_jax.cli.picture import save
 
 #: Published accuracies, %, with 95% intervals, of 5-way tasks with 1 and with 5 shots on the whole of Omniglot. Those

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.report.tables import origin
+from experiments.report.origins import origin
 
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report.figures import plt, save
-from experiments.report.tables import origin
+from experiments.report.origins import origin
 
 #: Methods of the study.
 METHODS = {

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.report.tables import origin, shown_steps
+from experiments.report.origins import origin
+from experiments.report.tables import shown_steps
 
 #: Names of methods in results files, with the names that are shown.
 _METHODS = {f"the rule's {name}, augmented": "base update alone, augmented" for name in ("start", "base update")}

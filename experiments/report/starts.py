@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.report.tables import origin
+from experiments.report.origins import origin
 
 
 def starts_section(results: Mapping[str, Any], path: str, figures: str) -> str:

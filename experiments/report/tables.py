@@ -1,6 +1,5 @@
 """Markdown tables and sections of comparisons of attacks."""
 
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report.origins import origin
 from lft_jax import evaluation
 from lft_jax.cli.config import pairs
 from lft_jax.evaluation.comparison import AUGMENTED, TRANSFER
@@ -358,26 +358,6 @@ def _meta_trained(runs, tasks):
 def _augmented(rows):
     """Whether some baselines, like the learned methods, had augmented support images."""
     return any(row["method"].endswith(AUGMENTED) for row in rows)
-
-
-#: What commands contain whose code was removed, and the last commit with it.
-REMOVED, UNTIL = ("--study=two_losses", "--study=gradient_start", ",positions"), "5bddad1687e3"
-
-
-def origin(results: Mapping[str, Any], path: str) -> str:
-    """Origin of a results file: its path, the command, the commit and the device."""
-    made = results.get("provenance", results)
-    return f"From `{path}`: `{made['command']}`{_now(made['command'])}, commit {made['commit']}, {made['device']}."
-
-
-def _now(command):
-    """A note on the present name of the module of a command, if it has moved or is gone."""
-    module = command.split()[2] if len(command.split()) > 2 else ""
-    moved = f"experiments.studies.{module.rpartition('.')[2]}"
-    renamed = module not in ("", moved) and importlib.util.find_spec(moved)
-    if any(part in command for part in REMOVED):
-        return f" (up to commit {UNTIL}{f', there `{moved}`' if renamed else ''}; gone since)"
-    return f" (now `{moved}`)" if renamed else ""
 
 
 def _target_table(target, rows, penalised):

@@ -25,6 +25,7 @@ import optax
 
 import lft_jax
 from experiments import config
+from experiments.rows import row_of
 from lft_jax import defence, interop, models
 from lft_jax.base import check_name
 from lft_jax.cli import provenance
@@ -121,7 +122,7 @@ def study(flags: Config) -> dict[str, Any]:
     if flags.art:
         cells = itertools.chain(cells, _cells_of_art(flags, sources))
     for cell, judged, attacked in cells:
-        row = _row(results["rows"], cell)
+        row = row_of(results["rows"], cell)
         if len(row["draw_asr"]) < flags.draws:
             correct = np.argmax(judged(judges.images), -1) == judges.labels
             row["clean_accuracy"] = float(np.mean(correct))
@@ -199,16 +200,6 @@ def _results(path, flags):
         **{name: found[name] for name in ("about", "histories", "rows")},
         "audits": found.get("audits", {}),
     }
-
-
-def _row(rows, cell):
-    """The row of a cell, which is added if there is none."""
-    names = ("part", "defence", "attack")
-    row = next((row for row in rows if all(row[name] == cell[name] for name in names)), None)
-    if row is None:
-        row = {**cell, "draw_asr": []}
-        rows.append(row)
-    return row
 
 
 def _folder(name, flags):

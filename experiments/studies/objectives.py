@@ -9,7 +9,6 @@ of a step differ from those of the next one too. "untrained" is the rule with it
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 
 from experiments import config, meta_train
+from experiments.rows import opened, row_of
 from experiments.studies import attacked, public
 from lft_jax import pretrained
 from lft_jax.base import check_at_least
@@ -60,19 +60,14 @@ def measure(flags: Config) -> dict[str, Any]:
         for name, value in dataclasses.asdict(flags).items()
         if name not in ("workdir", "output", "data_dir")
     }
-    described = json.loads(json.dumps(described))
     path = Path(flags.output)
-    results: dict[str, Any] = {"flags": described, "rows": []}
-    if path.is_file():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results["flags"] != described:
-            raise ValueError(f"output: {path} has results of {results['flags']}, expected {described}.")
+    results = opened(path, described)
     rules = {(name, seed): _rule(name, seed, flags) for name in LEARNERS for seed in range(flags.seeds)}
     results["provenance"] = provenance.describe(range(flags.seeds))
     for model in flags.models:
         victim = attacked.victim(model, queries=flags.queries, data_dir=flags.data_dir)
         for (name, seed), rule in rules.items():
-            row = _row_of(results["rows"], {"model": model, "learner": name, "seed": seed})
+            row = row_of(results["rows"], {"model": model, "learner": name, "seed": seed})
             for draw in range(len(row["draw_asr"]), flags.draws):
                 rates = public.attack(victim, public.Attack(str(rule)), flags.steps, flags.images, draw)
                 row["draw_asr"].append(rates["asr"])
@@ -118,14 +113,6 @@ def _rule(name, seed, flags):
         rule = meta_train.rule_of(settings)
         pretrained.save_rule(path, rule.init(jax.random.key(seed)), rule, {})
     return path
-
-
-def _row_of(rows, cell):
-    found = next((row for row in rows if cell.items() <= row.items()), None)
-    if found is None:
-        found = {**cell, "draw_asr": []}
-        rows.append(found)
-    return found
 
 
 if __name__ == "__main__":

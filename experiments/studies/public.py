@@ -32,6 +32,7 @@ from scipy import stats
 
 import lft_jax
 from experiments import config
+from experiments.rows import row_of
 from experiments.studies import attacked, literature
 from experiments.studies.attacked import Victim, classes
 from experiments.studies.literature import Found, Problem
@@ -99,6 +100,7 @@ METHODS: dict[str, Method] = {
 }
 
 _SYNTHETIC = 7  # folded into the key of a draw, for synthetic images
+_COLUMNS = tuple(f"draw_{name}" for name in ("asr", "fooling_rate", "evaluations", "seconds"))
 _CEILING = "ceiling"  # its name for --again
 _TARGETS, _BATCH = 10, 100  # of the runs for the ceiling: target classes, images in a step
 
@@ -154,7 +156,7 @@ def measure(flags: Config) -> None:
 
     for name, method in methods.items():
         for count, steps in itertools.product(flags.images, flags.steps):
-            row = _row_of(results["rows"], {"method": name, "steps": steps, "images": count})
+            row = row_of(results["rows"], {"method": name, "steps": steps, "images": count}, _COLUMNS)
             for draw in range(len(row["draw_asr"]), draws):
                 for key, value in attack(victim, method, steps, count, draw).items():
                     row[f"draw_{key}"].append(value)
@@ -307,15 +309,6 @@ def _results(path: Path, victim: Victim, flags: Config, draws: int) -> dict[str,
     if _CEILING in flags.again:
         results[_CEILING] = {}
     return results
-
-
-def _row_of(rows: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str, Any]:
-    """The row of a cell; a new one if there is none."""
-    found = next((row for row in rows if cell.items() <= row.items()), None)
-    if found is None:
-        found = {**cell, **{f"draw_{name}": [] for name in ("asr", "fooling_rate", "evaluations", "seconds")}}
-        rows.append(found)
-    return found
 
 
 def _summarise(rows: list[dict[str, Any]], reference: str) -> None:

@@ -11,7 +11,6 @@ choosing. The results file keeps what is finished, and another run may add model
 
 import dataclasses
 import itertools
-import json
 import operator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from scipy import stats
 
 from experiments import common, config
 from experiments.cells import Cells
+from experiments.rows import opened, row_of
 from experiments.studies import _patterns, attacked, public, public_models
 from experiments.studies._patterns import UNIFORM, LearnedSearch, PatternDistribution, Pool, success_of
 from lft_jax import models
@@ -245,12 +245,8 @@ def measure(flags: Config) -> dict[str, Any]:
     for name in ("patterns", "searched", "judged", "steps", "images", "draws"):
         check_at_least(name, getattr(flags, name), 1)
     described = {name: value for name, value in dataclasses.asdict(flags).items() if name not in _ADDED}
-    described, path = json.loads(json.dumps(described)), Path(flags.output)
-    results: dict[str, Any] = {"flags": described, "rows": []}
-    if path.is_file():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results["flags"] != described:
-            raise ValueError(f"output: {path} has results of {results['flags']}, expected {described}.")
+    path = Path(flags.output)
+    results = opened(path, described)
     results["provenance"] = provenance.describe(range(flags.draws))
     if "distribution" not in results:
         results |= learn(flags)
@@ -260,7 +256,7 @@ def measure(flags: Config) -> dict[str, Any]:
         victim = attacked.victim(name, split="choosing", queries=flags.queries, data_dir=flags.data_dir)
         draws = -(-flags.draws // 2) if victim.about["source"] == "imagenet_sample" else flags.draws
         for (start, steps), method in methods(distribution, flags.steps).items():
-            row = _row_of(results["rows"], {"model": name, "start": start, "steps": steps})
+            row = row_of(results["rows"], {"model": name, "start": start, "steps": steps})
             for draw in range(len(row["draw_asr"]), draws):
                 rates = public.attack(victim, method, max(steps, 1), flags.images, draw)
                 row["draw_asr"].append(rates["asr"])
@@ -290,14 +286,6 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             cell |= {start: float(np.mean(values)) for start, values in zip(STARTS, (uniform, learned), strict=True)}
             cell |= {"difference": mean, "interval": interval}
             found.append(cell | {"evaluations": {start: of[start]["evaluations"] for start in STARTS}})
-    return found
-
-
-def _row_of(rows, cell):
-    found = next((row for row in rows if cell.items() <= row.items()), None)
-    if found is None:
-        found = {**cell, "draw_asr": []}
-        rows.append(found)
     return found
 
 

@@ -167,6 +167,8 @@ def train(
         _claim(workdir, config, upgrade, write=first)
         state = trainer.init(key)
         state = _latest(workdir, like=state, rename=first) or state
+        if first:
+            _remove_old(workdir)  # of a process that was killed after its last checkpoint
         start = saved = int(state.step)
         with _writing(workdir):
             log = stack.enter_context(Log(workdir, start)) if first else None
@@ -276,8 +278,12 @@ def _save(workdir, state):
     if particles:  # first, since a checkpoint without them could not be resumed from
         checkpoints.save_tree(workdir / "particles" / step, particles)
     checkpoints.save_tree(workdir / "checkpoints" / step, fields)
-    if jax.process_index() > 0:
-        return
+    if jax.process_index() == 0:
+        _remove_old(workdir)
+
+
+def _remove_old(workdir):
+    """Deletes all checkpoints except the last two."""
     kept = _steps(workdir / "checkpoints")[-KEPT:]
     for folder in (workdir / "checkpoints", workdir / "particles"):
         for step in _steps(folder):

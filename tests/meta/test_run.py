@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import shutil
 import os
 import re
 import signal
@@ -137,6 +138,13 @@ def test_a_crash_between_checkpoints_loses_and_repeats_nothing(trainer, whole, t
     assert 'metrics.jsonl: the last line is incomplete and is removed: b\'{"step": 3, "lo\'' in incomplete
     assert "goes on from its checkpoint of meta-step 2; 1 later meta-steps are run again" in again
     assert [entry["step"] for entry in lines(tmp_path)] == list(range(6))
+
+
+def test_a_crash_after_the_last_checkpoint_leaves_no_older_ones(trainer, begun):
+    last_two = saved(begun)
+    shutil.copytree(begun / "checkpoints" / last_two[0], begun / "checkpoints" / "1")  # not yet deleted
+    train(trainer, begun, 3)
+    assert saved(begun) == last_two == ["2", "3"]
 
 
 def test_metrics_are_on_disk_before_the_checkpoint_that_follows_them(trainer, tmp_path):

@@ -6,6 +6,7 @@ freed.
 """
 
 import collections
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -13,10 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
 #: Structures of arguments whose programs a function keeps.
 KEPT = 8
-_LEVEL = "xla_backend_optimization_level"
+#: Options of XLA on a CPU for quick compilation. LLVM's usual level, 3, takes half as long again, and loops that MLIR
+#: emits nearly twice as long, for programs that are hardly faster: their time goes into convolutions and products of
+#: matrices that are compiled already. Versions of jaxlib after 0.10 do not know the second one.
+_QUICK = {"xla_backend_optimization_level": 1}
+if jaxlib.__version__.startswith("0.10."):
+    _QUICK["xla_cpu_use_fusion_emitters"] = False
+_compiling = threading.Lock()
 
 
 class BoundedJit:
@@ -41,10 +49,31 @@ class BoundedJit:
 
     def __init__(self, function: Callable[..., Any], *, static: tuple[int, ...] = (), kept: int = KEPT):
         self._function, self._static, self._kept = function, static, kept
-        self._programs: collections.OrderedDict[Any, Callable[..., Any]] = collections.OrderedDict()
+        self._programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+        self._threads: dict[Any, threading.Thread] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        key, program, leaves = self._known(args)
+        thread = self._threads.pop(key, None)
+        if thread is not None:
+            thread.join()
+        return program(leaves)
+
+    def prepare(self, *args: Any) -> None:
+        """Traces the program, and compiles it in another thread while this one does something else; a call waits for it.
+
+        Args:
+          *args: of a call to come; arrays may be `jax.ShapeDtypeStruct`.
+        """
+        key, program, leaves = self._known(args)
+        # JAX keeps what it compiles of a trace. Tracing depends on settings of this thread.
+        thread = threading.Thread(target=_compile, args=(program.lower(leaves),))
+        thread.start()
+        self._threads[key] = thread
+
+    def _known(self, args):
+        """The program of these arguments, its key, and the arrays in them."""
         given = tuple(args[n] for n in self._static)
         leaves, structure = jax.tree.flatten([arg for n, arg in enumerate(args) if n not in self._static])
         # JAX takes options of XLA at the top only.
@@ -55,10 +84,11 @@ class BoundedJit:
             if program is None:
                 program = self._programs[key] = self._program(given, structure, None if nested else _options())
                 if len(self._programs) > self._kept:
-                    self._programs.popitem(last=False)
+                    last, _ = self._programs.popitem(last=False)
+                    self._threads.pop(last, None)
             else:
                 self._programs.move_to_end(key)
-        return program(leaves)
+        return key, program, leaves
 
     def __len__(self) -> int:
         """The number of structures whose programs it keeps."""
@@ -81,12 +111,15 @@ class BoundedJit:
         return jax.jit(of_leaves, compiler_options=options)
 
 
-def _options():
-    """Options of XLA for quick compilation, unless the user's XLA_FLAGS have them.
+def _compile(lowered):
+    # One at a time, since this thread's caller compiles too; a call raises what fails here.
+    with _compiling, contextlib.suppress(Exception):
+        lowered.compile()
 
-    LLVM's usual level, 3, takes half as long again for programs that are no faster: their time goes into convolutions
-    and matrix products that are compiled already.
-    """
-    if jax.default_backend() != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
+
+def _options():
+    """Those of `_QUICK` that the user's XLA_FLAGS do not have."""
+    if jax.default_backend() != "cpu":
         return None
-    return {_LEVEL: 1}
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in _QUICK.items() if name not in flags} or None

@@ -17,6 +17,11 @@ def keys(recipe: AttackRecipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The key of the start and that of the steps; a start of zeros uses none."""
     if recipe.start == "zeros" and recipe.search is None:
         return key, key
+    return _split(key)
+
+
+@jax.jit
+def _split(key):
     key, key_start = jax.random.split(key)
     return key_start, key
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from lft_jax._bounded import BoundedJit
@@ -13,7 +14,7 @@ from lft_jax.models import Classifier, replayed
 from lft_jax.optimizers.fine_tuning import fine_tune_step
 from lft_jax.oracles import ZerothOrder
 from lft_jax.tasks.perturbation import Batch, Constraint, perturb
-from lft_jax.tasks.recipe import AttackRecipe, attack_oracle, resolved_loss
+from lft_jax.tasks.recipe import AttackRecipe, attack_oracle, better_end, resolved_loss
 from lft_jax.tasks.uap import attack_metrics
 
 
@@ -112,6 +113,31 @@ def asker(classifier: Classifier, function: jax.tree_util.Partial | None) -> Cal
 def _compiled(program):
     """A program of this package, which is a function of a module, compiled for both kinds of models."""
     return BoundedJit(program), replayed(program)
+
+
+def prepare(
+    tx: optax.GradientTransformationExtraArgs,
+    function: jax.tree_util.Partial,
+    problem: Problem,
+    key: jax.Array,
+    *,
+    compared: bool,
+) -> None:
+    """Compiles the programs of a run that follow the search for a start, while it goes on.
+
+    Args:
+      tx: the optimizer.
+      function: the model, which JAX traces.
+      problem: the constants of the steps.
+      key: a PRNG key.
+      compared: whether the start is compared with the end.
+    """
+    images = problem.batch.images
+    theta = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
+    _traced_step.prepare(tx, function, problem, theta, jax.eval_shape(tx.init, theta), key, np.float32(0))
+    if compared:
+        traced, _ = _compiled(better_end)
+        traced.prepare(function, problem.batch, problem.recipe, problem.constraint, theta, theta, key)
 
 
 def scores(model: Any, images: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from lft_jax._present import is_known, present
 from lft_jax.attack import _checks, _patterns
 from lft_jax.attack._run import Counter, Run, reporter
 from lft_jax.attack._start import better, first_perturbation, keys
-from lft_jax.attack._steps import Problem, asker, make_step, scores
+from lft_jax.attack._steps import Problem, asker, make_step, prepare, scores
 from lft_jax.attack.result import Paused, UniversalPerturbation
 from lft_jax.data import unit_range
 from lft_jax.models import Classifier, as_classifier, on_numpy
@@ -238,12 +238,15 @@ def universal_perturbation(
             "same without this warning."
         )
     labelled = labels is not None
-    labels = np.asarray(labels) if labelled else np.argmax(clean, -1)
-    _checks.check_clean(clean, labels, images)
+    on_host = np.asarray(clean)  # where operations need no compilation
+    labels = np.asarray(labels) if labelled else np.argmax(on_host, -1)
+    _checks.check_clean(on_host, labels, images)
     full_recipe.resolved(resolved_loss(full_recipe), clean.shape[-1])
     support = Batch(x, jnp.asarray(labels, jnp.int32))
     shown = (support, clean) if patterns is not None else _shown(support, clean, key)
     problem = Problem(support, *shown, full_recipe, constraint)
+    # The steps are compiled once for all starts.
+    after_start = dataclasses.replace(problem, recipe=dataclasses.replace(full_recipe, start="zeros", search=None))
     step = make_step(classifier, function, tx, estimator)
     stopped = start if isinstance(start, UniversalPerturbation) and start.paused is not None else None
     queries = len(x) + searched
@@ -261,25 +264,25 @@ def universal_perturbation(
             attacker.take_steps(key, run, begin, report, callback)
             return run.result()
         if stopped is None:
+            if searched and function is not None:
+                prepare(tx, function, after_start, key, compared=bool(compared))
             theta, key = first_perturbation(ask, problem, key, start, run)
             state, done = tx.init(theta), 0
             # A start that was given is its giver's to compare with.
-            found = theta if searched and compared and np.any(theta) else None
+            found = theta if searched and compared and np.any(np.asarray(theta)) else None
         else:
             theta, state, done, found = run.resume(stopped, x, tx)
             queries += stopped.queries
             _, key = keys(problem.recipe, key)
-        # The steps are compiled once for all starts.
-        problem = dataclasses.replace(problem, recipe=dataclasses.replace(full_recipe, start="zeros", search=None))
         for k in range(done, steps):
             last = found is not None and k == steps - 1
             if max_queries is not None and queries + cost + last * (compared + watched) > max_queries:
                 break
-            theta, state, metrics = step(problem, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
+            theta, state, metrics = step(after_start, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
             queries += cost
             if last and found is not None:
                 key_end = jax.random.fold_in(key, _KEY_END)
-                theta, metrics, kept = better(ask, problem, found, theta, key_end, metrics)
+                theta, metrics, kept = better(ask, after_start, found, theta, key_end, metrics)
                 queries += compared + kept * watched
             entry = {name: float(value) for name, value in jax.device_get(metrics).items()}
             run.add(Paused(theta, state, k + 1, found), {**entry, "queries": queries})

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import weakref
 
 import jax
@@ -92,7 +93,7 @@ def test_a_bounded_function_is_a_part_of_others_where_options_of_xla_are_set():
         import jax, jax.numpy as jnp
         from lft_jax import _bounded
         square, x = _bounded.BoundedJit(lambda x: x**2), jnp.arange(3.0)
-        assert _bounded._options() == {"xla_backend_optimization_level": 1}
+        assert _bounded._options() == _bounded._QUICK and "xla_backend_optimization_level" in _bounded._QUICK
         outer = _bounded.BoundedJit(lambda x: square(x) + 1)
         print(square(x), jax.jit(square)(x), outer(x), jax.grad(lambda x: square(x).sum())(x), jax.vmap(square)(x))
         print(jax.lax.scan(lambda c, x: (c, square(x)), 0, x)[1], jax.jit(lambda: square(jnp.ones(())))())
@@ -103,6 +104,54 @@ def test_a_bounded_function_is_a_part_of_others_where_options_of_xla_are_set():
     )
     squares = "[0. 1. 4.]"
     assert found.stdout.split("\n")[:2] == [f"{squares} {squares} [1. 2. 5.] [0. 2. 4.] {squares}", f"{squares} 1.0"]
+
+
+def test_the_users_flags_of_xla_come_first(monkeypatch):
+    monkeypatch.setattr(_bounded, "_QUICK", {"xla_a": 1, "xla_b": False})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_c=0 --xla_a=3")
+    assert _bounded._options() == {"xla_b": False}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=true --xla_a=3")
+    assert _bounded._options() is None
+
+
+@pytest.fixture
+def compiled(caplog):
+    """Counts the compilations of a program by its name, in all threads."""
+    jax.config.update("jax_log_compiles", True)
+    with caplog.at_level("WARNING"):
+        yield lambda name: sum(f"Finished XLA compilation of jit({name})" in entry for entry in caplog.messages)
+    jax.config.update("jax_log_compiles", False)
+
+
+def test_a_prepared_program_is_compiled_once(compiled):
+    call, x = BoundedJit(lambda scale, x: scale * jnp.cumsum(x)), np.arange(5, dtype=np.float32)
+    call.prepare(np.float32(2), jax.ShapeDtypeStruct((5,), jnp.float32))
+    np.testing.assert_array_equal(call(np.float32(2), x), 2 * np.cumsum(x))
+    assert compiled("<lambda>") == 1 and call.compiled() == 1 and not call._threads
+    assert threading.active_count() == 1
+
+
+def test_a_program_that_cannot_be_compiled_is_reported_by_its_call(monkeypatch):
+    call = BoundedJit(lambda x: x + 1)
+    monkeypatch.setattr(_bounded, "_QUICK", {"xla_no_such_option": True})
+    call.prepare(np.ones(2, np.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        call(np.ones(2, np.float32))
+
+
+def test_a_prepared_program_that_is_forgotten_is_freed():
+    call = BoundedJit(lambda factor, x: factor * x, static=(0,), kept=2)
+    for factor in range(5):
+        call.prepare(factor, np.ones(2, np.float32))
+    assert len(call) == 2 and set(call._threads) == set(call._programs)
+    for factor in range(3, 5):
+        np.testing.assert_array_equal(call(factor, np.ones(2, np.float32)), [factor, factor])
+    assert not call._threads
+
+
+def test_the_programs_after_a_search_are_compiled_once_while_it_goes_on(compiled):
+    lft_jax.universal_perturbation(Model(), IMAGES, epsilon=0.15, steps=2, progress=False)
+    assert [compiled(name) for name in ("_traced_step", "better_end", "search_turn")] == [1, 1, 1]
 
 
 def test_what_a_bounded_function_forgets_is_freed():

@@ -194,6 +194,7 @@ PRESETS = {
         "victims": _DEEP_VICTIMS,
         "rule": "spectral_lstm",
         "hidden": 8,
+        "base_step": 2.4,
         "base_decay": 0.9,
         "epsilon": ("cifar10=0.0314", "mnist=0.2", "imagenet_sample=0.0392"),
         "radius_factor": 2.0,

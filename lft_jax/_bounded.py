@@ -61,7 +61,7 @@ class BoundedJit:
         return program(leaves)
 
     def prepare(self, *args: Any) -> None:
-        """Traces the program, and compiles it in another thread while this one does something else; a call waits for it.
+        """Traces the program, and compiles it in another thread; a call waits for it.
 
         Args:
           *args: of a call to come; arrays may be `jax.ShapeDtypeStruct`.

@@ -43,6 +43,8 @@ ORACLES = ("auto", "gradient", "query", "decision")
 QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
 #: The search for a start with exact gradients in a ball: 65 patterns on 12 proxies.
 SEARCH = PatternSearch(tiles=12, waves=12, refinements=40)
+#: Pixels along both sides from which steps find more from zeros than from the best of these patterns.
+LARGE = 128
 #: The default loss.
 LOSS = AttackLoss("cross_entropy")
 #: Images that the history is measured on, at most.
@@ -137,11 +139,11 @@ def universal_perturbation(
         query per image and step, and none in a search; of more than 50 images it sees 50, the same in each step, which
         the key chooses.
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
-        `AttackRecipe`; with exact gradients, for `Proxies` and, in a ball, a start among 65 patterns:
-        `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries for ten images, left out if `max_queries` is
-        too small. The result is that start if the steps end at no lower loss on 30 new proxies, which takes 80 queries,
-        and those of the history again. The rule "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all
-        other shipped rules with the default loss.
+        `AttackRecipe`; with exact gradients, for `Proxies` and, in a ball, for images of less than 128 pixels along a
+        side, a start among 65 patterns: `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries for ten
+        images, left out if `max_queries` is too small. The result is that start if the steps end at no lower loss on 30
+        new proxies, which takes 80 queries, and those of the history again. The rule "uap-l1" was meta-trained with
+        `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
       start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
         it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
         again); `steps` and `max_queries` count those before. A finished one is a start like an array.
@@ -201,7 +203,7 @@ def universal_perturbation(
     constraint = as_constraint(norm, epsilon, constraint)
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     classifier, estimator = _with_oracle(model, oracle, images, batch_size)
-    full_recipe = _as_recipe(recipe, estimator, target, constraint)
+    full_recipe = _as_recipe(recipe, estimator, target, constraint, np.shape(images)[1:3])
     patterns = _patterns.pattern_attack(oracle, estimator, optimizer, recipe, constraint)
     evaluations = 0
     if patterns is not None:
@@ -336,12 +338,13 @@ def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothO
     return classifier, None
 
 
-def _as_recipe(recipe, estimator, target, constraint) -> AttackRecipe:
+def _as_recipe(recipe, estimator, target, constraint, sides) -> AttackRecipe:
     """The recipe, or the default one, with its loss resolved and checked against the oracle and the target."""
     if recipe is None:
         recipe = AttackRecipe()
         if estimator is None:
-            recipe = AttackRecipe(augmentation=Proxies(), search=None if constraint.epsilon is None else SEARCH)
+            searched = constraint.epsilon is not None and min(sides) < LARGE
+            recipe = AttackRecipe(augmentation=Proxies(), search=SEARCH if searched else None)
     loss = as_attack_loss(LOSS if recipe.loss is None else recipe.loss, target=target)
     if target is not None:
         if loss.target not in (None, target):

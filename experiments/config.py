@@ -189,12 +189,12 @@ _DEEP_VICTIMS = (
 #: Settings by which the shipped rules were meta-trained (except their seeds): `--preset=uap_linf --workdir=...`.
 PRESETS = {
     "spatial_linf": _SHIPPED,
-    # Radii from half to twice the customary ones, starts among patterns, and few steps, which are the costly part.
+    # Radii from half to twice the customary ones, starts among patterns, and few steps, which are the costly part. The
+    # rule is shipped with three times this step (docs/decisions/026-longer-steps.md).
     "uap_linf": {
         "victims": _DEEP_VICTIMS,
         "rule": "spectral_lstm",
         "hidden": 8,
-        "base_step": 2.4,
         "base_decay": 0.9,
         "epsilon": ("cifar10=0.0314", "mnist=0.2", "imagenet_sample=0.0392"),
         "radius_factor": 2.0,

@@ -8,9 +8,10 @@ from experiments.report.origins import origin
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {
     "uap-linf": "the pretrained rule, on periods",
-    "coarse-to-fine": "the same, with longer periods opened as a run goes on (decision 020, which did not adopt it)",
-    "uap-linf-zeros": "the same, from zeros instead of the best of 65 patterns",
-    "open-periods": "the same as `uap-linf`, whose last perturbation was always the result (before decision 020)",
+    "coarse-to-fine": "`short-steps` with longer periods opened as a run goes on (decision 020, which did not adopt it)",
+    "short-steps": "the same with a third of the step, from the best of 65 patterns at every size (before decision 026)",
+    "short-steps-zeros": "the same with a third of the step, from zeros",
+    "open-periods": "the same as `short-steps`, whose last perturbation was always the result (before decision 020)",
     "frequencies": "the rule of decision 017, which gated single frequencies, as `uap-linf` was before decision 019",
     "spatial-linf": "the pretrained rule on pixels",
     "pgd": "momentum sign steps with an untuned step size",
@@ -74,7 +75,7 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
 
 
 #: Methods that were stages of `uap-linf`, or other shipped rules: they are no rivals of it in `public_brief`.
-_OWN = ("uap-linf-zeros", "coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
+_OWN = ("short-steps", "coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
 
 
 def public_brief(found: Sequence[Mapping[str, Any]]) -> str:

@@ -32,6 +32,7 @@ class Config:
     fails: str = config.required("Settings in which the rule fails, in a sentence or two.")
     results: tuple[str, ...] = config.option((), "Results files of experiments.evaluate that include the run.")
     public: tuple[str, ...] = config.option((), "Results files of experiments.studies.public that include the rule.")
+    step: float | None = config.option(None, "First step of a spectral rule, if not that of its meta-training.")
 
 
 def ship(flags: Config) -> None:
@@ -39,6 +40,9 @@ def ship(flags: Config) -> None:
     run = Path(flags.run)
     params, rule = pretrained.load_pretrained(str(run / "rule.safetensors"))
     card = pretrained.pretrained_card(str(run / "rule.safetensors"))
+    if flags.step is not None:
+        card |= {"step": {"meta_training": rule.step, "shipped": flags.step}}
+        rule = dataclasses.replace(rule, step=flags.step)
     learner, rows = card["meta_training"]["learner"], []
     sources = sorted({_source(victim) for victim in card["meta_training"]["victims"]})
     names = ("pgd", learner, f"{learner} ({' + '.join(sources)})")

@@ -43,7 +43,9 @@ def test_overhead(tmp_path):
 def test_uap(tmp_path):
     victim = str(tmp_path / "victim")
     train_victim.train(train_victim.Config(source="digits", architecture="lenet", epochs=1, output=victim))
-    flags = uap.Config(output=str(tmp_path / "bench.json"), victim=victim, images=(3, 5), draws=(2, 1), limit=0.5, smoke=True)
+    flags = uap.Config(
+        output=str(tmp_path / "bench.json"), victim=victim, images=(3, 5), draws=(2, 1), limit=0.5, smoke=True
+    )
     uap.bench(flags)
     results = json.loads((tmp_path / "bench.json").read_text())
     lft = results["sizes"]["3"]["LFT (uap-linf), 2 steps"]

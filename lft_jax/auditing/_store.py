@@ -14,6 +14,7 @@ from lft_jax._files import replacing, write_bytes
 from lft_jax._reading import read_npy, read_object
 from lft_jax._version import __version__
 from lft_jax.auditing._plan import Cell, options
+from lft_jax.optimizers import rule_to_dict
 from lft_jax.pretrained import load_pretrained
 
 #: Logits of a model on the same images differ by rounding from process to process.
@@ -134,7 +135,7 @@ class Store:
 
     def key(self, cell: Cell) -> str:
         """The digest of all that a run depends on."""
-        return digest(self.data, dataclasses.asdict(cell), _weights(options(cell.method).get("optimizer")))
+        return digest(self.data, dataclasses.asdict(cell), _rule(options(cell.method).get("optimizer")))
 
     def path(self, cell: Cell) -> Path:
         """Of the .npy file."""
@@ -142,11 +143,12 @@ class Store:
 
 
 @functools.cache
-def _weights(optimizer):
-    """The digest of the weights of a shipped rule, by its name; empty for other optimizers."""
+def _rule(optimizer):
+    """The digest of a shipped rule and its weights, by its name; empty for other optimizers."""
     if not isinstance(optimizer, str):
         return ""
-    return digest(*(np.asarray(leaf) for leaf in jax.tree.leaves(load_pretrained(optimizer)[0])))
+    params, rule = load_pretrained(optimizer)
+    return digest(rule_to_dict(rule), *(np.asarray(leaf) for leaf in jax.tree.leaves(params)))
 
 
 def _array(path):

@@ -1,11 +1,14 @@
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from lft_jax.auditing import _store
 from lft_jax.auditing._plan import Cell
 from lft_jax.auditing._store import Run, Store, digest, write_json
+from lft_jax.pretrained import load_pretrained
 
 CELL = Cell("momentum", 0.1, 5, 20, 0)
 CLEAN = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
@@ -92,12 +95,22 @@ def test_digests_tell_arrays_apart():
     assert len(found) == 6 and digest(a) == digest(a.copy())
 
 
-def test_other_weights_of_a_rule_have_other_runs(tmp_path, monkeypatch):
+def _another_step(params, rule):
+    return params, dataclasses.replace(rule, step=rule.step / 2)
+
+
+def _other_weights(params, rule):
+    return jax.tree.map(lambda x: x + 1, params), rule
+
+
+@pytest.mark.parametrize("change", [_another_step, _other_weights])
+def test_another_shipped_rule_has_other_runs(tmp_path, monkeypatch, change):
     cells = [Cell("uap-linf", 0.1, 5, 20, 0), CELL]
     store = Store(tmp_path, "data", CLEAN)
     before = [store.key(cell) for cell in cells]
     assert before == [Store(tmp_path, "data", CLEAN).key(cell) for cell in cells]
-    monkeypatch.setattr(_store, "_weights", lambda optimizer: "others" if isinstance(optimizer, str) else "")
+    monkeypatch.setattr(_store, "load_pretrained", lambda name: change(*load_pretrained(name)))
+    monkeypatch.setattr(_store, "_rule", _store._rule.__wrapped__)  # without its cache
     after = [store.key(cell) for cell in cells]
     assert after[0] != before[0] and after[1] == before[1]
     monkeypatch.setattr(_store, "__version__", "0.0.0")

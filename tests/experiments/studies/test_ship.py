@@ -1,5 +1,6 @@
 """Shipped rules match their cards, and a run is shipped with a card."""
 
+import dataclasses
 import json
 
 import jax
@@ -62,7 +63,11 @@ def test_shipped_rules_are_loaded_by_name(name):
     flags, learned = meta_train.load_learned(name)
     params, rule = load_pretrained(name)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, learned.params, [params]))
-    assert meta_train.rule_of(flags) == rule  # the flags describe the rule
+    described = meta_train.rule_of(flags)  # the flags describe the rule, but for a step that was changed afterwards
+    if (step := pretrained_card(name).get("step")) is not None:
+        assert step == {"meta_training": described.step, "shipped": rule.step}
+        described = dataclasses.replace(described, step=rule.step)
+    assert described == rule
     assert flags.workdir == name
     assert len(flags.victims) >= 2
     assert meta_train.tasks_of(flags).augment

@@ -8,9 +8,9 @@ from experiments.report.origins import origin
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {
     "uap-linf": "the pretrained rule, on periods",
-    "coarse-to-fine": "`short-steps` with longer periods opened as a run goes on (decision 020, which did not adopt it)",
-    "short-steps": "the same with a third of the step, from the best of 65 patterns at every size (before decision 026)",
-    "short-steps-zeros": "the same with a third of the step, from zeros",
+    "coarse-to-fine": "`short-steps` with longer periods opened as a run goes on (decision 020 did not adopt it)",
+    "short-steps": "a third of the step, at every size from the best of 65 patterns (before decision 026)",
+    "short-steps-zeros": "a third of the step, from zeros (before decision 026)",
     "open-periods": "the same as `short-steps`, whose last perturbation was always the result (before decision 020)",
     "frequencies": "the rule of decision 017, which gated single frequencies, as `uap-linf` was before decision 019",
     "spatial-linf": "the pretrained rule on pixels",

@@ -4,9 +4,9 @@ import collections
 import dataclasses
 import functools
 import json
-import shutil
 import os
 import re
+import shutil
 import signal
 import sys
 import threading

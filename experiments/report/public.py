@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from experiments.report.origins import origin
 
 #: Methods of the study of public models, by the first part of their names.
@@ -79,7 +82,10 @@ _OWN = ("short-steps", "coarse-to-fine", "open-periods", "frequencies", "spatial
 
 
 def public_brief(found: Sequence[Mapping[str, Any]]) -> str:
-    """The shipped rule and its strongest rival on each model, from the same ten images and in as many steps."""
+    """The shipped rule and its strongest rival on each model, from the same ten images and in as many steps.
+
+    The last line has the means over all models, and the rival with the best one.
+    """
     lines = ["| model | K | strongest other method | `uap-linf` | against it |", "|---" * 5 + "|"]
     for results in found:
         about, rows = results["about"], [row for row in results["rows"] if row["images"] == 10]
@@ -97,7 +103,42 @@ def public_brief(found: Sequence[Mapping[str, Any]]) -> str:
                 _relation(rival["difference"]),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_of_all_models(found), ""])
+
+
+def _of_all_models(found):
+    """The same for the means over the models of the one other method that is best on average.
+
+    Of the draws that all methods have on a model. The interval is over draws, on these models: the variance of the mean
+    is that of its parts, and the degrees of freedom are those of one model.
+    """
+    columns = [
+        {
+            row["method"]: np.asarray(row["draw_asr"])
+            for row in results["rows"]
+            if (row["images"], row["steps"]) == (10, 20)
+        }
+        for results in found
+    ]
+    own, shared = "uap-linf", set.intersection(*map(set, columns)) if len(columns) > 1 else set()
+    rivals = [name for name in shared if name != own and " " not in name and not name.startswith(_OWN)]
+    if own not in shared or not rivals:
+        return []
+    draws = min(len(values) for column in columns for name, values in column.items() if name in {own, *rivals})
+    values = {name: np.stack([column[name][:draws] for column in columns]) for name in (own, *rivals)}
+    rival = max(rivals, key=lambda name: np.mean(values[name]))
+
+    def mean(values):
+        width = None
+        if draws > 1:
+            variance = np.sum(np.var(values, axis=1, ddof=1)) / draws / len(values) ** 2
+            width = stats.t.ppf(0.975, draws - 1) * variance**0.5
+        return np.mean(values), width
+
+    difference = dict(zip(("asr", "interval"), mean(values[rival] - values[own]), strict=True))
+    cells = [f"the mean of all {len(columns)}", "20", f"`{rival}`, {_percent(*mean(values[rival]))}"]
+    cells += [_percent(*mean(values[own])), _relation(difference)]
+    return ["| " + " | ".join(cells) + " |"]
 
 
 def _relation(difference):

@@ -133,3 +133,37 @@ def test_the_brief_names_the_strongest_rival(results):
 def test_a_model_without_rivals_is_left_out_of_the_brief(results):
     results["rows"] = results["rows"][:1]
     assert public.public_brief([results]).count("\n") == 2
+
+
+def test_the_last_line_has_the_best_other_method_over_all_models(results):
+    """By a loop: the means of draws, their variance over draws, and Student's t with one degree of freedom."""
+    draws = {
+        "uap-linf": ((0.6, 0.8), (0.4, 0.5)),
+        "sga": ((0.5, 0.5), (0.5, 0.4)),  # the best on average
+        "sign-patterns": ((0.8, 0.9), (0.0, 0.1)),
+        "short-steps": ((1.0, 1.0), (1.0, 1.0)),  # a stage of uap-linf
+    }
+    found = [copy.deepcopy(results), copy.deepcopy(results)]
+    for model, (name, each) in enumerate(zip(("toy", "other"), found, strict=True)):
+        each["about"]["model"] = name
+        each["rows"] = [
+            {**row(method, sum(values[model]) / 2, difference=0.1), "draw_asr": list(values[model])}
+            for method, values in draws.items()
+        ]
+    found[0]["rows"] += [row("adam", 0.99, difference=0.1)]  # not measured on the other one
+    found[1]["rows"][1]["draw_asr"].append(1.0)  # another draw, that not all have
+    *_, last = public.public_brief(found).splitlines()
+
+    def summary(parts):
+        means = [sum(part) / 2 for part in parts]
+        variances = [sum((x - mean) ** 2 for x in part) for part, mean in zip(parts, means, strict=True)]
+        return 100 * sum(means) / 2, 100 * 12.7062 * (sum(variances) / 2 / 4) ** 0.5
+
+    own, rival = (summary(draws[name]) for name in ("uap-linf", "sga"))
+    pairs = [[a - b for a, b in zip(*each, strict=True)] for each in zip(draws["uap-linf"], draws["sga"], strict=True)]
+    mean, width = summary(pairs)
+    assert last == (
+        f"| the mean of all 2 | 20 | `sga`, {rival[0]:.1f} ± {rival[1]:.1f} | {own[0]:.1f} ± {own[1]:.1f} | "
+        f"level ({mean:+.1f} ± {width:.1f}) |"
+    )
+    assert "the mean of all" not in public.public_brief(found[:1])

@@ -16,7 +16,7 @@ from experiments import meta_train, train_victim
 pytestmark = pytest.mark.standard_promotion
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 120, 12
+STEPS, EVERY = 48, 6
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}  # Adam amplifies rounding errors of tiny gradients
 TIMEOUT = 240
 

@@ -70,7 +70,9 @@ class BoundedJit:
         # JAX keeps what it compiles of a trace. Tracing depends on settings of this thread.
         thread = threading.Thread(target=_compile, args=(program.lower(leaves),))
         thread.start()
-        self._threads[key] = thread
+        with self._lock:
+            if key in self._programs:  # another thread may have had so many others since
+                self._threads[key] = thread
 
     def _known(self, args):
         """The program of these arguments, its key, and the arrays in them."""
@@ -112,9 +114,10 @@ class BoundedJit:
 
 
 def _compile(lowered):
-    # One at a time, since this thread's caller compiles too; a call raises what fails here.
+    # One at a time, since the thread that asks for it compiles too; a call raises what fails here.
     with _compiling, contextlib.suppress(Exception):
-        lowered.compile()
+        if threading.main_thread().is_alive():  # else the process waits for this, to end
+            lowered.compile()
 
 
 def _options():

@@ -17,6 +17,7 @@ import jax
 from experiments import common, config, meta_train
 from experiments.studies import public_models
 from lft_jax import evaluation, learners, pretrained
+from lft_jax.optimizers.spectral import SpectralRule
 from lft_jax.victims import load_victim
 
 _SHOWN = ("source", "victim", "method", "at", "asr", "asr_interval", "difference_to_tuned_pgd", "seeds", "seed_asr")
@@ -41,6 +42,8 @@ def ship(flags: Config) -> None:
     params, rule = pretrained.load_pretrained(str(run / "rule.safetensors"))
     card = pretrained.pretrained_card(str(run / "rule.safetensors"))
     if flags.step is not None:
+        if not isinstance(rule, SpectralRule):
+            raise ValueError(f"--step: only a spectral rule has a step of its own, {flags.run} holds {rule}.")
         card |= {"step": {"meta_training": rule.step, "shipped": flags.step}}
         rule = dataclasses.replace(rule, step=flags.step)
     learner, rows = card["meta_training"]["learner"], []

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -133,8 +134,10 @@ def prepare(
       compared: whether the start is compared with the end.
     """
     images = problem.batch.images
-    theta = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
-    _traced_step.prepare(tx, function, problem, theta, jax.eval_shape(tx.init, theta), key, np.float32(0))
+    if any(getattr(leaf, "committed", False) for leaf in jax.tree.leaves((function, images))):
+        return  # the programs depend on the devices that their other arguments will be on
+    theta = jnp.zeros(images.shape[1:], images.dtype)
+    _traced_step.prepare(tx, function, problem, theta, tx.init(theta), key, np.float32(0))
     if compared:
         traced, _ = _compiled(better_end)
         traced.prepare(function, problem.batch, problem.recipe, problem.constraint, theta, theta, key)

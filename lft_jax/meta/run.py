@@ -168,7 +168,8 @@ def train(
         state = trainer.init(key)
         state = _latest(workdir, like=state, rename=first) or state
         if first:
-            _remove_old(workdir)  # of a process that was killed after its last checkpoint
+            with _writing(workdir):
+                _remove_old(workdir)  # of a process that was killed after its last checkpoint
         start = saved = int(state.step)
         with _writing(workdir):
             log = stack.enter_context(Log(workdir, start)) if first else None

@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import threading
 import weakref
 
 import jax
@@ -18,7 +17,8 @@ import pytest
 import lft_jax
 from lft_jax import _bounded, _present, evaluation, learners
 from lft_jax._bounded import BoundedJit
-from lft_jax.attack import _patterns, _steps
+from lft_jax.attack import _patterns, _steps, universal
+from lft_jax.attack._start import first_perturbation
 from lft_jax.auditing import _model
 from lft_jax.evaluation import metrics
 from lft_jax.optimizers.rules import coordinate_lstm
@@ -126,9 +126,11 @@ def compiled(caplog):
 def test_a_prepared_program_is_compiled_once(compiled):
     call, x = BoundedJit(lambda scale, x: scale * jnp.cumsum(x)), np.arange(5, dtype=np.float32)
     call.prepare(np.float32(2), jax.ShapeDtypeStruct((5,), jnp.float32))
+    (thread,) = call._threads.values()
+    thread.join()
+    assert compiled("<lambda>") == 1 and call.compiled() == 0  # before the first call
     np.testing.assert_array_equal(call(np.float32(2), x), 2 * np.cumsum(x))
     assert compiled("<lambda>") == 1 and call.compiled() == 1 and not call._threads
-    assert threading.active_count() == 1
 
 
 def test_a_program_that_cannot_be_compiled_is_reported_by_its_call(monkeypatch):
@@ -149,9 +151,41 @@ def test_a_prepared_program_that_is_forgotten_is_freed():
     assert not call._threads
 
 
-def test_the_programs_after_a_search_are_compiled_once_while_it_goes_on(compiled):
+AFTER = ("_traced_step", "better_end")
+
+
+def test_the_programs_after_a_search_are_compiled_once_while_it_goes_on(compiled, monkeypatch):
+    before = []
+
+    def first(*args):
+        for thread in (
+            *_steps._traced_step._threads.values(),
+            *_steps._compiled(_steps.better_end)[0]._threads.values(),
+        ):
+            thread.join()
+        before.extend(compiled(name) for name in AFTER)
+        return first_perturbation(*args)
+
+    monkeypatch.setattr(universal, "first_perturbation", first)
     lft_jax.universal_perturbation(Model(), IMAGES, epsilon=0.15, steps=2, progress=False)
-    assert [compiled(name) for name in ("_traced_step", "better_end", "search_turn")] == [1, 1, 1]
+    assert before == [1, 1] and [compiled(name) for name in (*AFTER, "search_turn")] == [1, 1, 1]
+
+
+def test_arguments_on_a_device_of_choice_are_not_prepared(compiled):
+    images = jax.device_put(jnp.asarray(IMAGES), jax.devices()[0])
+    lft_jax.universal_perturbation(Model(), images, LABELS, epsilon=0.15, steps=1, progress=False)
+    assert [compiled(name) for name in AFTER] == [2, 1]  # the first step is of a perturbation that is on no device yet
+
+
+def test_the_state_of_an_optimizer_that_jax_does_not_trace():
+    def init(theta):
+        return {"count": np.zeros((), np.float32), "largest": float(jnp.abs(theta).max())}
+
+    optimizer = optax.GradientTransformation(
+        init, lambda g, s, p=None: (-0.1 * jnp.sign(g), {**s, "count": s["count"] + 1})
+    )
+    found = lft_jax.universal_perturbation(Model(), IMAGES, epsilon=0.15, steps=2, optimizer=optimizer, progress=False)
+    assert np.abs(found.perturbation).max() > 0.1
 
 
 def test_what_a_bounded_function_forgets_is_freed():
@@ -206,7 +240,7 @@ FEW = {
     "make_baselines": "norms",
     "_compiled": "programs of this package",
     "options": "methods of an audit",
-    "_weights": "optimizers of an audit",
+    "_rule": "optimizers of an audit",
 }
 #: Names of arguments that hold functions of a user.
 MODELS = {"classifier", "families", "family", "function", "learner", "logits_fn", "model"}

@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 #: Structures of arguments whose programs a function keeps.
 KEPT = 8
 #: Options of XLA on a CPU for quick compilation. LLVM's usual level, 3, takes half as long again, and loops that MLIR
 #: emits nearly twice as long, for programs that are hardly faster: their time goes into convolutions and products of
-#: matrices that are compiled already. Versions of jaxlib after 0.10 do not know the second one.
+#: matrices that are compiled already. Versions after 0.10 do not know the second one.
 _QUICK = {"xla_backend_optimization_level": 1}
-if jaxlib.__version__.startswith("0.10."):
+if (0, 10) <= jax.__version_info__ < (0, 11):
     _QUICK["xla_cpu_use_fusion_emitters"] = False
 _compiling = threading.Lock()
 

@@ -33,19 +33,30 @@ def is_ours(thing):
     return getattr(thing, "__module__", "").startswith("lft_jax")
 
 
-@pytest.fixture
-def checked(monkeypatch):
-    """Every public function, and every public method of a public class, checks its arguments and what it returns."""
+@pytest.fixture(scope="module")
+def checks():
+    """`(functions, methods)`, those of the public names with checks: `{id: function}`, `{(class, name): method}`."""
     functions = {id(thing): CHECK(thing) for thing in PUBLIC.values() if inspect.isfunction(thing)}
+    methods = {
+        (thing, name): CHECK(method)
+        for thing in {id(c): c for c in PUBLIC.values() if inspect.isclass(c) and is_ours(c)}.values()
+        for name, method in vars(thing).items()
+        if inspect.isfunction(method) and is_ours(method) and (not name.startswith("_") or name == "__call__")
+    }
+    return functions, methods
+
+
+@pytest.fixture
+def checked(monkeypatch, checks):
+    """Every public function, and every public method of a public class, checks its arguments and what it returns."""
+    functions, methods = checks
     for module in [name for name in list(sys.modules) if name.startswith("lft_jax")]:
         for name, thing in list(vars(sys.modules[module]).items()):
             if id(thing) in functions:
                 monkeypatch.setattr(sys.modules[module], name, functions[id(thing)])
-    for thing in {id(c): c for c in PUBLIC.values() if inspect.isclass(c) and is_ours(c)}.values():
-        for name, method in list(vars(thing).items()):
-            if inspect.isfunction(method) and is_ours(method) and (not name.startswith("_") or name == "__call__"):
-                monkeypatch.setattr(thing, name, CHECK(method))
-    yield functions
+    for (owner, name), method in methods.items():
+        monkeypatch.setattr(owner, name, method)
+    yield
     for module in MODULES:  # what was built of the checked functions is not for other tests
         for thing in vars(module).values():
             if hasattr(thing, "cache_clear") and is_ours(thing):

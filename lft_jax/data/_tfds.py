@@ -11,6 +11,7 @@ from lft_jax.data._embedded import EMBEDDED
 
 #: Data sets whose train and test splits have different classes. Their train and validation splits do too.
 SPLIT_BY_CLASS = ("omniglot",)
+_READ = 1000  # examples that are read at once
 
 
 def load(name, split, data_dir, cache_dir):
@@ -80,7 +81,8 @@ def _features(name: str, features: Any) -> tuple[Any, Any]:
 def _decode(builder, split, shape):
     data = builder.as_data_source(split=split)
     images, labels = np.empty((len(data), *shape), np.uint8), np.empty(len(data), np.int32)
-    for i in range(len(data)):
-        example = data[i]
-        images[i], labels[i] = example["image"], example["label"]
+    for first in range(0, len(data), _READ):
+        rows = range(first, min(first + _READ, len(data)))
+        for row, example in zip(rows, data.__getitems__(rows), strict=True):  # twice as fast as one by one
+            images[row], labels[row] = example["image"], example["label"]
     return images, labels

@@ -1,9 +1,5 @@
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +8,7 @@ from lft_jax.cli import _exits
 from lft_jax.cli._measure import Remembered, rates
 from lft_jax.cli.attack import Config, attack
 from lft_jax.cli.picture import before_and_after
-
-ROOT = Path(__file__).parents[2]
+from tests.programs import Program
 
 #: A linear model of three classes of 4x4 images, in jax.numpy or in NumPy, and models that fail.
 SOURCE = """
@@ -233,9 +228,8 @@ def test_pictures_of_any_channels_are_drawn(tmp_path, channels):
 
 
 def run(folder, *arguments, module="lft_jax.cli.attack"):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
-    command = [sys.executable, "-m", module, "--output=runs/uap", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    cache = str(folder / "cache")
+    return Program(module, "--output=runs/uap", *arguments, folder=folder, XDG_CACHE_HOME=cache).wait()
 
 
 OWN = ("--images=images.npz", "--epsilon=51/255", "--steps=12")
@@ -258,7 +252,7 @@ OWN = ("--images=images.npz", "--epsilon=51/255", "--steps=12")
 def test_exit_codes(tmp_path, arguments, code, said):
     write(tmp_path)
     found = run(tmp_path, *arguments)
-    assert found.returncode == code, found.stderr
+    assert found.exit_code == code, found.stderr
     assert said in found.stderr
     assert ("Traceback" in found.stderr) == (code == 1)
     assert suffixes(tmp_path) == ([".json", ".npy"] if code == 3 else [])
@@ -273,7 +267,7 @@ def test_success_and_a_warning_of_one_line(tmp_path):
     images = np.full((12, 4, 4, 1), 0.5, np.float32)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(12) % 3)
     found = run(tmp_path, "--model=linear:load", *OWN, module="experiments.attack")
-    assert found.returncode == 0, found.stderr
+    assert found.exit_code == 0, found.stderr
     assert suffixes(tmp_path) == [".json", ".npy", ".png"]
     lines = [line for line in found.stderr.splitlines() if line.startswith("warning: ")]
     assert any("model classifies only" in line for line in lines) and "UserWarning" not in found.stderr

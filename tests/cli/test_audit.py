@@ -1,18 +1,13 @@
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lft_jax.cli import _exits
 from lft_jax.cli.audit import Config, run
-
-ROOT = Path(__file__).parents[2]
+from tests.programs import Program
 
 #: A linear model of three classes of 4x4 images on NumPy arrays, and one that is interrupted.
 SOURCE = """
@@ -173,16 +168,9 @@ def test_wrong_flags(folder, changes, said):
 
 def test_the_console_script_has_its_exit_code(tmp_path):
     write(tmp_path)
-    command = [sys.executable, "-m", "lft_jax.cli.audit", "--model=linear:load", "--data=images.npz", "--out=out"]
-    command += ["--methods=patterns", "--support_images=5", "--queries=30", "--draws=1", "--epsilons=51/255"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    found = subprocess.run(
-        [*command, "--l2_epsilons=none", "--fail_above=0.01"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        check=False,
-    )
-    assert found.returncode == 3, found.stderr
+    arguments = ["--model=linear:load", "--data=images.npz", "--out=out", "--methods=patterns", "--support_images=5"]
+    arguments += ["--queries=30", "--draws=1", "--epsilons=51/255", "--l2_epsilons=none", "--fail_above=0.01"]
+    cache = str(tmp_path / "cache")
+    found = Program("lft_jax.cli.audit", *arguments, folder=tmp_path, XDG_CACHE_HOME=cache).wait()
+    assert found.exit_code == 3, found.stderr
     assert "is above --fail_above=0.01" in found.stderr and "Traceback" not in found.stderr

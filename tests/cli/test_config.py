@@ -23,6 +23,7 @@ from experiments.studies import (
     zo_l2l,
 )
 from lft_jax.cli import config
+from tests.programs import Program
 
 PROGRAMS = (ablation, attack, breadth, evaluate, meta_train, quickstart, render, ship, sine, study, theory_gap)
 PROGRAMS += (classification, directions, omniglot, train_on_gpu, train_victim, victims, zo_l2l)
@@ -99,11 +100,10 @@ def test_every_flag_has_a_help_text(program):
 
 def test_help_and_errors_of_a_program():
     def run(*arguments):
-        command = [sys.executable, "-m", "experiments.attack", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+        return Program("experiments.attack", *arguments).wait()
 
     shown = run("--help")
-    assert shown.returncode == 0
+    assert shown.exit_code == 0
     for text in (
         "universal perturbation",
         "Exit codes: 0 success",
@@ -111,7 +111,7 @@ def test_help_and_errors_of_a_program():
     ):
         assert text in shown.stdout
     missing = run("--victim=nowhere", "--output=x")
-    assert missing.returncode == 2
+    assert missing.exit_code == 2
     assert "nowhere" in missing.stderr and "Traceback" not in missing.stderr
 
 

@@ -154,6 +154,13 @@ def test_tfds_images_equal_those_that_tfds_reads():
         assert source.labels[i] == data[i]["label"]
 
 
+class Examples(list):
+    """A data source."""
+
+    def __getitems__(self, rows):
+        return [self[row] for row in rows]
+
+
 @quiet
 def test_omniglot_is_split_by_character(monkeypatch, tmp_path):
     """Omniglot itself is not needed: a stand-in has its features and splits."""
@@ -171,7 +178,7 @@ def test_omniglot_is_split_by_character(monkeypatch, tmp_path):
 
     def examples(split):
         images = [np.full((105, 105, 3), i, np.uint8) for i in range(len(labels[split]))]
-        return [{"image": image, "label": label} for image, label in zip(images, labels[split], strict=True)]
+        return Examples({"image": image, "label": label} for image, label in zip(images, labels[split], strict=True))
 
     info = types.SimpleNamespace(features=features, full_name="omniglot/3.0.0", splits={"train": 0, "test": 0})
     builder = types.SimpleNamespace(info=info, data_dir=tmp_path, as_data_source=lambda split: examples(split))

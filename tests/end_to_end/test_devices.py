@@ -2,20 +2,17 @@
 
 import os
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import meta_train, train_victim
+from tests.programs import Program
 
 pytestmark = pytest.mark.standard_promotion
 
-ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 48, 6
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}  # Adam amplifies rounding errors of tiny gradients
 TIMEOUT = 240
@@ -45,18 +42,14 @@ def launch(victim, workdir, *, virtual_devices=1, **flags):
         **flags,
     }
     xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={virtual_devices}"
-    command = [sys.executable, "-m", "experiments.meta_train", *(f"--{k}={v}" for k, v in settings.items())]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": xla,
-        "XDG_CACHE_HOME": str(victim.parent),
-    }  # all processes share one compilation cache
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    cache = str(victim.parent)  # all processes share one compilation cache
+    arguments = (f"--{k}={v}" for k, v in settings.items())
+    return Program("experiments.meta_train", *arguments, XLA_FLAGS=xla, XDG_CACHE_HOME=cache)
 
 
 def finish(*processes):
-    outputs = [process.communicate(timeout=TIMEOUT)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    ended = [process.wait(TIMEOUT) for process in processes]
+    assert not any(process.exit_code for process in ended), [process.stderr for process in ended]
 
 
 def launch_two(victim, workdir, **flags):
@@ -97,8 +90,7 @@ def test_four_devices_match_one_and_a_run_resumes_on_one(victim, one_device, tmp
 def test_two_processes_match_one_and_resume_after_one_is_killed(victim, one_device, tmp_path):
     first, second = launch_two(victim, tmp_path / "run")
     stop_at_checkpoint(first, tmp_path / "run")
-    output = second.communicate(timeout=TIMEOUT)[0].decode()
-    assert second.returncode != 0, output  # it ends instead of waiting for the killed one
+    assert second.wait(TIMEOUT).exit_code != 0  # it ends instead of waiting for the killed one
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < STEPS
     finish(*launch_two(victim, tmp_path / "run"))
     assert_same(tmp_path / "run", one_device)
@@ -108,8 +100,8 @@ def stop_at_checkpoint(process, workdir):
     """Kills a process as soon as it has written its second checkpoint."""
     deadline = time.monotonic() + TIMEOUT
     while not (workdir / "checkpoints" / str(2 * EVERY)).exists():
-        assert process.poll() is None, process.communicate()[0].decode()
+        assert process.exit_code is None, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
-    process.communicate(timeout=TIMEOUT)
+    process.wait(TIMEOUT)

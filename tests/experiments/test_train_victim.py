@@ -1,9 +1,6 @@
 """The program that trains victims, on a tiny source."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from experiments import train_victim
 from lft_jax.cli import config
 from lft_jax.data import load_source
 from lft_jax.victims import MODELS, clean_accuracy, load_victim
+from tests.programs import Program
 
 
 @pytest.fixture
@@ -71,13 +69,12 @@ def test_flags_are_parsed_to_a_configuration():
 
 def test_help_and_errors_on_the_command_line(tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", "experiments.train_victim", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+        return Program("experiments.train_victim", *arguments).wait()
 
     helped = run("--help").stdout
     assert "--architecture" in helped
     assert "TFDS" in helped
     failed = run("--source=absent.npz", f"--output={tmp_path / 'victim'}")
-    assert failed.returncode != 0
+    assert failed.exit_code != 0
     assert "FileNotFoundError: name: there is no file absent.npz" in failed.stderr
     assert not list(tmp_path.iterdir())

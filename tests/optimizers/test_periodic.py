@@ -53,6 +53,12 @@ def test_the_transpose_is_that_of_finite_differences():
             np.testing.assert_allclose(gradient[index], (scalar(moved[0]) - scalar(moved[1])) / (2 * step), rtol=1e-6)
 
 
+def shrunk(examples):
+    """The mean of the examples, its bands weighed."""
+    summary = _periods.summarized(examples)
+    return shrink_periods().update(jnp.mean(examples, 0), optax.EmptyState(), periods=summary)[0]
+
+
 @given(shape=st.tuples(st.integers(3, 40), st.integers(3, 40), st.integers(1, 3)), seed=st.integers(0, 100))
 def test_bands_are_weighed_by_their_signal(shape, seed):
     """Against a loop over the periods; only the nested ones below the shorter side are used."""
@@ -66,8 +72,7 @@ def test_bands_are_weighed_by_their_signal(shape, seed):
         energy, noise = np.sum(band.mean(0) ** 2), np.sum(band.var(0, ddof=1)) / 5
         expected += max(energy - noise, 0) / energy * band.mean(0) if energy > 0 else 0
         before = projected
-    mean = jnp.asarray(examples.mean(0))
-    found, _ = shrink_periods().update(mean, optax.EmptyState(), periods=_periods.summarized(jnp.asarray(examples)))
+    found = jax.jit(shrunk)(examples)
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3)
 
 
@@ -83,12 +88,11 @@ def test_what_is_added_to_the_mean_passes():
 
 def test_one_example_has_no_error_and_zeros_stay_zeros():
     one = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 9, 1)), jnp.float32)
-    found, _ = shrink_periods().update(one[0], optax.EmptyState(), periods=_periods.summarized(one))
-    np.testing.assert_allclose(found, one[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(shrunk)(one), one[0], rtol=1e-4, atol=1e-5)
     optimizer, zeros = periodic_descent(), jnp.zeros((9, 9, 1))
     updates, _ = optimizer.update(zeros, optimizer.init(zeros), periods=_periods.summarized(0 * one))
     np.testing.assert_array_equal(updates, 0)
-    gradient = jax.grad(lambda x: jnp.sum(_periods.shrunk(_periods.summarized(x), (9, 9, 1)) ** 2))(
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(_periods.shrunk(_periods.summarized(x), (9, 9, 1)) ** 2)))(
         jnp.zeros((3, 9, 9, 1))
     )
     assert np.all(np.isfinite(gradient))

@@ -61,10 +61,15 @@ def _without_heads(params):
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_a_transform_is_inverted_and_keeps_the_power(shape):
     image = _images(shape, count=1)[0]
-    spectrum = _spectrum.transformed(jnp.asarray(image))
-    np.testing.assert_allclose(_spectrum.image_of(spectrum, shape), image, atol=1e-5)
     of = _spectrum.frequencies(shape)
-    total = np.sum(_spectrum.group_sums(_spectrum.power(spectrum), of))
+
+    @jax.jit
+    def transformed_and_back(image):
+        spectrum = _spectrum.transformed(image)
+        return _spectrum.image_of(spectrum, shape), jnp.sum(_spectrum.group_sums(_spectrum.power(spectrum), of))
+
+    back, total = transformed_and_back(image)
+    np.testing.assert_allclose(back, image, atol=1e-5)
     height, width = _spectrum.sides(shape)
     np.testing.assert_allclose(total, height * width * np.sum(image**2), rtol=1e-4)
     assert np.sum(of.counts) == height * width
@@ -101,10 +106,14 @@ def test_without_heads_it_is_the_formula(shape):
     tx = lft_jax.learned_fine_tuner(_without_heads(rule.init(jax.random.key(0))), rule)
     state = tx.init(theta)
     expected = _reference(rule, gradients, noises, np.zeros(shape), scale, progresses)
+
+    @jax.jit
+    def update_of(batch, state, progress):
+        noise, gradient = _spectrum.noise_of_mean(batch), jnp.mean(batch, 0)
+        return tx.update(gradient, state, theta, noise=noise, scale=scale, progress=progress)
+
     for batch, progress, step in zip(batches, progresses, expected, strict=True):
-        noise = _spectrum.noise_of_mean(jnp.asarray(batch))
-        gradient = jnp.asarray(np.mean(batch, 0))
-        update, state = tx.update(gradient, state, theta, noise=noise, scale=scale, progress=progress)
+        update, state = update_of(batch, state, progress)
         np.testing.assert_allclose(update, -step, rtol=2e-2, atol=2e-4)
 
 
@@ -114,9 +123,10 @@ def test_it_moves_with_its_gradients():
     tx = lft_jax.learned_fine_tuner(rule.init(jax.random.key(0)), rule)
     theta = jnp.zeros((32, 32, 3))
 
+    @jax.jit
     def step(batch):
-        noise = _spectrum.noise_of_mean(jnp.asarray(batch))
-        return tx.update(jnp.asarray(np.mean(batch, 0)), tx.init(theta), theta, noise=noise, scale=0.1)[0]
+        noise, gradient = _spectrum.noise_of_mean(batch), jnp.mean(batch, 0)
+        return tx.update(gradient, tx.init(theta), theta, noise=noise, scale=0.1)[0]
 
     moved = np.roll(batch, (3, 5), (1, 2))
     np.testing.assert_allclose(step(moved), np.roll(step(batch), (3, 5), (0, 1)), atol=1e-4)
@@ -143,14 +153,16 @@ def test_leaves_of_any_shape_and_gradients_of_zero(shape):
     rule = spectral_lstm(hidden=3)
     params, theta = rule.init(jax.random.key(0)), jnp.zeros(shape)
 
+    @jax.jit
+    @jax.value_and_grad
     def total(params, gradient):
         tx = lft_jax.learned_fine_tuner(params, rule)
         update, state = tx.update(gradient, tx.init(theta), theta)
         return jnp.sum(update**2) + jnp.sum(tx.update(gradient, state, theta + update)[0] ** 2)
 
-    assert total(params, theta) == 0
-    for gradient in (theta, theta + 1e-30, theta + 1.0):
-        slopes = jax.grad(total)(params, gradient)
+    for gradient in (0.0, 1e-30, 1.0):
+        value, slopes = total(params, theta + gradient)
+        assert gradient or value == 0
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
 
 
@@ -161,6 +173,7 @@ def test_derivatives_are_those_of_finite_differences():
         batches = jnp.asarray(np.stack([_images((6, 8, 2), seed) for seed in range(3)]), jnp.float64)
         start = 0.01 * batches[0, 0]
 
+        @jax.jit
         def loss(params, start):
             tx = lft_jax.learned_fine_tuner(params, rule)
             theta, state = start, tx.init(start)

@@ -161,7 +161,10 @@ class Cell:
     @property
     def evaluations(self) -> float:
         """About how many evaluations of the model it costs; one with its gradient is three."""
-        return 808 + 130 * self.size if self.gradients else self.size
+        if not self.gradients:
+            return self.size
+        # Hand-designed ones begin from zeros, and learned ones search for a start unless images are large.
+        return 808 * METHODS[self.method].learned + 130 * self.size
 
     @property
     def program(self) -> tuple[Any, ...]:

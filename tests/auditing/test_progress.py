@@ -35,6 +35,11 @@ def test_time_left_is_that_of_the_runs_so_far():
     assert tracker.left() == 0 and tracker.runs == 7
 
 
+def test_a_search_for_a_start_is_counted_where_there_is_one():
+    searched, plain, queries = (Cell(name, 0.1, 10, 20, 0).evaluations for name in ("uap-linf", "momentum", "patterns"))
+    assert (searched - plain, plain, queries) == (808, 20 * 130, 20)
+
+
 def test_lines_are_not_too_many(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr("sys.stderr", out)

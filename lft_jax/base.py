@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
@@ -215,6 +216,19 @@ def check_at_least(argument: str, value: Any, minimum: float) -> None:
     """Raises a ValueError unless `value >= minimum`."""
     if not value >= minimum:
         raise ValueError(f"{argument} must be at least {minimum}, got {value!r}.")
+
+
+def check_count(argument: str, value: Any, minimum: int) -> None:
+    """Raises a ValueError unless `value` is a whole number of at least `minimum`.
+
+    Examples:
+      >>> check_count("steps", 2.5, 1)
+      Traceback (most recent call last):
+      ValueError: steps must be a whole number of at least 1, got 2.5.
+    """
+    check_at_least(argument, value, minimum)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{argument} must be a whole number of at least {minimum}, got {value!r}.")
 
 
 def check_positive(argument: str, value: Any) -> None:

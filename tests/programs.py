@@ -25,13 +25,16 @@ class Program:
       module: the name of the module.
       *arguments: of the command line.
       folder: the current directory, from which modules can be imported too.
-      **environment: variables that differ from those of this process.
+      **environment: variables that differ from those of this process; those that JAX reads when it is imported, such
+        as JAX_PLATFORMS, have no effect.
     """
 
     def __init__(self, module: str, *arguments: str, folder: Path = ROOT, **environment: str):
         written = tempfile.mkdtemp(prefix="lft_jax_program_")
         weakref.finalize(self, shutil.rmtree, written)
         self._files = [str(Path(written) / name) for name in ("stdout", "stderr")]
+        for path in self._files:
+            Path(path).touch()
         variables = {**os.environ, **environment}
         # A daemon, so that it ends with the tests.
         self._process = _server().Process(

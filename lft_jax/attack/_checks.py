@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,6 +50,14 @@ def check_without_images(model: Any, labels: Any, shape: Any) -> None:
         )
     if len(known) != 3 or any(not isinstance(side, int | np.integer) or side < 1 for side in known):
         raise ValueError(f"shape must be (H, W, C), whole numbers of at least 1, got {known!r}.")
+
+
+def check_key(key: Any) -> None:
+    """Raises a TypeError unless it is one PRNG key, new or of old style."""
+    dtype = getattr(key, "dtype", None)
+    new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (np.ndim(key) == 0 if new else dtype == np.uint32 and np.ndim(key) == 1):
+        raise TypeError(f"key must be a PRNG key, such as jax.random.key(0), got {key!r}.")
 
 
 def check_target(target: Any) -> None:

@@ -106,6 +106,11 @@ class Attacker:
             self.size, found, done, repeated = np.abs(np.asarray(start.theta)), start.state, start.done, count
         elif start is not None:
             given, self.size = np.asarray(start), np.abs(np.asarray(start))
+            if not self.size.any():
+                raise ValueError(
+                    "start must not be 0 everywhere where only signs of its coordinates change, as by queries without "
+                    "an optimizer; leave it out for a race of patterns."
+                )
         if start is None or isinstance(start, Paused):
             rounds = self.attack.rounds(left, count)
         before = count + race_evaluations(rounds)
@@ -126,7 +131,7 @@ class Attacker:
                 run.see(theta, entry["asr"], entry["loss"])  # with the changes of this step that were kept
                 raise
             theta, entry = self._measured(found)
-            run.add(Paused(theta, found, k + 1), {**entry, "queries": queries})
+            run.add(Paused(theta, found, k + 1), {**entry, "queries": queries}, theta)
             report({"step": k + 1, **run.history[-1]})
             if callback is not None and callback({"step": k + 1, **run.history[-1]}):
                 break

@@ -42,16 +42,18 @@ class Counter:
 class Run:
     """What a run has found so far."""
 
-    def __init__(self, constraint, oracle, steps, labelled, synthetic, began, counter):
-        self.fields = {"constraint": constraint, "oracle": oracle, "steps": steps}
+    def __init__(self, problem, oracle, steps, labelled, synthetic, began, counter):
+        self.fields = {"constraint": problem.constraint, "oracle": oracle, "steps": steps}
         self.fields |= {"labelled": labelled, "synthetic": synthetic}
         self.began, self.counter = began, counter
+        self.shown = np.asarray(problem.shown.labels), np.asarray(problem.clean)
         self.history: list[dict[str, float]] = []
         self.best: tuple[tuple[float, float], Any] | None = None
         self.paused: Paused | None = None
+        self.outcome: Any = None
 
-    def add(self, paused: Paused, entry: dict[str, float]) -> None:
-        """Takes the end of a step, unless it is NaN."""
+    def add(self, paused: Paused, entry: dict[str, float], outcome: Any) -> None:
+        """Takes the end of a step, unless it is NaN, and the perturbation `[H, W, C]` that its entry is of."""
         if not np.isfinite(entry["linf"]):
             raise ValueError(
                 f"model: its gradient is NaN or infinite in step {paused.done} of {self.fields['steps']}. Usual: "
@@ -65,19 +67,30 @@ class Run:
                 "that is not above 0."
             )
         self.history.append(entry)
-        self.paused = paused
-        self.see(paused.theta, entry["asr"], entry["loss"])
+        self.paused, self.outcome = paused, outcome
+        self.see(outcome, entry["asr"], entry["loss"])
 
     def resume(self, stopped: UniversalPerturbation, images: Any, tx: optax.GradientTransformation) -> Paused:
         """Takes over a run that stopped, and returns where.
 
         Raises:
-          ValueError: if it cannot go on with these images `[N, H, W, C]`, this optimizer and the planned steps.
+          ValueError: if it cannot go on with these images `[N, H, W, C]` and this model, optimizer, constraint and
+            number of steps.
         """
         paused, steps = stopped.paused, self.fields["steps"]
         assert paused is not None
         if paused.theta.shape != images.shape[1:]:
             raise ValueError(f"start must be of images {images.shape[1:]}, got a result {paused.theta.shape}.")
+        if stopped.constraint != self.fields["constraint"]:
+            raise ValueError(
+                f"start is a result that stopped within {stopped.constraint}, not {self.fields['constraint']}; pass "
+                "its norm and epsilon or penalty, or start=result.perturbation to start again."
+            )
+        if not (paused.shown is None or _alike(paused.shown, self.shown)):
+            raise ValueError(
+                "start is a result that stopped with another model, other images, labels or key: the clean images have "
+                "other logits now. Pass the same, or start=result.perturbation to start again."
+            )
         if paused.done >= steps:
             raise ValueError(
                 f"steps must be above {paused.done}, those that start has done, got {steps}; to start again from its "
@@ -97,6 +110,8 @@ class Run:
         merits = [(entry["asr"], -entry["loss"]) for entry in self.history]
         last = np.array_equal(stopped.perturbation, paused.theta)
         self.best = (merits[-1] if last else max(merits)), stopped.perturbation
+        kept = paused.start is not None and np.array_equal(stopped.perturbation, paused.start)
+        self.outcome = paused.start if kept else paused.theta
         return paused
 
     def see(self, theta: Any, asr: float, loss: float) -> None:
@@ -126,15 +141,17 @@ class Run:
         """The result; with `best`, that perturbation instead of the last one."""
         names = self.history[0] if self.history else ()
         columns = {name: np.asarray([entry[name] for entry in self.history]) for name in names}
-        last = self.paused.theta if self.paused else best
+        last = self.outcome if self.paused else best
         counted = max(self.counter.images, int(columns["queries"][-1]) if self.history else 0)
-        stopped = self.paused is not None and self.paused.done < self.fields["steps"]
+        paused = self.paused
+        if paused is not None:
+            paused = paused._replace(shown=self.shown) if paused.done < self.fields["steps"] else None
         return UniversalPerturbation(
             np.asarray(last if best is None else best),
             columns,
             queries=counted,
             seconds=time.monotonic() - self.began,
-            paused=self.paused if stopped else None,
+            paused=paused,
             **self.fields,
         )
 
@@ -154,6 +171,14 @@ def reporter(progress, steps):
             bar.update(entry["step"] - bar.n)
 
         yield report
+
+
+def _alike(before, now):
+    """Whether labels are the same, and logits up to rounding."""
+    (labels, logits), (labels_now, logits_now) = before, now
+    if not np.array_equal(labels, labels_now) or logits.shape != logits_now.shape:
+        return False
+    return np.allclose(logits, logits_now, rtol=0, atol=1e-3 * float(np.abs(logits_now).max()))
 
 
 def entries(history):

@@ -44,7 +44,7 @@ def attack_success_rate(
       The success rate in [0, 1]; NaN if no image is classified correctly when clean.
 
     Raises:
-      TypeError: for a target that is no integer.
+      TypeError: for a target that is no integer, or a perturbation that is no floating-point array.
       ValueError: for images outside [0, 1] or with channels first, labels or a target that are no classes of the model,
         a perturbation of another shape than the images, or a `batch_size` below 1.
 
@@ -91,7 +91,7 @@ def fooling_rate(
       The rate in [0, 1].
 
     Raises:
-      ValueError: as `attack_success_rate`.
+      TypeError, ValueError: as `attack_success_rate`.
 
     Examples:
       >>> model = lambda x: np.stack([np.full(len(x), 0.5), np.mean(x, (1, 2, 3))], 1)
@@ -112,12 +112,17 @@ def _share(hits):
 
 def _logits(model, images, perturbation, batch_size):
     """The logits `[N, classes]` of clean and of perturbed images."""
-    if np.shape(perturbation) != images.shape[1:]:
-        raise ValueError(f"perturbation must be {images.shape[1:]}, got {np.shape(perturbation)}.")
+    if hasattr(perturbation, "perturbation"):
+        raise TypeError("perturbation must be an array; pass that of the result, result.perturbation.")
+    theta = np.asarray(perturbation)
+    if theta.shape != images.shape[1:]:
+        raise ValueError(f"perturbation must be {images.shape[1:]}, got {theta.shape}.")
+    if theta.dtype.kind in "iub":
+        raise TypeError(f"perturbation must be floating-point, in units of the image range, got {theta.dtype}.")
     if not np.all(np.isfinite(perturbation)):
         raise ValueError("perturbation must be finite, got NaN or infinite values.")
     size = 256 if batch_size is None else batch_size
-    base.check_at_least("batch_size", size, 1)
+    base.check_count("batch_size", size, 1)
     call, parts = on_numpy(model), ([], [])
     pads = len(images) > size and (call.host is None or call.host.pads)
     for first in range(0, len(images), size):

@@ -21,12 +21,14 @@ class Paused(NamedTuple):
       state: the optimizer's state.
       done: steps done.
       start: `[H, W, C]`, the pattern that a search found, which the last perturbation has to outdo; or None.
+      shown: the labels `[M]` and the clean logits `[M, classes]` of the images of the history.
     """
 
     theta: PyTree
     state: PyTree
     done: int
     start: PyTree = None
+    shown: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class UniversalPerturbation:
       queries: evaluations of the model on one image, also those of a step that an error ended.
       seconds: time that the run took.
       labelled: whether labels were given. Without them, the model's own predictions are the labels, and `asr` is the
-        fooling rate.
+        fooling rate, unless there is a target.
       synthetic: whether no images were given, and synthetic ones were attacked.
       paused: where the run stopped, if before its last step: `universal_perturbation(..., start=result)` goes on there.
 
@@ -107,7 +109,7 @@ class UniversalPerturbation:
           ValueError: for images of another shape, or of other integers.
         """
         array = np.asarray(images)
-        if np.issubdtype(array.dtype, np.integer) and array.dtype != np.uint8:
+        if array.dtype.kind in "iub" and array.dtype != np.uint8:
             raise ValueError(f"images must be uint8 or floating-point, got {array.dtype}.")
         if array.shape[1:] != self.perturbation.shape:
             raise ValueError(f"images must be [N, {', '.join(map(str, self.perturbation.shape))}], got {array.shape}.")
@@ -115,7 +117,7 @@ class UniversalPerturbation:
             theta = self.perturbation.astype(np.float32)
             levels = np.trunc(255 * theta + 1e-3 * np.sign(theta)).astype(np.int16)
             return np.clip(array.astype(np.int16) + levels, 0, 255).astype(np.uint8)
-        return np.clip(array + self.perturbation.astype(array.dtype), 0, 1)
+        return np.clip(array + self.perturbation.astype(array.dtype), 0, 1).astype(array.dtype)  # bfloat16 too
 
     def to_uint8(self) -> UInt8[np.ndarray, "H W C"]:
         """The perturbation as a picture: 0 is grey, 128; the largest absolute value is 1 or 255."""
@@ -192,7 +194,9 @@ class UniversalPerturbation:
             kind += f" ({255 * bound.epsilon:.3g}/255)" if bound.norm == "linf" else ""
         shape = ", ".join(map(str, self.perturbation.shape))
         norms = ", ".join(f"{name} {_norm(self.perturbation, name):.4g}" for name in ("linf", "l2", "l1"))
-        success = f"clean accuracy {self.clean_accuracy:.2f}, success (ASR) {self.asr:.2f}, " if self.labelled else ""
+        success = f"clean accuracy {self.clean_accuracy:.2f}, " if self.labelled else ""
+        if self.labelled or abs(self.asr - self.fooling_rate) > 1e-6:  # towards a target
+            success += f"success (ASR) {self.asr:.2f}, "
         images = "synthetic" if self.synthetic else "the given"
         lines = [
             f"UniversalPerturbation [{shape}], {kind}, {done} of {self.steps} steps by {self.oracle}",

@@ -142,15 +142,17 @@ def universal_perturbation(
         `AttackRecipe`; with exact gradients, for `Proxies` and, in a ball, for images of less than 128 pixels along a
         side, a start among 65 patterns: `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries for ten
         images, left out if `max_queries` is too small. The result is that start if the steps end at no lower loss on 30
-        new proxies, which takes 80 queries, and those of the history again. The rule "uap-l1" was meta-trained with
-        `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
-      start: a perturbation to begin with, instead of that of the recipe. A result whose run ended early goes on where
+        new proxies, which takes 80 queries, and those of the history again, unless a callback ends them. The rule
+        "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
+      start: a perturbation to begin with, instead of that of the recipe; a search among patterns by queries changes
+        the signs of its coordinates only. A result whose run ended early goes on where
         it stopped, as if it had not stopped, if all other arguments are the same (the clean images are evaluated
         again); `steps` and `max_queries` count those before. A finished one is a start like an array.
       max_queries: the largest number of queries, including one per clean image at the beginning. The run ends before
         a step that would exceed it. None for no limit.
       batch_size: largest number of images in one call of the model; see `lft_jax.models.Classifier`. None for that of
-        the model.
+        the model. Outside of JAX, images of a gradient in several batches are evaluated twice; the result's `queries`
+        count that, and `max_queries` and the history do not.
       key: PRNG key of augmentation, start and directions; `jax.random.key(0)` if None.
       callback: called after each step with the latest entries of the history, and `step`, from 1. The run stops if it
         returns True.
@@ -161,12 +163,12 @@ def universal_perturbation(
       The perturbation, the history of the run, and a summary.
 
     Raises:
-      TypeError: for a model of a framework without its adapter, or a target that is no integer.
+      TypeError: for a model of a framework without its adapter, a target that is no integer, or a key that is none.
       ValueError: for no images, images outside [0, 1] or NaN or with channels first, labels out of range or without
         images, a `shape` with images or none without them, an epsilon or penalty that is not above 0, an epsilon above
         1 (linf), both or neither of them, `steps` below 1, unknown names, losses that do not fit each other or the
         oracle, logits of a wrong shape, a `max_queries` too small for one step, a `start` that stopped with another
-        optimizer, other images or after `steps`, and NaN in what the model returns or in its gradient.
+        optimizer, model, images or constraint or after `steps`, and NaN in what the model returns or in its gradient.
       Exception: what the model raises. Like a NaN and KeyboardInterrupt, it ends the run, and the exception has an
         attribute `partial`: the `UniversalPerturbation` found so far, to go on from with `start=error.partial`.
 
@@ -190,9 +192,12 @@ def universal_perturbation(
     References:
       Zhao et al. 2021, arXiv 2009.13714; Moosavi-Dezfooli et al. 2017, arXiv 1610.08401.
     """
-    base.check_at_least("steps", steps, 1)
+    base.check_count("steps", steps, 1)
     _checks.check_target(target)
     key = jax.random.key(0) if key is None else key
+    _checks.check_key(key)
+    if max_queries is not None:
+        base.check_count("max_queries", max_queries, 1)
     synthetic = images is None
     if images is None:
         _checks.check_without_images(model, labels, shape)
@@ -203,6 +208,8 @@ def universal_perturbation(
     constraint = as_constraint(norm, epsilon, constraint)
     tx = _stored(optimizer) if isinstance(optimizer, str) else _extra_args(optimizer)
     classifier, estimator = _with_oracle(model, oracle, images, batch_size)
+    if max_queries is not None and classifier.host is not None:  # rows that fill up a batch would count
+        classifier = dataclasses.replace(classifier, host=dataclasses.replace(classifier.host, pads=False))
     full_recipe = _as_recipe(recipe, estimator, target, constraint, np.shape(images)[1:3])
     patterns = _patterns.pattern_attack(oracle, estimator, optimizer, recipe, constraint)
     evaluations = 0
@@ -219,7 +226,8 @@ def universal_perturbation(
     watched = min(len(images), HISTORY_IMAGES)
     cost += watched
     searched, compared = (count(full_recipe, np.shape(images)) for count in (search_queries, end_queries))
-    first = cost + (compared + watched if compared and steps == 1 else 0)
+    of_end = compared + watched if compared else 0  # whether the start is the result
+    first = cost + of_end
     if recipe is None and max_queries is not None and max_queries < len(images) + searched + first:
         full_recipe, searched, first = dataclasses.replace(full_recipe, search=None), 0, cost
     if start is not None:
@@ -254,7 +262,7 @@ def universal_perturbation(
     queries = len(x) + searched
     kind = "gradient" if estimator is None else "query"
     kind = "decision" if patterns is not None and patterns.decision else kind
-    run = Run(constraint, kind, steps, labelled, synthetic, began, counter)
+    run = Run(problem, kind, steps, labelled, synthetic, began, counter)
     with run.keeping(), reporter(progress, steps) as report:
         if patterns is not None:
             begin = None
@@ -273,21 +281,21 @@ def universal_perturbation(
             # A start that was given is its giver's to compare with.
             found = theta if searched and compared and np.any(np.asarray(theta)) else None
         else:
-            theta, state, done, found = run.resume(stopped, x, tx)
+            theta, state, done, found, _ = run.resume(stopped, x, tx)
             queries += stopped.queries
             _, key = keys(problem.recipe, key)
-        for k in range(done, steps):
-            last = found is not None and k == steps - 1
-            if max_queries is not None and queries + cost + last * (compared + watched) > max_queries:
-                break
+        end = steps
+        if max_queries is not None:
+            end = min(steps, done + max(0, max_queries - queries - of_end * (found is not None)) // cost)
+        for k in range(done, end):
             theta, state, metrics = step(after_start, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
-            queries += cost
-            if last and found is not None:
+            queries, outcome = queries + cost, theta
+            if found is not None and k == end - 1:
                 key_end = jax.random.fold_in(key, _KEY_END)
-                theta, metrics, kept = better(ask, after_start, found, theta, key_end, metrics)
+                outcome, metrics, kept = better(ask, after_start, found, theta, key_end, metrics)
                 queries += compared + kept * watched
             entry = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            run.add(Paused(theta, state, k + 1, found), {**entry, "queries": queries})
+            run.add(Paused(theta, state, k + 1, found), {**entry, "queries": queries}, outcome)
             report({"step": k + 1, **run.history[-1]})
             if callback is not None and callback({"step": k + 1, **run.history[-1]}):
                 break

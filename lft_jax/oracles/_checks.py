@@ -3,13 +3,6 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-
-
-def check_count(argument: str, value: Any) -> None:
-    """Raises a ValueError unless `value` is an integer of at least 1."""
-    if not (isinstance(value, int | np.integer) and value >= 1):
-        raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}.")
 
 
 def check_losses(argument: str, losses: Any, count: int) -> Any:

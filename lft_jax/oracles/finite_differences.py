@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lft_jax import _memory
-from lft_jax.base import Estimate, Oracle, PyTree, check_name, check_positive, safe_sqrt
+from lft_jax.base import Estimate, Oracle, PyTree, check_count, check_name, check_positive, safe_sqrt
 from lft_jax.oracles import _covariance, _probing
-from lft_jax.oracles._checks import check_count, check_losses
+from lft_jax.oracles._checks import check_losses
 from lft_jax.oracles.directions import BASES, DRAW, Subspace, direction_seeds, flatten
 
 
@@ -105,9 +105,9 @@ def zeroth_order(
       Ruan et al. (2020), Learning to learn by zeroth-order oracle, arXiv 1910.09464 (learned `deviation`).
     """
     _check_directions(num_directions, smoothing, directions, resolution, basis)
-    check_count("evaluations", evaluations)
+    check_count("evaluations", evaluations, 1)
     if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
+        check_count("chunk_size", chunk_size, 1)
     if memory_mib is not None:
         check_positive("memory_mib", memory_mib)
     batched_loss, scan = (
@@ -200,7 +200,7 @@ def per_example_zeroth_order(
       (4.0, 2.0, 4)
     """
     _check_directions(num_directions, smoothing, directions, resolution, basis)
-    check_count("num_examples", num_examples)
+    check_count("num_examples", num_examples, 1)
     batched_loss, scan = (
         (_probing.on_numpy(example_losses), _probing.eager_scan) if opaque else (example_losses, jax.lax.scan)
     )
@@ -365,11 +365,11 @@ def _evaluations(num_directions, antithetic):
 
 
 def _check_directions(num_directions, smoothing, directions, resolution, basis):
-    check_count("num_directions", num_directions)
+    check_count("num_directions", num_directions, 1)
     check_positive("smoothing", smoothing)
     check_name("directions", directions, DRAW)
     check_name("basis", basis, BASES)
     if resolution is not None:
-        check_count("resolution", resolution)
+        check_count("resolution", resolution, 1)
         if directions == "coordinate":
             raise ValueError("resolution: directions='coordinate' are axes, which no subspace contains; leave it out.")

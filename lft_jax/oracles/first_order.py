@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lft_jax.base import Estimate, Oracle, PyTree, safe_sqrt
-from lft_jax.oracles._checks import check_count, check_losses
+from lft_jax.base import Estimate, Oracle, PyTree, check_count, safe_sqrt
+from lft_jax.oracles._checks import check_losses
 from lft_jax.oracles.directions import floats
 
 
@@ -30,7 +30,7 @@ def gradient(loss_fn: Callable[[PyTree], Float[Array, ""]], *, evaluations: int 
       >>> answer.grads.tolist(), int(answer.queries)
       ([2.0, 4.0], 5)
     """
-    check_count("evaluations", evaluations)
+    check_count("evaluations", evaluations, 1)
 
     def oracle(theta, key):
         del key
@@ -73,7 +73,7 @@ def per_example_gradient(
       >>> answer.grads.tolist(), answer.extras["spread"].tolist(), int(answer.queries)
       ([4.0], [2.0], 2)
     """
-    check_count("num_examples", num_examples)
+    check_count("num_examples", num_examples, 1)
 
     def oracle(theta, key):
         del key

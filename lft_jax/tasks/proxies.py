@@ -64,9 +64,11 @@ class Proxies:
         Raises:
           ValueError: for a field out of range.
         """
-        base.check_at_least("proxies: size", self.size, 1)
-        if not self.grids or min(self.grids) < 1:
-            raise ValueError(f"proxies: grids must be numbers of at least 1, got {self.grids!r}.")
+        base.check_count("proxies: size", self.size, 1)
+        if not self.grids or len(set(self.grids)) < len(self.grids):
+            raise ValueError(f"proxies: grids must be different numbers, at least one, got {self.grids!r}.")
+        for grid in self.grids:
+            base.check_count("proxies: grids", grid, 1)
         if not 0 <= self.shift < 1:
             raise ValueError(f"proxies: shift must be in [0, 1), got {self.shift!r}.")
         base.check_at_least("proxies: noise", self.noise, 0)

@@ -40,7 +40,7 @@ def synthetic_images(key: PRNGKeyArray, number: int, shape: tuple[int, int, int]
       Data-free universal adversarial perturbation and black-box attack, ICCV; Liu et al. 2023, TRM-UAP, ICCV. Learning
       from noise with the spectrum of photographs: Baradad et al. 2021, arXiv 2106.05963, section 3.
     """
-    base.check_at_least("number", number, 1)
+    base.check_count("number", number, 1)
     if len(shape) != 3 or any(not isinstance(side, int | np.integer) or side < 1 for side in shape):
         raise ValueError(f"shape must be (H, W, C), whole numbers of at least 1, got {shape!r}.")
     return _clouds(key, number, tuple(map(int, shape)))

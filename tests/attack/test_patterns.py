@@ -274,3 +274,20 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_nan_is_reported():
     with pytest.raises(ValueError, match="NaN"):
         run(lambda images: linear(images) * jnp.where(jnp.std(images) > 10, 1, jnp.nan), max_queries=100)
+
+
+@pytest.mark.parametrize("oracle", ["query", "decision"])
+def test_a_budget_holds_in_small_batches(oracle):
+    model = Counted()
+    result = run(model, oracle=oracle, batch_size=4, max_queries=50, steps=3)
+    assert model.images == result.queries == result.history["queries"][-1] <= 50
+
+
+def test_a_start_without_signs_and_a_key_that_is_none_are_refused():
+    with pytest.raises(ValueError, match="start must not be 0 everywhere where only signs"):
+        run(start=np.zeros((8, 8, 1)), max_queries=100)
+    for key in (3, jnp.zeros(3), jax.random.split(jax.random.key(0))):
+        with pytest.raises(TypeError, match="key must be a PRNG key"):
+            run(max_queries=100, key=key)
+    old, new = (run(max_queries=100, key=make(1)).perturbation for make in (jax.random.PRNGKey, jax.random.key))
+    np.testing.assert_array_equal(old, new)

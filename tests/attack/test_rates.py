@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from lft_jax import attack_success_rate, fooling_rate, universal_perturbation
+from lft_jax import UniversalPerturbation, attack_success_rate, fooling_rate, universal_perturbation
+from lft_jax.tasks.perturbation import Constraint
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(16, 3)).astype(np.float32)
@@ -37,6 +38,14 @@ def test_the_success_rate_is_nan_if_no_image_is_classified_correctly():
     wrong = (LABELS + 1) % 3
     with pytest.warns(UserWarning, match="classifies only 0 of 6 clean images .* Usual causes: mean, std"):
         assert math.isnan(attack_success_rate(linear, IMAGES, wrong, np.zeros((4, 4, 1))))
+
+
+def test_what_is_no_perturbation_is_refused():
+    result = UniversalPerturbation(np.full((4, 4, 1), 0.1), {}, Constraint("linf", 0.1))
+    with pytest.raises(TypeError, match=r"pass that of the result, result\.perturbation"):
+        attack_success_rate(linear, IMAGES, LABELS, result)
+    with pytest.raises(TypeError, match="perturbation must be floating-point, in units of the image range, got uint8"):
+        fooling_rate(linear, IMAGES, result.to_uint8())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ OPTIMIZER = optax.chain(optax.trace(0.5), optax.scale_by_sign(), optax.scale(-0.
 QUERY = lft_jax.ZerothOrder(num_directions=2, smoothing=0.01, per_example=True)
 
 
+OTHER = {"optimizer": OPTIMIZER, "recipe": RECIPE}
+PENALTY = Constraint("l2", penalty=0.1)
+
+
 def linear(images):
     return images.reshape(len(images), -1) @ WEIGHTS
 
@@ -63,6 +67,27 @@ def test_a_run_that_stopped_goes_on_only_as_it_began():
     with pytest.raises(ValueError, match=r"start must be of images \(5, 4, 1\), got a result \(4, 4, 1\)"):
         images = np.full((6, 5, 4, 1), 0.5, np.float32)
         universal_perturbation(lambda x: x.mean((2, 3)), images, epsilon=0.1, start=part, progress=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"oracle": "query", "optimizer": "uap-linf", "recipe": None}])
+def test_a_run_that_stopped_goes_on_in_its_ball_and_on_its_model_only(options):
+    part = run(callback=lambda entry: entry["step"] == 3, max_queries=200, **options)
+    for ball in ({"epsilon": 0.02}, {"norm": "l2", "epsilon": 0.1}, {"epsilon": None, "constraint": PENALTY}):
+        with pytest.raises(ValueError, match="start is a result that stopped within Constraint"):
+            run(start=part, **{**OTHER, **ball} if "constraint" in ball else {**options, **ball}, max_queries=200)
+
+    def other(images):
+        return linear(images)[:, ::-1] / 2 - 1
+
+    with pytest.raises(ValueError, match="stopped with another model, other images, labels or key"):
+        universal_perturbation(other, IMAGES, epsilon=0.1, steps=8, start=part, progress=False, **{**OTHER, **options})
+    with pytest.raises(ValueError, match="stopped with another model, other images, labels or key"):
+        images = IMAGES[::-1]
+        universal_perturbation(
+            linear, images, LABELS[::-1], epsilon=0.1, steps=8, start=part, progress=False, **{**OTHER, **options}
+        )
+    anew = run(start=part.perturbation, epsilon=0.02, max_queries=200)
+    assert np.abs(anew.perturbation).max() <= 0.02 + 1e-7
 
 
 def test_a_run_that_cannot_go_on_keeps_what_was_found():
@@ -204,6 +229,10 @@ def test_a_perturbation_is_applied_within_its_ball():
         result.apply(np.zeros((1, 3, 3, 1)))
     with pytest.raises(ValueError, match="images must be uint8 or floating-point, got int64"):
         result.apply(np.zeros((1, 4, 4, 1), np.int64))
+    with pytest.raises(ValueError, match="images must be uint8 or floating-point, got bool"):
+        result.apply(np.zeros((1, 4, 4, 1), bool))
+    half = jnp.asarray(images / np.float32(255), jnp.bfloat16)
+    assert result.apply(half).dtype == half.dtype
     picture = result.to_uint8()
     assert picture.dtype == np.uint8 and picture[0, 0] == 255 and picture[1, 1] == 1
     np.testing.assert_allclose((picture.astype(float) - 128) / 127 * (8 / 255), theta, atol=8 / 255 / 127)

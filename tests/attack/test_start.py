@@ -82,8 +82,17 @@ def test_evaluations_are_counted(optimizer):
     assert result.queries == result.history["queries"][-1] == counted
 
 
-def test_the_last_step_is_left_out_if_what_follows_does_not_fit():
+def test_fewer_steps_are_compared_with_the_start_too():
     whole = run(UNDOES)
     assert run(UNDOES, max_queries=whole.queries).queries == whole.queries
     shorter = run(UNDOES, max_queries=whole.queries - 1)
-    assert len(shorter.history["loss"]) == 2 and shorter.queries == whole.queries - 6 - 5 - 12 - 5
+    assert len(shorter.history["loss"]) == 2 and shorter.queries == whole.queries - 6 - 5
+    np.testing.assert_array_equal(shorter.perturbation, whole.perturbation)  # the start
+    assert shorter.history["loss"][-1] == whole.history["loss"][-1] < shorter.history["loss"][0]
+    # Its steps go on from where they were, not from the start.
+    assert shorter.paused.done == 2 and np.any(np.asarray(shorter.paused.theta) != shorter.perturbation)
+    rest = run(UNDOES, start=shorter)
+    np.testing.assert_array_equal(rest.perturbation, whole.perturbation)
+    assert rest.history["loss"][-1] == whole.history["loss"][-1] and rest.paused is None
+    again = run(UNDOES, start=shorter, max_queries=shorter.queries)  # no step is left
+    np.testing.assert_array_equal(again.perturbation, shorter.perturbation)

@@ -147,7 +147,7 @@ def test_coarse_directions_move_whole_tiles():
     tiles = theta.reshape(2, 2, 2, 2).transpose(0, 2, 1, 3).reshape(4, 4)
     np.testing.assert_allclose(tiles, np.repeat(tiles[:, :1], 4, axis=1))
     assert len(np.unique(tiles)) > 1
-    with pytest.raises(ValueError, match="resolution must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="resolution must be at least 1, got 0"):
         run(oracle="query", resolution=0)
 
 
@@ -371,6 +371,8 @@ def test_a_query_oracle_may_share_its_directions_among_the_images():
         ({"epsilon": -1}, "epsilon must be a finite number above 0"),
         ({"epsilon": math.nan}, "epsilon must be a finite number above 0"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 2.0}, "steps must be a whole number of at least 1, got 2.0"),
+        ({"max_queries": 1e2}, "max_queries must be a whole number of at least 1, got 100.0"),
         ({"norm": "linff"}, "norm: unknown name 'linff'. Did you mean 'linf'"),
         ({"norm": "l1"}, "norm: there is no 'l1' ball"),
         ({"oracle": "querry"}, "oracle: unknown name 'querry'. Did you mean 'query'"),
@@ -380,7 +382,7 @@ def test_a_query_oracle_may_share_its_directions_among_the_images():
         ({"optimizer": "uap-linff"}, "optimizer: name: unknown name 'uap-linff'"),
         ({"optimizer": "absent.safetensors"}, "optimizer: name: the card absent.json"),
         ({"model": lambda images: linear(images)[:4]}, r"model must return \[6, classes\]"),
-        ({"oracle": "query", "num_directions": 0}, "num_directions must be a whole number of at least 1"),
+        ({"oracle": "query", "num_directions": 0}, "num_directions must be at least 1, got 0"),
         ({"oracle": "query", "smoothing": 0.0}, "smoothing must be a finite number above 0"),
         (
             {"max_queries": 3 * NUM - 1},

@@ -156,8 +156,8 @@ def test_per_example_directions_compile_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_examples": 0}, "num_examples must be a whole number"),
-        ({"num_directions": 0}, "num_directions must be a whole number"),
+        ({"num_examples": 0}, "num_examples must be at least 1, got 0"),
+        ({"num_directions": 0}, "num_directions must be at least 1, got 0"),
         ({"smoothing": 0.0}, "smoothing must be a finite number above 0"),
         ({"basis": "wavelets"}, "basis: unknown name 'wavelets'"),
         ({"resolution": 2, "directions": "coordinate"}, "resolution: directions='coordinate' are axes"),

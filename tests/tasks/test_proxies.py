@@ -178,8 +178,10 @@ def test_an_attack_counts_what_it_asks_for(oracle):
     ("options", "message"),
     [
         ({"size": 0}, "proxies: size must be at least 1, got 0"),
-        ({"grids": ()}, r"proxies: grids must be numbers of at least 1, got \(\)"),
-        ({"grids": (0, 1)}, "proxies: grids must be"),
+        ({"size": 2.5}, "proxies: size must be a whole number of at least 1, got 2.5"),
+        ({"grids": ()}, r"proxies: grids must be different numbers, at least one, got \(\)"),
+        ({"grids": (1, 2, 1)}, "proxies: grids must be different numbers"),
+        ({"grids": (0, 1)}, "proxies: grids must be at least 1, got 0"),
         ({"shift": 1.0}, r"proxies: shift must be in \[0, 1\), got 1.0"),
         ({"noise": -1}, "proxies: noise must be at least 0, got -1"),
     ],

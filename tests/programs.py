@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMPORTED = ("lft_jax.cli.attack", "lft_jax.cli.audit", "experiments.meta_train", "experiments.train_victim")
 IMPORTED += ("sklearn.datasets",)  # which a program imports when it asks for digits
-# A process with other threads should not be forked.
+# A process with threads that compute should not be forked. One of jemalloc, which comes with sklearn, allows it.
 _ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 

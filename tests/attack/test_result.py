@@ -86,8 +86,8 @@ def test_a_run_that_stopped_goes_on_in_its_ball_and_on_its_model_only(options):
         universal_perturbation(
             linear, images, LABELS[::-1], epsilon=0.1, steps=8, start=part, progress=False, **{**OTHER, **options}
         )
-    anew = run(start=part.perturbation, epsilon=0.02, max_queries=200)
-    assert np.abs(anew.perturbation).max() <= 0.02 + 1e-7
+    again = run(start=part.perturbation, epsilon=0.02, max_queries=200)
+    assert np.abs(again.perturbation).max() <= 0.02 + 1e-7
 
 
 def test_a_run_that_cannot_go_on_keeps_what_was_found():

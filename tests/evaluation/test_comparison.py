@@ -20,7 +20,7 @@ from lft_jax.tasks.uap import uap_family
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(16, 3)).astype(np.float32)
 #: As many validation as test tasks, measured after one step: then tuning and the test share compiled programs.
-PROTOCOL = Protocol(
+SETTINGS = Protocol(
     num_steps=2, at=(2,), num_tasks=4, num_validation=4, methods=("uap_sgd",), oracle_steps=15, batch_size=2, seed=7
 )
 OPTIONS = {"num_steps": 2, "at": (2,), "batch_size": 2}
@@ -63,14 +63,14 @@ def compared():
     transfer = [family(WEIGHTS + RNG.normal(scale=0.3, size=(16, 3)).astype(np.float32))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison.baselines, "make_baselines", lambda norm: table)
-        rows, pictures = compare(TARGET, learned, PROTOCOL, transfer_from=transfer, report=lines.append)
+        rows, pictures = compare(TARGET, learned, SETTINGS, transfer_from=transfer, report=lines.append)
     return {row["method"]: row for row in rows}, pictures, lines, table
 
 
 def keys():
     """The test and validation tasks of the protocol's seed."""
-    test, validation, _, _ = jax.random.split(jax.random.key(PROTOCOL.seed), 4)
-    return jax.random.split(test, PROTOCOL.num_tasks), jax.random.split(validation, PROTOCOL.num_validation)
+    test, validation, _, _ = jax.random.split(jax.random.key(SETTINGS.seed), 4)
+    return jax.random.split(test, SETTINGS.num_tasks), jax.random.split(validation, SETTINGS.num_validation)
 
 
 def test_every_method_has_a_row(compared):
@@ -98,7 +98,7 @@ def test_augmented_baselines_run_on_the_tasks_of_the_learned_methods(monkeypatch
     monkeypatch.setattr(comparison.baselines, "make_baselines", lambda norm: table)
     pgd, plain = table["pgd"].learner, {"augmentation": None, "loss": LOSS}
     learned = {"learned": Learned(pgd, [SETTING], lambda family: family.with_recipe(**plain))}
-    rows, _ = compare(TARGET, learned, dataclasses.replace(PROTOCOL, methods=("pgd",)))
+    rows, _ = compare(TARGET, learned, dataclasses.replace(SETTINGS, methods=("pgd",)))
     rows = {row["method"]: row for row in rows}
 
     def asr(augmentation):

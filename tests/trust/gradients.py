@@ -205,7 +205,7 @@ def _task(learner, program, refused) -> TaskFamily | None:
 
 
 def _weights(params, rule, rng):
-    """Random weights; a learned initialization leaves room for the steps inside a ball."""
+    """Random weights; a learned initialization is so small that the steps stay inside a ball."""
 
     def drawn(path, leaf):
         name, uniform = jax.tree_util.keystr(path), rng.uniform(-1, 1, leaf.shape)

@@ -84,7 +84,8 @@ _OWN = ("short-steps", "coarse-to-fine", "open-periods", "frequencies", "spatial
 def public_brief(found: Sequence[Mapping[str, Any]]) -> str:
     """The shipped rule and its strongest rival on each model, from the same ten images and in as many steps.
 
-    The last line has the means over all models, and the rival with the best one.
+    Numbers of steps that fewer than two rivals were measured with are left out. The last line has the means over all
+    models, and the rival with the best one.
     """
     lines = ["| model | K | strongest other method | `uap-linf` | against it |", "|---" * 5 + "|"]
     for results in found:
@@ -92,7 +93,7 @@ def public_brief(found: Sequence[Mapping[str, Any]]) -> str:
         for own in sorted((row for row in rows if row["method"] == "uap-linf"), key=lambda row: -row["steps"]):
             others = [row for row in rows if row["steps"] == own["steps"] and "difference" in row]
             rivals = [row for row in others if " " not in row["method"] and not row["method"].startswith(_OWN)]
-            if not rivals:
+            if len(rivals) < 2:  # the strongest of one is none
                 continue
             rival = max(rivals, key=lambda row: row["asr"])
             cells = [

@@ -130,9 +130,11 @@ def test_the_brief_names_the_strongest_rival(results):
     assert "-10.0, one draw" in public.public_brief([results])
 
 
-def test_a_model_without_rivals_is_left_out_of_the_brief(results):
-    results["rows"] = results["rows"][:1]
-    assert public.public_brief([results]).count("\n") == 2
+def test_a_model_with_fewer_than_two_rivals_is_left_out_of_the_brief(results):
+    assert [row["method"] for row in results["rows"][:2]] == ["uap-linf", "sga"]
+    for number in (2, 1):
+        results["rows"] = results["rows"][:number]
+        assert public.public_brief([results]).count("\n") == 2
 
 
 def test_the_last_line_has_the_best_other_method_over_all_models(results):

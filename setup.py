@@ -49,6 +49,7 @@ setuptools.setup(
         "lft_jax": ["py.typed"],
         "lft_jax.auditing": ["templates/*"],
         "lft_jax.pretrained": ["*.safetensors", "*.json"],
+        "lft_jax.tasks": ["tile.safetensors", "tile.json"],
     },
     entry_points={"console_scripts": ["lft-attack = lft_jax.cli.attack:main", "lft-audit = lft_jax.cli.audit:main"]},
     install_requires=[

@@ -38,6 +38,7 @@ from experiments.report import (
     sections,
     starts,
     tables,
+    tile,
     victims,
 )
 
@@ -66,6 +67,7 @@ KINDS = {
     "public_queries": (queries.queries_section, queries.draw_queries),
     "objectives": (objectives.objectives_section, _draw_nothing),
     "starts": (starts.starts_section, _draw_nothing),
+    "tile": (tile.tile_section, _draw_nothing),
     "defence": (defence.defence_section, _draw_nothing),
     "ablation": (sections.ablation_section, _draw_nothing),
     "directions": (sections.directions_section, _draw_nothing),

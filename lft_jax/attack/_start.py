@@ -14,8 +14,8 @@ from lft_jax.tasks.recipe import AttackRecipe, better_end, initial_perturbation,
 
 
 def keys(recipe: AttackRecipe, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The key of the start and that of the steps; a start of zeros uses none."""
-    if recipe.start == "zeros" and recipe.search is None:
+    """The key of the start and that of the steps; only a random start or a search uses one."""
+    if recipe.start != "random" and recipe.search is None:
         return key, key
     return _split(key)
 

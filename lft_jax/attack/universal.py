@@ -37,14 +37,17 @@ from lft_jax.tasks.recipe import (
     step_queries,
 )
 from lft_jax.tasks.synthetic import synthetic_images
+from lft_jax.tasks.tile import CHANNELS
 
 ORACLES = ("auto", "gradient", "query", "decision")
 #: The oracle that is named "query" where an optimizer or a recipe is given.
 QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
 #: The search for a start with exact gradients in a ball: 65 patterns on 12 proxies.
 SEARCH = PatternSearch(tiles=12, waves=12, refinements=40)
-#: Pixels along both sides from which steps find more from zeros than from the best of these patterns.
+#: Pixels along both sides from which steps find more from the tile, or zeros, than from the best of these patterns.
 LARGE = 128
+#: The recipe in an linf ball with exact gradients, for large images of three channels and no target.
+TILED = AttackRecipe(augmentation=Proxies(), start="tile", step_scale=0.4)
 #: The default loss.
 LOSS = AttackLoss("cross_entropy")
 #: Images that the history is measured on, at most.
@@ -139,10 +142,12 @@ def universal_perturbation(
         query per image and step, and none in a search; of more than 50 images it sees 50, the same in each step, which
         the key chooses.
       recipe: what is done with the images: their loss and augmentation, and the start. None for the defaults of
-        `AttackRecipe`; with exact gradients, for `Proxies` and, in a ball, for images of less than 128 pixels along a
-        side, a start among 65 patterns: `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries for ten
-        images, left out if `max_queries` is too small. The result is that start if the steps end at no lower loss on 30
-        new proxies, which takes 80 queries, and those of the history again, unless a callback ends them. The rule
+        `AttackRecipe`; with exact gradients, for `Proxies` and a start. In a ball, for images of less than 128 pixels
+        along a side, this is the best of 65 patterns: `PatternSearch(tiles=12, waves=12, refinements=40)`, 808 queries
+        for ten images, left out if `max_queries` is too small. The result is that start if the steps end at no lower
+        loss on 30 new proxies, which takes 80 queries, and those of the history again, unless a callback ends them. In
+        an linf ball, for larger images of three channels and without a target, the start is a tile that was learned on
+        a model of natural images, and steps are shorter: `AttackRecipe(start="tile", step_scale=0.4)`. The rule
         "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
       start: a perturbation to begin with, instead of that of the recipe; a search among patterns by queries changes
         the signs of its coordinates, and nothing else. A result whose run ended early goes on where it stopped, as if
@@ -210,7 +215,7 @@ def universal_perturbation(
     classifier, estimator = _with_oracle(model, oracle, images, batch_size)
     if max_queries is not None and classifier.host is not None:  # rows that fill up a batch would count
         classifier = dataclasses.replace(classifier, host=dataclasses.replace(classifier.host, pads=False))
-    full_recipe = _as_recipe(recipe, estimator, target, constraint, np.shape(images)[1:3])
+    full_recipe = _as_recipe(recipe, estimator, target, constraint, np.shape(images)[1:])
     patterns = _patterns.pattern_attack(oracle, estimator, optimizer, recipe, constraint)
     evaluations = 0
     if patterns is not None:
@@ -346,13 +351,10 @@ def _with_oracle(model, oracle, images, batch_size) -> tuple[Classifier, ZerothO
     return classifier, None
 
 
-def _as_recipe(recipe, estimator, target, constraint, sides) -> AttackRecipe:
+def _as_recipe(recipe, estimator, target, constraint, shape) -> AttackRecipe:
     """The recipe, or the default one, with its loss resolved and checked against the oracle and the target."""
     if recipe is None:
-        recipe = AttackRecipe()
-        if estimator is None:
-            searched = constraint.epsilon is not None and min(sides) < LARGE
-            recipe = AttackRecipe(augmentation=Proxies(), search=SEARCH if searched else None)
+        recipe = AttackRecipe() if estimator is not None else _default_recipe(target, constraint, shape)
     loss = as_attack_loss(LOSS if recipe.loss is None else recipe.loss, target=target)
     if target is not None:
         if loss.target not in (None, target):
@@ -362,6 +364,15 @@ def _as_recipe(recipe, estimator, target, constraint, sides) -> AttackRecipe:
     if estimator is not None and loss.kind == "dominant":
         raise ValueError(f"loss: 'dominant' is for exact gradients only, got {estimator}.")
     return recipe
+
+
+def _default_recipe(target, constraint, shape) -> AttackRecipe:
+    """The recipe for exact gradients."""
+    *sides, channels = shape
+    if min(sides) < LARGE:
+        return AttackRecipe(augmentation=Proxies(), search=None if constraint.epsilon is None else SEARCH)
+    tiled = constraint.norm == "linf" and target is None and channels == CHANNELS
+    return TILED if tiled else AttackRecipe(augmentation=Proxies())
 
 
 def _check_max_queries(max_queries, images, searched, cost):

@@ -18,9 +18,10 @@ from lft_jax.tasks.augmentation import Augmentation
 from lft_jax.tasks.patterns import PatternSearch
 from lft_jax.tasks.perturbation import LOSSES, AttackLoss, Batch, Constraint, perturb
 from lft_jax.tasks.proxies import Proxies
+from lft_jax.tasks.tile import repeated_tile
 from lft_jax.tasks.waves import WaveSearch
 
-STARTS = ("zeros", "random")
+STARTS = ("zeros", "random", "tile")
 _STATIC = {"static": True}
 _SEARCHED = 12  # proxies that a search evaluates patterns on
 _GAIN = 0.1  # by how much the best pattern must lower the loss of the support images themselves
@@ -44,11 +45,14 @@ class AttackRecipe:
       augmentation: random changes of the support images in each step: an `Augmentation`, which costs no queries, or
         `Proxies`, new images made from parts of them; None for none. Without either, a perturbation overfits a few
         images.
-      start: the initial perturbation: "zeros", or "random", uniform within the scale of the constraint.
+      start: the initial perturbation: "zeros", "random", uniform within the scale of the constraint, or "tile", a tile
+        of 32x32 pixels that fools a public model of natural images, repeated, for images of three channels.
       search: a search for a better start among patterns, a `PatternSearch` or `WaveSearch` (plane waves alone), or
         None. With a few thousand queries, it gains more than all the steps that follow.
       batch: support images of a step, drawn at random without replacement; None for all. Not with `Proxies`, which
         have a size of their own.
+      step_scale: factor of the steps of optimizers that measure them in units of the constraint's scale, as all of
+        this package; above 0, and below 1 for a good start, which long steps would undo.
 
     Examples:
       >>> AttackRecipe(loss="hinge", search=WaveSearch.within(100)).check().start
@@ -60,6 +64,7 @@ class AttackRecipe:
     start: str = dataclasses.field(default="zeros", metadata=_STATIC)
     search: WaveSearch | PatternSearch | None = dataclasses.field(default=None, metadata=_STATIC)
     batch: int | None = dataclasses.field(default=None, metadata=_STATIC)
+    step_scale: float = dataclasses.field(default=1.0, metadata=_STATIC)
 
     def check(self) -> "AttackRecipe":
         """Returns itself.
@@ -68,6 +73,7 @@ class AttackRecipe:
           ValueError: for a field out of range.
         """
         base.check_name("start", self.start, STARTS)
+        base.check_positive("step_scale", self.step_scale)
         for part in (self.augmentation, self.search):
             if part is not None:
                 part.check()
@@ -113,11 +119,16 @@ def resolved_loss(recipe: AttackRecipe) -> AttackLoss:
 def initial_perturbation(
     start: str, constraint: Constraint, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, key: PRNGKeyArray
 ) -> Float[Array, "H W C"]:
-    """Zeros, or uniform within the scale of the constraint and projected; see `AttackRecipe.start`."""
+    """Zeros, or uniform or the tile within the scale of the constraint, and projected; see `AttackRecipe.start`.
+
+    Raises:
+      ValueError: for the tile and images without three channels.
+    """
     theta = jnp.zeros(shape, dtype)
     if start == "zeros":
         return theta
-    return constraint.project(constraint.scale(theta) * jax.random.uniform(key, shape, dtype, -1, 1))
+    unit = jnp.asarray(repeated_tile(shape), dtype) if start == "tile" else jax.random.uniform(key, shape, dtype, -1, 1)
+    return constraint.project(constraint.scale(theta) * unit)
 
 
 def search_start(
@@ -338,6 +349,7 @@ def attack_oracle(
         constraint,
         images,
         None if augmentation is None and not minibatches else draw,
+        recipe.step_scale,
     )
 
 
@@ -369,6 +381,7 @@ def constrained_oracle(
     constraint: Constraint,
     images: Float[Array, "S H W C"],
     draw: Callable[[jax.Array, jax.Array], tuple[Any, int]] | None = None,
+    step_scale: float = 1.0,
 ) -> Oracle:
     """An oracle of the attack loss plus the penalty, if any, with the extras `scale` and `context`.
 
@@ -377,6 +390,7 @@ def constrained_oracle(
       constraint: the ball or the penalty.
       images: `[S, H, W, C]`, the support images.
       draw: `(key, scale of the constraint) -> (data for attack, queries that it took)`, called in each step; or None.
+      step_scale: factor of the scale that optimizers are told.
     """
     context = jnp.stack([jnp.mean(images, 0), jnp.std(images, 0)])
 
@@ -386,7 +400,7 @@ def constrained_oracle(
             key, key_data = jax.random.split(key)
             data, queries = draw(key_data, scale)
         estimate = attack(data)(theta, key, **sampling)
-        extras = {**estimate.extras, "scale": scale, "context": context}
+        extras = {**estimate.extras, "scale": step_scale * scale, "context": context}
         # The penalty costs no queries, so its gradient is always exact.
         cost, pull = jax.value_and_grad(constraint.cost)(theta)
         return Estimate(estimate.value + cost, estimate.grads + pull, estimate.queries + queries, extras)

@@ -12,6 +12,7 @@ from experiments.report.origins import origin
 _METHODS = {
     "uap-linf": "the pretrained rule, on periods",
     "coarse-to-fine": "`short-steps` with longer periods opened as a run goes on (decision 020 did not adopt it)",
+    "uap-linf-zeros": "`uap-linf` on large images from zeros, with steps 2.5 times as long (before decision 028)",
     "short-steps": "a third of the step, at every size from the best of 65 patterns (before decision 026)",
     "short-steps-zeros": "a third of the step, from zeros (before decision 026)",
     "open-periods": "the same as `short-steps`, whose last perturbation was always the result (before decision 020)",
@@ -29,6 +30,7 @@ _METHODS = {
     "tile": "the best of random 2x2 tiles and changes of it, with the evaluations of K steps",
     "wave": "the best of random plane waves and changes of it, with the evaluations of K steps",
     "patterns": "the best of tiles and waves (`PatternSearch`); at the end of a name, as the start of the method",
+    "from-tile": "at the end of a name: from the learned tile, with 0.4 times its steps, as `uap-linf`",
 }
 _BATCHES = {
     "plain": "on the support images alone",
@@ -194,7 +196,8 @@ def _legend(names):
     names = list(names)
     firsts = {name.partition(" ")[0] for name in names}
     methods = [m for m in _METHODS if any(name == m or name.startswith(f"{m}-") for name in firsts)]
-    methods += ["patterns"] if "patterns" not in methods and any(name.endswith("-patterns") for name in names) else []
+    for end in ("patterns", "from-tile"):
+        methods += [end] if end not in methods and any(name.endswith(f"-{end}") for name in names) else []
     lines = [f"- `{method}`: {_METHODS[method]}" for method in methods]
     if any(" " in name for name in names) and not all(" " in name for name in names):
         lines += ["- a method with its settings: tuned, the best of its grid on other images of this same model"]

@@ -18,8 +18,8 @@ def tile_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     lines = [
         "## A tile to begin with, learned on one model",
         "",
-        "A long attack on a public model along gradients averaged over translations by the period. Attack success rate, "
-        f"%, of what it found on unseen images, before any step on the attacked model. {origin(results, path)}",
+        "A long attack on a public model along gradients averaged over translations by the period. Attack success "
+        f"rate, %, of what it found on unseen images, before any step on the attacked model. {origin(results, path)}",
         "",
         "| learned on | images | period | steps | " + " | ".join(f"`{m}`, {role}" for m, role in models.items()) + " |",
         "|---" * (4 + len(models)) + "|",

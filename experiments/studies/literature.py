@@ -27,12 +27,13 @@ from jaxtyping import Array, Float
 
 from experiments import config
 from lft_jax import models
+from lft_jax.attack.universal import TILED
 from lft_jax.base import check_at_least, check_name
 from lft_jax.data import unit_range
 from lft_jax.optimizers import hand_designed, periodic
 from lft_jax.tasks import AttackLoss, AttackRecipe, Constraint, PatternSearch, Proxies
 from lft_jax.tasks.perturbation import Batch, perturb
-from lft_jax.tasks.recipe import search_queries, searched_in_turns
+from lft_jax.tasks.recipe import initial_perturbation, search_queries, searched_in_turns
 
 PROXIES = Proxies()
 DIRECTIONS = ("sign", "normalized", "adam", "none")
@@ -110,7 +111,8 @@ class Descent:
       aggregated: whether these updates are undone, and one along the mean of their gradients made instead (SGA). They
         are plain sign steps then.
       period: gradients are averaged over translations by multiples of this number of pixels; 0 for no average.
-      search: what is searched for a start; None for zeros. Without steps, its numbers are shares of the budget.
+      search: what is searched for a start; None for `start`. Without steps, its numbers are shares of the budget.
+      start: that of an `AttackRecipe`.
     """
 
     loss: AttackLoss | CosineLoss = dataclasses.field(default_factory=lambda: AttackLoss("cross_entropy"))
@@ -122,6 +124,7 @@ class Descent:
     aggregated: bool = dataclasses.field(default=False, metadata=_STATIC)
     period: int = dataclasses.field(default=0, metadata=_STATIC)
     search: PatternSearch | None = dataclasses.field(default=None, metadata=_STATIC)
+    start: str = dataclasses.field(default="zeros", metadata=_STATIC)
 
     def __call__(self, problem: Problem) -> Found:
         """Runs the method.
@@ -156,9 +159,10 @@ class Descent:
         images, labels = unit_range(jnp.asarray(problem.images)), jnp.asarray(problem.labels, jnp.int32)
         method = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if isinstance(x, float) else None), self)
         inner = dataclasses.replace(method, direction="sign", decay=jnp.float32(0), period=0, aggregated=False)
-        support, function, theta = Batch(images, labels), problem.model.traced(), jnp.zeros_like(images[0])
+        support, function = Batch(images, labels), problem.model.traced()
         epsilon, constraint = jnp.float32(problem.epsilon), Constraint("linf", problem.epsilon)
         key_search, key_steps = jax.random.split(jax.random.key(problem.draw))
+        theta = initial_perturbation(self.start, constraint, images.shape[1:], images.dtype, key_search)
         if self.search is not None:
             logits, recipe = functools.partial(_logits, function), self._recipe()
 
@@ -336,11 +340,19 @@ FROZEN = {
 
 
 def frozen() -> dict[str, Descent]:
-    """The frozen setting of each family, and with `-patterns` at the end of its name from the best pattern."""
+    """The frozen setting of each family, and the same from other starts.
+
+    With `-patterns` at the end of its name from the best pattern, with `-from-tile` from the learned tile, with steps
+    that are as much shorter as those of our attack.
+    """
     found = {family: settings(family)[name] for family, name in FROZEN.items()}
     stepping = {family: method for family, method in found.items() if method.direction != "none"}
     from_patterns = {f"{name}-patterns": dataclasses.replace(m, search=PatternSearch()) for name, m in stepping.items()}
-    return found | from_patterns
+    from_tile = {
+        f"{name}-from-tile": dataclasses.replace(method, start="tile", step=TILED.step_scale * method.step)
+        for name, method in stepping.items()
+    }
+    return found | from_patterns | from_tile
 
 
 def name_of(family: str, method: Descent) -> str:

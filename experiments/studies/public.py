@@ -81,6 +81,7 @@ def _of_period(period):
 #: `{name without commas: method}`. Their settings are the same for all models.
 METHODS: dict[str, Method] = {
     "uap-linf": Attack(),
+    "uap-linf-zeros": Attack(recipe=PROXIES),
     "spatial-linf-augmented": Attack("spatial-linf", AttackRecipe()),
     "pgd-augmented": Attack(_SIGN, AttackRecipe()),
     "spatial-linf-plain": Attack("spatial-linf", PLAIN),

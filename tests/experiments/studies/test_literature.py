@@ -15,6 +15,7 @@ from lft_jax import models
 from lft_jax.tasks import AttackLoss, AttackRecipe, PatternSearch
 from lft_jax.tasks.perturbation import Batch
 from lft_jax.tasks.recipe import search_queries
+from lft_jax.tasks.tile import repeated_tile
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -177,6 +178,20 @@ def test_frozen_settings_are_the_best_ones_on_the_choosing_models():
         assert means[name] == max(means.values()) and len(means) > 1
     assert set(literature.FROZEN) == set(literature.FAMILIES)
     assert literature.frozen()["sga-patterns"].search == PatternSearch() and "tile-patterns" not in literature.frozen()
+
+
+def test_the_tile_as_a_start_takes_shorter_steps():
+    frozen, of_tile = (literature.frozen()[name] for name in ("periodic-16", "periodic-16-from-tile"))
+    assert of_tile == dataclasses.replace(frozen, start="tile", step=0.4 * frozen.step)
+    assert not {"tile-from-tile", "wave-from-tile"} & set(literature.frozen())
+
+
+def test_steps_begin_at_the_tile():
+    images = np.full((4, 8, 8, 3), 128, np.uint8)
+    of = problem(lambda x: jnp.stack([x[:, 0, 0, 0], x[:, 1, 1, 1]], 1), images=images)
+    found = Descent(step=0.01, start="tile")(of)
+    assert np.max(np.abs(found.perturbation - 0.1 * repeated_tile((8, 8, 3)))) < 0.0011
+    assert found.evaluations == Descent(step=0.01)(of).evaluations
 
 
 @pytest.mark.parametrize(

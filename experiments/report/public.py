@@ -80,7 +80,7 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
 
 
 #: Methods that were stages of `uap-linf`, or other shipped rules: they are no rivals of it in `public_brief`.
-_OWN = ("short-steps", "coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
+_OWN = ("uap-linf", "short-steps", "coarse-to-fine", "open-periods", "frequencies", "spatial-linf")
 
 
 def public_brief(found: Sequence[Mapping[str, Any]]) -> str:

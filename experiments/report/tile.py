@@ -5,6 +5,8 @@ from typing import Any
 
 from experiments.report.origins import origin
 
+_SHOWN = ("learned_on", "images", "period", "optimizer", "steps", "seed")
+
 
 def tile_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     """A row for each tile that was learned: attack success rate on the model it is of, and on others."""
@@ -13,7 +15,7 @@ def tile_section(results: Mapping[str, Any], path: str, figures: str) -> str:
     models = {row["model"]: row["role"] for row in rows}
     found: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
-        key = row["learned_on"], row["images"], row["period"], row["steps"], row["commit"]
+        key = tuple(row[name] for name in _SHOWN)
         found.setdefault(key, {})[row["model"]] = row["asr"]
     lines = [
         "## A tile to begin with, learned on one model",
@@ -21,10 +23,12 @@ def tile_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         "A long attack on a public model along gradients averaged over translations by the period. Attack success "
         f"rate, %, of what it found on unseen images, before any step on the attacked model. {origin(results, path)}",
         "",
-        "| learned on | images | period | steps | " + " | ".join(f"`{m}`, {role}" for m, role in models.items()) + " |",
-        "|---" * (4 + len(models)) + "|",
+        "| learned on | images | period | steps of | steps | seed | "
+        + " | ".join(f"`{model}`, {role}" for model, role in models.items())
+        + " |",
+        "|---" * (len(_SHOWN) + len(models)) + "|",
     ]
-    for (learned_on, images, period, steps, _), rates in sorted(found.items()):
-        cells = (f"{100 * rates[model]:.1f}" if model in rates else "" for model in models)
-        lines.append(f"| `{learned_on}` | {images} | {period} | {steps} | " + " | ".join(cells) + " |")
+    for key, rates in sorted(found.items()):
+        cells = [*map(str, key), *(f"{100 * rates[model]:.1f}" if model in rates else "" for model in models)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])

@@ -11,6 +11,7 @@ and numbers of steps. `--ship` writes the tile into the package, with a card.
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 
@@ -22,10 +23,15 @@ from lft_jax._files import save_arrays
 from lft_jax.base import check_at_least, check_name
 from lft_jax.cli import provenance
 from lft_jax.optimizers import hand_designed, periodic
+from lft_jax.pretrained import load_fine_tuner
 from lft_jax.tasks import tile as tiles
 
-#: Momentum sign steps of the long run: the first in units of epsilon, the momentum, the last relative to the first.
-STEP, DECAY, FINAL = 0.4, 0.9, 0.02
+#: What learns it, on gradients averaged over translations: first step in units of epsilon, momentum, last step.
+OPTIMIZERS = {
+    "sign": hand_designed.projected_gradient(0.4, 0.9, 0.02),
+    "normalized": hand_designed.normalized_gradient(2.4, 0.9, 0.05),
+    "uap-linf": load_fine_tuner("uap-linf"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,9 @@ class Config:
 
     model: str = config.option("efficientnet_lite2", "Public model for meta-training, which the tile is learned on.")
     period: int = config.option(tiles.SIDE, "Pixels after which the perturbation repeats.")
-    steps: int = config.option(200, "Steps of the attack that learns it.")
+    optimizer: str = config.option("uap-linf", "Whose steps learn it.", tuple(OPTIMIZERS))
+    steps: int = config.option(100, "Steps of the attack that learns it.")
+    seed: int = config.option(0, "Seed of the proxies.")
     judged: tuple[str, ...] = config.option(("efficientnet_lite1", "mobilenet025"), "Models that it is judged on.")
     queries: int = config.option(0, "Query images; 0 for all.")
     ship: bool = config.option(False, "Write the tile into the package.")
@@ -49,16 +57,17 @@ def learn(flags: Config) -> None:
     check_at_least("period", flags.period, 1)
     if flags.ship and flags.period != tiles.SIDE:
         raise ValueError(f"period: a tile that ships has {tiles.SIDE} pixels, got {flags.period}.")
+    described = provenance.describe([flags.seed])
     victims = {name: attacked.victim(name, queries=flags.queries) for name in (flags.model, *flags.judged)}
     images = public_models.load_images(found.source, found.role)
-    optimizer = optax.chain(periodic(flags.period), hand_designed.projected_gradient(STEP, DECAY, FINAL))
-    ball = {"norm": "linf", "epsilon": found.epsilon}
+    optimizer = optax.chain(periodic(flags.period), OPTIMIZERS[flags.optimizer])
+    ball = {"norm": "linf", "epsilon": found.epsilon, "key": jax.random.key(flags.seed)}
     options = {"steps": flags.steps, "optimizer": optimizer, "recipe": public.PROXIES, "progress": False}
     model = victims[flags.model].model
     result = lft_jax.universal_perturbation(model, images.support, images.support_labels, **ball, **options)
     results = opened(flags.output, {"queries": flags.queries})
-    about = {"learned_on": flags.model, "images": len(images.support), "period": flags.period, "steps": flags.steps}
-    described = provenance.describe([0])
+    about = {"learned_on": flags.model, "images": len(images.support)}
+    about |= {name: getattr(flags, name) for name in ("optimizer", "period", "steps", "seed")}
     rows = []
     for name, victim in victims.items():
         rates = victim.rates(result.perturbation)

@@ -68,7 +68,7 @@ def test_another_period_is_a_row_of_its_own_and_a_second_run_takes_the_place_of_
     rows = json.loads(Path(small.output).read_text(encoding="utf-8"))["rows"]
     assert [row["period"] for row in rows] == [32, 32, 8, 8]
     text = tile_section(json.loads(Path(small.output).read_text(encoding="utf-8")), small.output, "")
-    table = [line for line in text.splitlines() if line.startswith("| `learner` |")]
+    table = [line for line in text.splitlines() if line.startswith("| learner |")]
     assert [line.split(" | ")[2] for line in table] == ["8", "32"]
     assert f"{100 * rows[1]['asr']:.1f}" in table[1]
 

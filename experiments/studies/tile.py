@@ -40,7 +40,7 @@ class Config:
 
     model: str = config.option("efficientnet_lite2", "Public model for meta-training, which the tile is learned on.")
     period: int = config.option(tiles.SIDE, "Pixels after which the perturbation repeats.")
-    optimizer: str = config.option("uap-linf", "Whose steps learn it.", tuple(OPTIMIZERS))
+    optimizer: str = config.option("normalized", "Whose steps learn it.", tuple(OPTIMIZERS))
     steps: int = config.option(100, "Steps of the attack that learns it.")
     seed: int = config.option(0, "Seed of the proxies.")
     judged: tuple[str, ...] = config.option(("efficientnet_lite1", "mobilenet025"), "Models that it is judged on.")

@@ -149,10 +149,10 @@ def universal_perturbation(
         an linf ball, for larger images of three channels and without a target, the start is a tile that was learned on
         a model of natural images, and steps are shorter: `AttackRecipe(start="tile", step_scale=0.4)`. The rule
         "uap-l1" was meta-trained with `AttackLoss("hinge", kappa=5.0)`, all other shipped rules with the default loss.
-      start: a perturbation to begin with, instead of that of the recipe; a search among patterns by queries changes
-        the signs of its coordinates, and nothing else. A result whose run ended early goes on where it stopped, as if
-        it had not stopped, if all other arguments are the same (the clean images are evaluated again); `steps` and
-        `max_queries` count those before. A finished one is a start like an array.
+      start: a perturbation to begin with, instead of that of the recipe, whose other fields hold; a search among
+        patterns by queries changes the signs of its coordinates, and nothing else. A result whose run ended early goes
+        on where it stopped, as if it had not stopped, if all other arguments are the same (the clean images are
+        evaluated again); `steps` and `max_queries` count those before. A finished one is a start like an array.
       max_queries: the largest number of queries, including one per clean image at the beginning. The run ends before
         a step that would exceed it. None for no limit.
       batch_size: largest number of images in one call of the model; see `lft_jax.models.Classifier`. None for that of

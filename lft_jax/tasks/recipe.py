@@ -51,8 +51,8 @@ class AttackRecipe:
         None. With a few thousand queries, it gains more than all the steps that follow.
       batch: support images of a step, drawn at random without replacement; None for all. Not with `Proxies`, which
         have a size of their own.
-      step_scale: factor of the steps of optimizers that measure them in units of the constraint's scale, as all of
-        this package; above 0, and below 1 for a good start, which long steps would undo.
+      step_scale: factor of the scale that optimizers are told, and so of the steps of those that use it; above 0.
+        Below 1 for a good start, which long steps would undo.
 
     Examples:
       >>> AttackRecipe(loss="hinge", search=WaveSearch.within(100)).check().start

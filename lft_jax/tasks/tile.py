@@ -18,8 +18,8 @@ PATH = Path(__file__).with_name("tile.safetensors")
 def repeated_tile(shape: tuple[int, ...]) -> Float[np.ndarray, "H W 3"]:
     """The learned tile, repeated over an image from its first row and column.
 
-    It is the perturbation, in units of epsilon, that fools most images of one public ImageNet model among those that
-    repeat every 32 pixels. Models of natural images share much of what fools them, so it is a start for others:
+    A long attack on one public ImageNet model found it, among the perturbations that repeat every 32 pixels; values are
+    in units of epsilon. Models of natural images share much of what fools them, so it is a start for others:
     `AttackRecipe(start="tile")`.
 
     Args:

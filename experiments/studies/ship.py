@@ -73,7 +73,8 @@ def _public_rows(path, name):
     shown = ("method", "steps", "images", "asr", "asr_interval", "evaluations")
     own = [row for row in found["rows"] if row["method"] == name]
     for row in own:
-        others = [r for r in found["rows"] if r["method"] != name and all(r[k] == row[k] for k in ("steps", "images"))]
+        rows = [r for r in found["rows"] if all(r[k] == row[k] for k in ("steps", "images"))]
+        others = [r for r in rows if not r["method"].startswith(name)]
         best = max(others, key=lambda r: r["asr"], default=None)
         for chosen in (row, best):
             if chosen is not None:

@@ -37,15 +37,13 @@ from lft_jax.tasks.recipe import (
     step_queries,
 )
 from lft_jax.tasks.synthetic import synthetic_images
-from lft_jax.tasks.tile import CHANNELS
+from lft_jax.tasks.tile import LARGE, fits
 
 ORACLES = ("auto", "gradient", "query", "decision")
 #: The oracle that is named "query" where an optimizer or a recipe is given.
 QUERY = ZerothOrder(num_directions=10, smoothing=1e-2, per_example=True)
 #: The search for a start with exact gradients in a ball: 65 patterns on 12 proxies.
 SEARCH = PatternSearch(tiles=12, waves=12, refinements=40)
-#: Pixels along both sides from which steps find more from the tile, or zeros, than from the best of these patterns.
-LARGE = 128
 #: The recipe in an linf ball with exact gradients, for large images of three channels and no target.
 TILED = AttackRecipe(augmentation=Proxies(), start="tile", step_scale=0.4)
 #: The default loss.
@@ -368,10 +366,9 @@ def _as_recipe(recipe, estimator, target, constraint, shape) -> AttackRecipe:
 
 def _default_recipe(target, constraint, shape) -> AttackRecipe:
     """The recipe for exact gradients."""
-    *sides, channels = shape
-    if min(sides) < LARGE:
+    if min(shape[:2]) < LARGE:
         return AttackRecipe(augmentation=Proxies(), search=None if constraint.epsilon is None else SEARCH)
-    tiled = constraint.norm == "linf" and target is None and channels == CHANNELS
+    tiled = constraint.norm == "linf" and target is None and fits(shape)
     return TILED if tiled else AttackRecipe(augmentation=Proxies())
 
 

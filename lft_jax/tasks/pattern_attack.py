@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from lft_jax import base
+from lft_jax.tasks.tile import fits, repeated_tile
 
 #: `(patterns [B, H, W, C], rows [R]) -> logits [B, R, classes]` of these support images.
 Ask = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -66,11 +67,13 @@ class PatternAttack:
 
     A universal perturbation of a convolutional network is nearly a periodic texture of full contrast. So the first
     evaluations go into a *race* of random tiles and plane waves (see `PatternSearch`): all are tried on a fifth of
-    the images, the best 40% of them on half of the images, the best of these on all. The other evaluations try changes
-    of the winner, one at a time. A change is tried on two fifths of the images first, and on the others only if it does
-    not raise the loss there; it is kept if it does not raise it on all. First these are the signs of the cells of a 4x4
-    tile, wherever it repeats, one after the other, in one channel or in all. When no cell is left whose change lowers
-    the loss, rectangles get one sign, smaller ones with time. Of decisions, changes must lower the loss both times.
+    the images, the best 40% of them on half of the images, the best of these on all. On images of three channels and of
+    128 pixels or more along both sides, the learned tile of `AttackRecipe(start="tile")` is one of them. The other
+    evaluations try changes of the winner, one at a time. A change is tried on two fifths of the images first, and on
+    the others only if it does not raise the loss there; it is kept if it does not raise it on all. First these are the
+    signs of the cells of a 4x4 tile, wherever it repeats, one after the other, in one channel or in all. When no cell
+    is left whose change lowers the loss, rectangles get one sign, smaller ones with time. Of decisions, changes must
+    lower the loss both times.
 
     The loss of changes is a smooth share of images that are not fooled: the mean of `sigmoid(margin / temperature)`,
     where the margin is the logit of the true class minus the largest other one, or the largest other one minus that of
@@ -287,9 +290,15 @@ def race_evaluations(rounds: list[tuple[int, int]]) -> int:
 
 
 def drawn(number: int, shape: tuple[int, ...], rng: np.random.Generator) -> Float[np.ndarray, "B H W C"]:
-    """Random patterns `[number, H, W, C]` of all `KINDS`, in turn; the same one twice only where there are few."""
+    """Random patterns `[number, H, W, C]` of all `KINDS`, in turn; the same one twice only where there are few.
+
+    For images that the learned tile is for, the first one is its signs.
+    """
     patterns, known = np.empty((number, *shape), np.float32), set()
-    for i in range(number):
+    learned = int(fits(shape))
+    if learned:
+        patterns[0] = np.where(repeated_tile(shape) < 0, -1, 1)
+    for i in range(learned, number):
         for attempt in range(_REDRAWN):
             patterns[i] = random_pattern(KINDS[(i + attempt) % len(KINDS)], shape, rng)
             packed = np.packbits(patterns[i] > 0).tobytes()

@@ -11,6 +11,8 @@ from lft_jax._files import load_arrays
 
 #: Pixels along a side of the tile, and its channels: red, green, blue.
 SIDE, CHANNELS = 32, 3
+#: Pixels along both sides from which images are large: attacked from the tile, or from zeros, by default.
+LARGE = 128
 #: The tile; beside it its card, a JSON file of the same stem.
 PATH = Path(__file__).with_name("tile.safetensors")
 
@@ -45,6 +47,11 @@ def repeated_tile(shape: tuple[int, ...]) -> Float[np.ndarray, "H W 3"]:
         raise ValueError(f"start: the tile is for images of {CHANNELS} channels, got shape {tuple(shape)}.")
     rows, columns = (np.arange(side) % SIDE for side in (height, width))
     return _tile()[rows[:, None], columns]
+
+
+def fits(shape: tuple[int, ...]) -> bool:
+    """Whether images `[H, W, C]` are attacked from the tile by default: large ones of three channels."""
+    return min(shape[:2]) >= LARGE and shape[2] == CHANNELS
 
 
 @functools.cache

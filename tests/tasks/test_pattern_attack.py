@@ -8,6 +8,7 @@ import pytest
 from lft_jax import PatternAttack
 from lft_jax.tasks import pattern_attack
 from lft_jax.tasks.pattern_attack import Found, drawn, race_evaluations
+from lft_jax.tasks.tile import repeated_tile
 
 SHAPE = (9, 8, 3)
 LABELS = np.array([0, 1, 0, 1, 1, 0])
@@ -223,3 +224,26 @@ def test_before_a_race_there_is_the_same_structure():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PatternAttack(**settings).check()
+
+
+@pytest.mark.parametrize(("shape", "learned"), [((128, 140, 3), True), ((127, 140, 3), False), ((128, 140, 1), False)])
+def test_the_learned_tile_is_in_the_race_of_large_images(shape, learned):
+    first, second = drawn(2, shape, np.random.default_rng(0))
+    if learned:
+        np.testing.assert_array_equal(first, np.where(repeated_tile(shape) < 0, -1, 1))
+    else:  # a random tile of 2x2 pixels
+        np.testing.assert_array_equal(first[2:], first[:-2])
+    assert set(np.unique(first)) == set(np.unique(second)) == {-1, 1}
+
+
+def test_the_learned_tile_wins_a_race_that_it_should_win():
+    shape, labels = (128, 128, 3), np.zeros(10, int)
+    wanted = np.where(repeated_tile(shape) < 0, -1, 1)
+
+    def ask(patterns, rows):  # margins fall with the likeness to the tile
+        likeness = np.mean(patterns * wanted[None], (1, 2, 3))
+        return np.broadcast_to(np.stack([1 - likeness, likeness], -1)[:, None], (len(patterns), len(rows), 2))
+
+    attack = PatternAttack()
+    found = attack.raced(ask, labels, shape, np.random.default_rng(0), attack.rounds(100, 10))
+    np.testing.assert_array_equal(found.pattern, wanted)

@@ -10,7 +10,7 @@ from experiments.report.origins import origin
 
 #: Methods of the study of public models, by the first part of their names.
 _METHODS = {
-    "uap-linf": "the pretrained rule, on periods",
+    "uap-linf": "the pretrained rule, on periods, from the default start",
     "coarse-to-fine": "`short-steps` with longer periods opened as a run goes on (decision 020 did not adopt it)",
     "uap-linf-zeros": "`uap-linf` on large images from zeros, with steps 2.5 times as long (before decision 028)",
     "short-steps": "a third of the step, at every size from the best of 65 patterns (before decision 026)",

@@ -21,7 +21,7 @@ def repeated_tile(shape: tuple[int, ...]) -> Float[np.ndarray, "H W 3"]:
     """The learned tile, repeated over an image from its first row and column.
 
     A long attack on one public ImageNet model found it, among the perturbations that repeat every 32 pixels; values are
-    in units of epsilon. Models of natural images share much of what fools them, so it is a start for others:
+    in units of epsilon. Related models share much of what fools them, so it is a start for others:
     `AttackRecipe(start="tile")`.
 
     Args:

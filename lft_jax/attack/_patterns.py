@@ -1,4 +1,4 @@
-"""The steps of a `PatternAttack`: a race in the first one, changes of its winner in all."""
+"""The steps of a `PatternAttack`: a race in the first one, changes of its winner in all, a comparison in the last."""
 
 import functools
 from collections.abc import Callable
@@ -19,10 +19,14 @@ from lft_jax.models.classifier import HostModel, host_classifier
 from lft_jax.oracles import ZerothOrder
 from lft_jax.tasks.pattern_attack import Found, PatternAttack, race_evaluations
 from lft_jax.tasks.perturbation import Constraint
+from lft_jax.tasks.proxies import Proxies
 from lft_jax.tasks.recipe import AttackRecipe, resolved_loss
 from lft_jax.tasks.uap import attack_metrics
 
 _CALL = 50  # images in one call of the model
+_WORTH = 4  # evaluations for changes, for each one of the comparison at the end
+_PROXIES = Proxies()  # that the winner of the race and the pattern at the end are compared on
+_KEY_END = 2**32 - 3  # folded into the key of a run, for these
 
 
 def pattern_attack(
@@ -114,15 +118,18 @@ class Attacker:
         if start is None or isinstance(start, Paused):
             rounds = self.attack.rounds(left, count)
         before = count + race_evaluations(rounds)
-        changes, last = max(1, self.evaluations - before), self.limit or self.evaluations + repeated
+        winner = start.start if isinstance(start, Paused) else None
+        reserved = self._reserved(self.evaluations - before) if given is None else 0
+        changes, last = max(1, self.evaluations - before - reserved), self.limit or self.evaluations + repeated
         queries = int(run.history[-1]["queries"]) + repeated if done else before
         for k in range(done, self.steps):
             rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(key, k))).ravel())
             if k == 0:
                 found = self._first(given, rounds, rng, functools.partial(self._see, run))
+                winner = found.pattern * self.size if reserved else None
             end = before + repeated + changes * (k + 1) // self.steps
             try:
-                while queries < end and queries + count <= last:
+                while queries < end and queries + count + reserved <= last:
                     progress = (queries - repeated - before) / changes
                     found, spent = self.attack.changed(found, self.ask, self.labels, rng, progress, self.target)
                     queries += spent
@@ -131,7 +138,12 @@ class Attacker:
                 run.see(theta, entry["asr"], entry["loss"])  # with the changes of this step that were kept
                 raise
             theta, entry = self._measured(found)
-            run.add(Paused(theta, found, k + 1), {**entry, "queries": queries}, theta)
+            outcome = theta
+            if winner is not None and k == self.steps - 1 and not np.array_equal(winner, theta):
+                run.see(theta, entry["asr"], entry["loss"])  # should the model fail now
+                outcome, entry, spent = self._better(winner, theta, entry, jax.random.fold_in(key, _KEY_END))
+                queries += spent
+            run.add(Paused(theta, found, k + 1, winner), {**entry, "queries": queries}, outcome)
             report({"step": k + 1, **run.history[-1]})
             if callback is not None and callback({"step": k + 1, **run.history[-1]}):
                 break
@@ -145,6 +157,29 @@ class Attacker:
             parts.append(self.call(np.clip(self.images[of] + self.size[None] * patterns[which], 0, 1)))
         logits = np.concatenate(parts)
         return logits.reshape(len(patterns), len(rows), logits.shape[-1])
+
+    def _reserved(self, changes):
+        """Evaluations of the comparison at the end, where there are enough for changes; else 0."""
+        compared = _PROXIES.jigsaws(self.size.shape) + 2 * _PROXIES.size + len(self.labels)
+        return compared if changes >= _WORTH * compared else 0
+
+    def _better(self, winner, theta, entry, key):
+        """The winner of the race unless `theta` has a lower loss on new proxies; its entry; the evaluations."""
+        images, sources = _proxies(self.problem, key)
+        images, whole = np.asarray(images), len(sources)
+        jigsaws = np.argmax(self.call(images[whole:]), -1) if whole < len(images) else []
+        labels = np.concatenate([self.labels[np.asarray(sources)], jigsaws]).astype(self.labels.dtype)
+        at_winner, at_theta = (
+            np.mean(self.attack.race_losses(self.call(np.clip(images + x, 0, 1)), labels, self.target))
+            for x in (np.asarray(winner), np.asarray(theta))
+        )
+        spent = len(images) - whole + 2 * len(images)
+        if not at_theta >= at_winner:
+            return theta, entry, spent
+        pattern = np.where(winner < 0, -1, 1).astype(np.float32)
+        logits = self.ask(pattern[None], np.arange(len(self.labels)))[0]
+        start = self.attack.start(self.size.shape, *self.problem.clean.shape)
+        return *self._measured(start._replace(pattern=pattern, logits=logits)), spent + len(self.labels)
 
     def _see(self, run, pattern, share, loss):
         """Keeps a pattern of the race: one that was tried on more images is better, and the end of a step is best."""
@@ -166,6 +201,12 @@ class Attacker:
         logits = self.ask(pattern[None], np.arange(len(self.labels)))[0]
         loss = np.float32(np.mean(self.attack.losses(logits, self.labels, self.target)))
         return found._replace(pattern=pattern, logits=logits, loss=loss)
+
+
+@jax.jit
+def _proxies(problem, key):
+    images = problem.batch.images
+    return _PROXIES(images, key, scale=problem.constraint.scale(images[0]))
 
 
 @jax.jit

@@ -59,7 +59,7 @@ def test_patterns_fool_images_with_full_contrast(oracle):
 
 
 @pytest.mark.parametrize("oracle", ["query", "decision", PatternAttack(race=1.0)])
-@pytest.mark.parametrize("budget", [2, 3, 11, 20, 57, 300])
+@pytest.mark.parametrize("budget", [2, 3, 11, 20, 57, 300, 900])
 def test_queries_are_counted_and_never_above_the_limit(oracle, budget):
     victim = Counted()
     seen = []
@@ -113,6 +113,35 @@ def test_a_service_that_returns_labels_is_enough():
         server.shutdown()
         server.server_close()
     np.testing.assert_array_equal(found.perturbation, run(oracle="decision", max_queries=200).perturbation)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(500, None), (1000, False), (1000, True)])
+def test_changes_have_to_outdo_the_winner_of_the_race_on_proxies(monkeypatch, budget, kept):
+    """On the support images they always do; on the 30 proxies this victim says so, or the contrary."""
+    winners, raced = [], PatternAttack.raced
+
+    def noted(*args, **kwargs):
+        found = raced(*args, **kwargs)
+        winners.append(found.pattern)
+        return found
+
+    class Partial(Counted):
+        compared = 0
+
+        def __call__(self, images):
+            logits = super().__call__(images) + np.asarray([1.5, 0, 0])
+            if len(images) == 30:
+                self.compared += 1  # the winner first, then the end
+                logits = np.tile([-5.0 if (self.compared == 1) == kept else 5.0, 0, 0], (30, 1))
+            return logits
+
+    monkeypatch.setattr(PatternAttack, "raced", noted)
+    victim, labels = Partial(), np.zeros(10, np.int32)
+    result = run(victim, labels=labels, max_queries=budget)
+    assert victim.images == result.queries <= budget
+    assert victim.compared == (0 if kept is None else 2)
+    assert np.array_equal(result.perturbation, EPSILON * winners[0]) == bool(kept)
+    np.testing.assert_allclose(result.asr, lft_jax.attack_success_rate(victim, IMAGES, labels, result.perturbation))
 
 
 def test_targets():

@@ -170,7 +170,7 @@ class Attacker:
         jigsaws = np.argmax(self.call(images[whole:]), -1) if whole < len(images) else []
         labels = np.concatenate([self.labels[np.asarray(sources)], jigsaws]).astype(self.labels.dtype)
         at_winner, at_theta = (
-            np.mean(self.attack.race_losses(self.call(np.clip(images + x, 0, 1)), labels, self.target))
+            np.mean(self.attack.losses(self.call(np.clip(images + x, 0, 1)), labels, self.target))
             for x in (np.asarray(winner), np.asarray(theta))
         )
         spent = len(images) - whole + 2 * len(images)

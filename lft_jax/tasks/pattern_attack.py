@@ -79,9 +79,9 @@ class PatternAttack:
     evaluations, 80 and one for each image, compare the two on 30 new `Proxies`, and the better one is the result.
     Attacks whose changes have less than four times as many evaluations do not.
 
-    The loss of changes is a smooth share of images that are not fooled: the mean of `sigmoid(margin / temperature)`,
-    where the margin is the logit of the true class minus the largest other one, or the largest other one minus that of
-    a target. Races and the comparison at the end take the clamped cross-entropy (see `AttackLoss`).
+    The loss of changes, and of the comparison at the end, is a smooth share of images that are not fooled: the mean of
+    `sigmoid(margin / temperature)`, where the margin is the logit of the true class minus the largest other one, or the
+    largest other one minus that of a target. Races compare the clamped cross-entropy (see `AttackLoss`).
 
     Attributes:
       race: share of the evaluations that the race gets beyond the first 20 of each image, which are all for it; in
@@ -224,7 +224,7 @@ class PatternAttack:
                 if not logits.size:
                     logits = np.zeros((len(patterns), len(labels), new.shape[-1]), new.dtype)
                 logits[np.ix_(some, rows)] = new
-                totals[some] += self.race_losses(new, np.broadcast_to(labels[rows], new.shape[:2]), target).sum(1)
+                totals[some] += self._ranks(new, np.broadcast_to(labels[rows], new.shape[:2]), target).sum(1)
                 best = leader(some)
                 if watch is not None and np.isfinite(totals[best]):
                     watch(patterns[best], images / len(labels), float(totals[best] / images))
@@ -233,17 +233,8 @@ class PatternAttack:
         loss = np.float32(np.mean(self.losses(logits[best], labels, target)))
         return found._replace(pattern=patterns[best], logits=logits[best], loss=loss)
 
-    def race_losses(
-        self,
-        logits: Float[np.ndarray, "*many classes"],
-        labels: Integer[np.ndarray, "*many"],
-        target: int | None = None,
-    ) -> Float[np.ndarray, "*many"]:
-        """The loss of each image in a race: the clamped cross-entropy, which tells more of patterns that fool few.
-
-        Args:
-          logits, labels, target: as for `losses`.
-        """
+    def _ranks(self, logits, labels, target):
+        """The loss of each image in a race: the clamped cross-entropy, which tells more of patterns that fool few."""
         if self.decision:
             return self.losses(logits, labels, target)
         logits, wanted = np.asarray(logits, np.float64), labels if target is None else np.full_like(labels, target)

@@ -104,7 +104,6 @@ class Attacker:
         count, given, done = len(self.labels), None, 0
         found = self.attack.start(self.size.shape, *self.problem.clean.shape)
         left, repeated = self.evaluations - count, 0
-        rounds = [(1, count)]  # of a given start
         if isinstance(start, Paused):
             # The clean images were evaluated again.
             self.size, found, done, repeated = np.abs(np.asarray(start.theta)), start.state, start.done, count
@@ -115,18 +114,18 @@ class Attacker:
                     "start must not be 0 everywhere where only signs of its coordinates change, as by queries without "
                     "an optimizer; leave it out for a race of patterns."
                 )
-        if start is None or isinstance(start, Paused):
-            rounds = self.attack.rounds(left, count)
-        before = count + race_evaluations(rounds)
         winner = start.start if isinstance(start, Paused) else None
-        reserved = self._reserved(self.evaluations - before) if given is None else 0
+        race = start is None or winner is not None
+        rounds = self.attack.rounds(left, count) if race else [(1, count)]  # that of a given start
+        before = count + race_evaluations(rounds)
+        reserved = self._reserved(self.evaluations - before) if race else 0
         changes, last = max(1, self.evaluations - before - reserved), self.limit or self.evaluations + repeated
         queries = int(run.history[-1]["queries"]) + repeated if done else before
         for k in range(done, self.steps):
             rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(key, k))).ravel())
             if k == 0:
                 found = self._first(given, rounds, rng, functools.partial(self._see, run))
-                winner = found.pattern * self.size if reserved else None
+                winner = found.pattern * self.size if race else None
             end = before + repeated + changes * (k + 1) // self.steps
             try:
                 while queries < end and queries + count + reserved <= last:
@@ -139,7 +138,7 @@ class Attacker:
                 raise
             theta, entry = self._measured(found)
             outcome = theta
-            if winner is not None and k == self.steps - 1 and not np.array_equal(winner, theta):
+            if reserved and k == self.steps - 1:
                 run.see(theta, entry["asr"], entry["loss"])  # should the model fail now
                 outcome, entry, spent = self._better(winner, theta, entry, jax.random.fold_in(key, _KEY_END))
                 queries += spent
@@ -165,6 +164,8 @@ class Attacker:
 
     def _better(self, winner, theta, entry, key):
         """The winner of the race unless `theta` has a lower loss on new proxies; its entry; the evaluations."""
+        if np.array_equal(winner, theta):
+            return theta, entry, 0
         images, sources = _proxies(self.problem, key)
         images, whole = np.asarray(images), len(sources)
         jigsaws = np.argmax(self.call(images[whole:]), -1) if whole < len(images) else []

@@ -181,9 +181,10 @@ def test_the_key_decides():
     assert not np.array_equal(one, other)
 
 
-def test_a_run_that_stopped_goes_on_as_if_it_had_not():
-    whole = run(steps=6, max_queries=None)
-    part = run(steps=6, callback=lambda entry: entry["step"] == 2)
+@pytest.mark.parametrize("start", [None, EPSILON * np.sign(RNG.normal(size=(8, 8, 1)).astype(np.float32))])
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(start):
+    whole = run(steps=6, start=start, max_queries=None)
+    part = run(steps=6, start=start, callback=lambda entry: entry["step"] == 2)
     assert len(part.history["loss"]) == 2
     on = run(steps=6, start=part)
     np.testing.assert_array_equal(on.perturbation, whole.perturbation)

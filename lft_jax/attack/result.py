@@ -20,7 +20,7 @@ class Paused(NamedTuple):
       theta: `[H, W, C]`, the last perturbation.
       state: the optimizer's state.
       done: steps done.
-      start: `[H, W, C]`, the pattern that a search or a race found, which the last perturbation has to outdo; or None.
+      start: `[H, W, C]`, what a search or a race found, which the last perturbation has to outdo; or None.
       shown: the labels `[M]` and the clean logits `[M, classes]` of the images of the history.
     """
 
@@ -37,8 +37,8 @@ class UniversalPerturbation:
 
     Attributes:
       perturbation: NumPy `[H, W, C]`, that of the last step, or the start that a search found, or the winner of a
-        race, if the steps ended no better; if an error ended the run, the best one so far: the one with the highest success rate, and among these
-        with the lowest loss. `apply` adds it to images.
+        race, if the steps ended no better; if an error ended the run, the best one so far: the one with the highest
+        success rate, and among these with the lowest loss. `apply` adds it to images.
       history: `{name: NumPy [number of steps]}`, measured after each step on the given images. Of more than 50, these
         are 50 random ones, the same in each step:
 

@@ -23,6 +23,7 @@ KEPT = 8
 _QUICK = {"xla_backend_optimization_level": 1}
 if (0, 10) <= jax.__version_info__ < (0, 11):
     _QUICK["xla_cpu_use_fusion_emitters"] = False
+_ONCE = {"xla_backend_optimization_level": 0}
 _compiling = threading.Lock()
 
 
@@ -36,6 +37,8 @@ class BoundedJit:
       function: a pure function of pytrees, given by position.
       static: numbers of the arguments that are static, in ascending order from 0.
       kept: number of structures, at least 1.
+      once: whether it runs about once for each time that it is compiled, so that optimizing it on a CPU takes longer
+        than it saves.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -46,8 +49,10 @@ class BoundedJit:
       (4.0, 2)
     """
 
-    def __init__(self, function: Callable[..., Any], *, static: tuple[int, ...] = (), kept: int = KEPT):
-        self._function, self._static, self._kept = function, static, kept
+    def __init__(
+        self, function: Callable[..., Any], *, static: tuple[int, ...] = (), kept: int = KEPT, once: bool = False
+    ):
+        self._function, self._static, self._kept, self._once = function, static, kept, once
         self._programs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._threads: dict[Any, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -83,7 +88,7 @@ class BoundedJit:
         with self._lock:
             program = self._programs.get(key)
             if program is None:
-                program = self._programs[key] = self._program(given, structure, None if nested else _options())
+                program = self._programs[key] = self._program(given, structure, nested)
                 if len(self._programs) > self._kept:
                     last, _ = self._programs.popitem(last=False)
                     self._threads.pop(last, None)
@@ -99,8 +104,9 @@ class BoundedJit:
         """The number of programs that it keeps."""
         return sum(getattr(program, "_cache_size")() for program in self._programs.values())  # noqa: B009  no public name
 
-    def _program(self, given, structure, options):
+    def _program(self, given, structure, nested):
         function, static = self._function, self._static
+        options = None if nested else _options(self._once)
 
         def of_leaves(leaves):
             args = jax.tree.unflatten(structure, leaves)
@@ -119,9 +125,10 @@ def _compile(lowered):
             lowered.compile()
 
 
-def _options():
+def _options(once=False):
     """Those of `_QUICK` that the user's XLA_FLAGS do not have."""
     if jax.default_backend() != "cpu":
         return None
     flags = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in _QUICK.items() if name not in flags} or None
+    options = {**_QUICK, **_ONCE} if once else _QUICK
+    return {name: value for name, value in options.items() if name not in flags} or None

@@ -12,6 +12,7 @@ import optax
 from lft_jax._bounded import BoundedJit
 from lft_jax._present import present
 from lft_jax.attack._run import Run
+from lft_jax.attack._start import fold_in
 from lft_jax.attack._steps import Problem
 from lft_jax.attack.result import Paused
 from lft_jax.models import Classifier
@@ -122,7 +123,7 @@ class Attacker:
         changes, last = max(1, self.evaluations - before - reserved), self.limit or self.evaluations + repeated
         queries = int(run.history[-1]["queries"]) + repeated if done else before
         for k in range(done, self.steps):
-            rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.fold_in(key, k))).ravel())
+            rng = np.random.default_rng(np.asarray(jax.random.key_data(fold_in(key, k))).ravel())
             if k == 0:
                 found = self._first(given, rounds, rng, functools.partial(self._see, run))
                 winner = found.pattern * self.size if race else None
@@ -140,7 +141,7 @@ class Attacker:
             outcome = theta
             if reserved and k == self.steps - 1:
                 run.see(theta, entry["asr"], entry["loss"])  # should the model fail now
-                outcome, entry, spent = self._better(winner, theta, entry, jax.random.fold_in(key, _KEY_END))
+                outcome, entry, spent = self._better(winner, theta, entry, fold_in(key, _KEY_END))
                 queries += spent
             run.add(Paused(theta, found, k + 1, winner), {**entry, "queries": queries}, outcome)
             report({"step": k + 1, **run.history[-1]})

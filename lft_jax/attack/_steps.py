@@ -15,7 +15,7 @@ from lft_jax.models import Classifier, replayed
 from lft_jax.optimizers.fine_tuning import fine_tune_step
 from lft_jax.oracles import ZerothOrder
 from lft_jax.tasks.perturbation import Batch, Constraint, perturb
-from lft_jax.tasks.recipe import AttackRecipe, attack_oracle, better_end, resolved_loss
+from lft_jax.tasks.recipe import AttackRecipe, attack_oracle, begin_search, better_end, end_search, resolved_loss
 from lft_jax.tasks.uap import attack_metrics
 
 
@@ -113,7 +113,7 @@ def asker(classifier: Classifier, function: jax.tree_util.Partial | None) -> Cal
 @functools.cache
 def _compiled(program):
     """A program of this package, which is a function of a module, compiled for both kinds of models."""
-    return BoundedJit(program), replayed(program)
+    return BoundedJit(program, once=program in (begin_search, end_search, better_end)), replayed(program)
 
 
 def prepare(

@@ -17,7 +17,7 @@ from lft_jax._deprecation import old_keywords
 from lft_jax._present import is_known, present
 from lft_jax.attack import _checks, _patterns
 from lft_jax.attack._run import Counter, Run, reporter
-from lft_jax.attack._start import better, first_perturbation, keys
+from lft_jax.attack._start import better, first_perturbation, fold_in, keys
 from lft_jax.attack._steps import Problem, asker, make_step, prepare, scores
 from lft_jax.attack.result import Paused, UniversalPerturbation
 from lft_jax.data import unit_range
@@ -291,10 +291,10 @@ def universal_perturbation(
         if max_queries is not None:
             end = min(steps, done + max(0, max_queries - queries - of_end * (found is not None)) // cost)
         for k in range(done, end):
-            theta, state, metrics = step(after_start, theta, state, jax.random.fold_in(key, k), jnp.float32(k / steps))
+            theta, state, metrics = step(after_start, theta, state, fold_in(key, k), jnp.float32(k / steps))
             queries, outcome = queries + cost, theta
             if found is not None and k == end - 1:
-                key_end = jax.random.fold_in(key, _KEY_END)
+                key_end = fold_in(key, _KEY_END)
                 outcome, metrics, kept = better(ask, after_start, found, theta, key_end, metrics)
                 queries += compared + kept * watched
             entry = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -308,14 +308,14 @@ def universal_perturbation(
 def _synthetic(model, shape, key) -> np.ndarray:
     """The images of a data-free attack."""
     shape = model.input_shape if shape is None else shape
-    return np.asarray(synthetic_images(jax.random.fold_in(key, _KEY_SYNTHETIC), SYNTHETIC_IMAGES, shape))
+    return np.asarray(synthetic_images(fold_in(key, _KEY_SYNTHETIC), SYNTHETIC_IMAGES, shape))
 
 
 def _shown(support, clean, key) -> tuple[Batch, jax.Array]:
     """The images that the history is measured on, and their clean logits."""
     if len(support.labels) <= HISTORY_IMAGES:
         return support, clean
-    rows = jax.random.permutation(jax.random.fold_in(key, _KEY_SHOWN), len(support.labels))[:HISTORY_IMAGES]
+    rows = jax.random.permutation(fold_in(key, _KEY_SHOWN), len(support.labels))[:HISTORY_IMAGES]
     return Batch(support.images[rows], support.labels[rows]), clean[rows]
 
 

@@ -108,8 +108,12 @@ def test_a_bounded_function_is_a_part_of_others_where_options_of_xla_are_set():
 
 def test_the_users_flags_of_xla_come_first(monkeypatch):
     monkeypatch.setattr(_bounded, "_QUICK", {"xla_a": 1, "xla_b": False})
+    monkeypatch.setattr(_bounded, "_ONCE", {"xla_a": 0})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_c=0")
+    assert _bounded._options() == {"xla_a": 1, "xla_b": False}
+    assert _bounded._options(once=True) == {"xla_a": 0, "xla_b": False}
     monkeypatch.setenv("XLA_FLAGS", "--xla_c=0 --xla_a=3")
-    assert _bounded._options() == {"xla_b": False}
+    assert _bounded._options() == _bounded._options(once=True) == {"xla_b": False}
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=true --xla_a=3")
     assert _bounded._options() is None
 

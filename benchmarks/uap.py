@@ -20,6 +20,7 @@ from experiments import config, train_victim
 from lft_jax.cli import provenance
 from lft_jax.data import load_source, unit_range
 from lft_jax.evaluation import baselines
+from lft_jax.tasks import Proxies
 from lft_jax.tasks.uap import PLAIN
 from lft_jax.victims import load_victim
 
@@ -41,16 +42,16 @@ class Config:
     optimizer: str = config.option("uap-linf", "Learned fine-tuner: name of a pretrained rule or a .safetensors file.")
     epsilon: float = config.option(0.3, "Radius of the linf ball.")
     images: tuple[int, ...] = config.option((10, 100, 1000), "Numbers of images that a perturbation is made from.")
-    draws: tuple[int, ...] = config.option((3, 1, 1), "Random choices of the images, for each number in --images.")
+    draws: tuple[int, ...] = config.option((10, 3, 1), "Random choices of the images, for each number in --images.")
     limit: float = config.option(30.0, "Seconds after which an attack by ART is stopped.")
     smoke: bool = config.option(False, "Smoke test: few steps, without the check for other load.")
 
 
-AUGMENTED = lft_jax.AttackRecipe()
+def ours(victim, optimizer, epsilon, steps, recipe=None):
+    """An attack by `universal_perturbation`, as a function `(images, labels) -> (perturbation, forward, backward)`.
 
-
-def ours(victim, optimizer, epsilon, steps, recipe=PLAIN):
-    """An attack by `universal_perturbation`, as a function `(images, labels) -> (perturbation, forward, backward)`."""
+    With the recipe that is the default for these images, its search and proxies, if it is None.
+    """
 
     def attack(images, labels):
         result = lft_jax.universal_perturbation(
@@ -61,8 +62,10 @@ def ours(victim, optimizer, epsilon, steps, recipe=PLAIN):
             steps=steps,
             optimizer=optimizer,
             recipe=recipe,
+            progress=False,
         )
-        return result.perturbation, int(result.history["queries"][-1]), steps * len(labels)
+        size = Proxies().size if recipe is None else len(labels)
+        return result.perturbation, result.queries, steps * size
 
     return attack
 
@@ -72,10 +75,10 @@ def contestants(victim, flags: Config) -> dict:
     steps = 2 if flags.smoke else STEPS
     uap_sgd = baselines.projected_gradient(**baselines.make_baselines("linf")["uap_sgd"].default.params)
     found = {
-        f"LFT ({flags.optimizer}), {steps} steps": ours(victim, flags.optimizer, flags.epsilon, steps, AUGMENTED),
-        f"UAP-SGD, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps),
-        f"UAP-SGD, augmented, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps, AUGMENTED),
-        f"UAP-SGD, {10 * steps} steps": ours(victim, uap_sgd, flags.epsilon, 10 * steps),
+        f"LFT ({flags.optimizer}), {steps} steps": ours(victim, flags.optimizer, flags.epsilon, steps),
+        f"UAP-SGD, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps, PLAIN),
+        f"UAP-SGD with the start and proxies of the LFT, {steps} steps": ours(victim, uap_sgd, flags.epsilon, steps),
+        f"UAP-SGD, {10 * steps} steps": ours(victim, uap_sgd, flags.epsilon, 10 * steps, PLAIN),
     }
     return found | (art_uap.contestants(victim, flags.epsilon, STEPS, flags.limit) if art_uap else {})
 

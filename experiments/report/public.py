@@ -70,8 +70,11 @@ def public_section(results: Mapping[str, Any], path: str, figures: str) -> str:
         lines += [f"![success rate against K and the number of support images]({figures}.png)", ""]
     if results.get("picture"):
         shown = ", ".join(f"`{name}`" for name in results["picture"])
+        what = "Perturbations on the first draw, and images with the classes that the model predicts"
+        if about["source"] == "imagenet_sample":
+            what = "The upper left 64 x 64 pixels of perturbations on the first draw (ImageNet's images are not shown)"
         lines += [
-            f"Perturbations on the first draw, and images with the classes that the model predicts: {shown}.",
+            f"{what}: {shown}.",
             "",
             f"![perturbations]({figures}_perturbations.png)",
             "",

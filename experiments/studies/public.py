@@ -44,6 +44,8 @@ from lft_jax.optimizers import hand_designed, periodic, periodic_descent
 from lft_jax.tasks import AttackLoss, AttackRecipe, Augmentation, PatternSearch, Proxies, synthetic_images
 from lft_jax.tasks.perturbation import perturb
 
+#: Pixels of a side of the corner of a perturbation that is drawn where no images may be.
+CORNER = 64
 #: What runs a method.
 Method = Callable[[Problem], Found]
 
@@ -199,14 +201,39 @@ def run(victim: Victim, method: Method, steps: int, count: int, draw: int) -> Fo
 
 
 def draw_picture(victim: Victim, methods: dict[str, Method], steps: int, count: int, path: Path) -> None:
-    """Draws the perturbations of methods on the first draw, with query images, as `NAME_perturbations.png`."""
+    """Draws the perturbations of methods on the first draw as `NAME_perturbations.png`.
+
+    Beside them are query images with the classes that the model predicts. Of ImageNet, whose images may not be handed
+    on, only the corners of the perturbations are drawn, magnified.
+    """
     from lft_jax.cli.picture import attack_picture
 
     found = {name: run(victim, method, steps, count, 0).perturbation for name, method in methods.items()}
+    path = path.with_name(f"{path.stem}_perturbations.png")
+    if victim.about["source"] == "imagenet_sample":
+        draw_corners(found, path)
+        return
     images, labels = victim.images.query, victim.images.query_labels
     right = np.flatnonzero(victim.clean == labels)
     source = ImageSource(victim.about["source"], images[right], labels[right], int(labels.max()) + 1)
-    attack_picture(victim.model, source, found, path.with_name(f"{path.stem}_perturbations.png"), num_images=4)
+    attack_picture(victim.model, source, found, path, num_images=4)
+
+
+def draw_corners(perturbations: dict[str, np.ndarray], path: Path) -> None:
+    """Draws the upper left `CORNER` x `CORNER` pixels of perturbations `[H, W, C]`, a panel each."""
+    from lft_jax.cli.picture import plt, save, show
+
+    columns = min(4, len(perturbations))
+    lines = -(-len(perturbations) // columns)
+    size = (2.1 * columns, 2.3 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    limit = max(float(np.abs(theta).max()) for theta in perturbations.values()) or 1.0
+    for axis in axes.flat[len(perturbations) :]:
+        axis.axis("off")
+    for axis, (name, theta) in zip(axes.flat, perturbations.items(), strict=False):
+        show(axis, theta[:CORNER, :CORNER] / (2 * limit) + 0.5)
+        axis.set_title(name, fontsize=9)
+    save(figure, path)
 
 
 def support_order(labels: np.ndarray, draw: int) -> np.ndarray:

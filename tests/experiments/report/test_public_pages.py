@@ -82,7 +82,9 @@ def test_what_is_measured_besides_is_shown(results, tmp_path):
     text = public.public_section(results, "results/public/toy.json", "../toy")
     assert "Ceiling: 90.0" in text and "2 runs of 7 momentum" in text and "loss hinge, start tiles; 2800" in text
     assert "![success rate against K and the number of support images](../toy.png)" in text
-    assert "(../toy_perturbations.png)" in text
+    assert "(../toy_perturbations.png)" in text and "and images with the classes" in text
+    results["about"]["source"] = "imagenet_sample"
+    assert "are not shown): `sga`." in public.public_section(results, "results/public/toy.json", "../toy")
     figures.public(results, tmp_path / "toy.png")
     assert (tmp_path / "toy.png").stat().st_size > 5000
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import attacked, literature, public
+from lft_jax.cli import picture
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -116,6 +117,19 @@ def test_perturbations_are_drawn(tmp_path):
     config = flags(tmp_path, methods=(), picture=("pgd-plain", "sign"))
     assert measured(config)["picture"] == ["pgd-plain", "sign"]
     assert (tmp_path / "public_perturbations.png").stat().st_size > 5000
+
+
+def test_of_large_images_the_corners_of_perturbations_are_drawn_alone(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(picture, "save", lambda figure, path: drawn.append(figure))
+    found = {"a": np.full((80, 80, 3), 0.1, np.float32), "b": np.zeros((80, 80, 3), np.float32)}
+    found["a"][:, 64:] = -0.1
+    public.draw_corners({**found, "c": found["b"], "d": found["b"], "e": -found["a"]}, tmp_path / "x.png")
+    axes = [axis for axis in drawn[0].axes if axis.axison]
+    assert [axis.get_title() for axis in axes] == ["a", "b", "c", "d", "e"]
+    pixels = [axis.get_images()[0].get_array() for axis in axes]
+    assert {shown.shape for shown in pixels} == {(64, 64, 3)}
+    assert [float(shown.min()) for shown in pixels] == [1, 0.5, 0.5, 0.5, 0]
 
 
 def test_the_ceiling_is_chosen_on_support_images_and_kept(tmp_path, monkeypatch):

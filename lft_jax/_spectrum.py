@@ -94,8 +94,8 @@ def noise_of_mean(copies: Float[Array, "S H W C"]) -> Float[Array, "Y X_half"]:
       >>> noise_of_mean(opposite).tolist()  # of the mean of the image alone
       [[16.0, 0.0], [0.0, 0.0]]
     """
-    # The mean of the squares minus the square of the mean loses digits where examples agree. Real numbers are quicker to
-    # subtract than their transforms.
+    # The mean of the squares minus the square of the mean loses digits where examples agree. Real numbers are quicker
+    # to subtract than their transforms.
     deviations = copies - jnp.mean(copies, 0, keepdims=True)
     return jnp.mean(power(transformed(deviations)), 0) / max(len(copies) - 1, 1)
 

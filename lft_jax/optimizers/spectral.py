@@ -28,7 +28,9 @@ from lft_jax.optimizers.features import Signal, root_mean_square, unit_rms
 _NUM_FEATURES = 9
 _NO_PERIOD = 64  # pixels: the feature "period" of frequencies of no period
 _REPEATS = 8  # times that an image has to repeat a period along a side, for it to be open
-_OPEN, _CLOSED = -4.0, math.log(8.0)  # log of the ratio of signal and noise that a period needs
+#: Log of the ratio of signal and noise that a period needs: an open one, and the others of images with a side below
+#: `_LARGE` pixels and of larger ones.
+_OPEN, _CLOSED, _CLOSED_LARGE, _LARGE = -4.0, math.log(4.0), math.log(8.0), 128
 _TINY = 1e-12  # floor of powers in logarithms; the mean power of a gradient is 1
 
 
@@ -208,7 +210,8 @@ def _periods_in(shape):
 
 def _needed(shape):
     """The evidence `[groups]` that a group needs. The mean of an image is open at every size."""
-    return np.where((_periods_in(shape) <= 1) | (np.asarray(_spectrum.GROUPS) == 1), _OPEN, _CLOSED)
+    closed = _CLOSED if min(shape[:2]) < _LARGE else _CLOSED_LARGE
+    return np.where((_periods_in(shape) <= 1) | (np.asarray(_spectrum.GROUPS) == 1), _OPEN, closed)
 
 
 def _features(of, shape, quantities, progress):

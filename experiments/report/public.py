@@ -12,6 +12,7 @@ from experiments.report.origins import origin
 _METHODS = {
     "uap-linf": "the pretrained rule, on periods, from the default start",
     "coarse-to-fine": "`short-steps` with longer periods opened as a run goes on (decision 020 did not adopt it)",
+    "uap-linf-8": "`uap-linf` whose long periods need twice the signal to noise (before decision 031)",
     "uap-linf-zeros": "`uap-linf` on large images from zeros, with steps 2.5 times as long (before decision 028)",
     "short-steps": "a third of the step, at every size from the best of 65 patterns (before decision 026)",
     "short-steps-zeros": "a third of the step, from zeros (before decision 026)",
